@@ -1,0 +1,410 @@
+"""
+The model that grows:  v = shell.decode(core(shell.encode(z)))          (Greedy Growing, arXiv 2405.16759, Sec. 3)
+
+    core     what growing keeps: text encoding, time encoding, transformer blocks on a fixed grid of tokens
+    shell    what growing throws away and replaces: it carries pixels to the core's grid and back
+             shallow   entry convolution, one residual block, [core], one residual block, upsampling head   (Sec. 3.2)
+             unet      several resolutions of residual blocks, with skips, above the same grid              (Sec. 3.3)
+
+    from model import load
+    model, config = load("out/toy/grow")                     # EMA weights, ready to denoise
+
+Notable features:
+- adaLN-single: one network under core.time makes the shifts, scales and gates of every block, so that "the time encoding
+  stays trainable while the core is frozen" (Sec. 3.3) is a single prefix of parameter names;
+- every residual branch and the last convolution start at exactly zero, set by one function that runs last;
+- no dropout, no learned positions: what a checkpoint holds is what the model is.
+
+Letters: B images, C = 3 channels, H W pixels, h w token grid, N = h*w tokens, L caption tokens, D width.
+"""
+import hashlib
+import math
+import os
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data import UserError
+from kernels import attention
+
+# ---------------------------------------------------------------------------------------------------------------
+# Noise: schedule, draws, loss. z = alpha x + sigma eps, v = alpha eps - sigma x, logsnr = log(alpha^2 / sigma^2).
+
+
+def logsnr_at(t, config):
+    """
+    Cosine schedule, logsnr(t) = -2 log tan(pi t / 2) (Nichol and Dhariwal 2021), truncated at both ends, then shifted by
+    2 log(base / d) for d x d images (Hoogeboom et al. 2023; Greedy Growing, Sec. 3.3). t in [0, 1], 0 is clean.
+    """
+    first, last = (math.atan(math.exp(-0.5 * config[k])) for k in ("logsnr_max", "logsnr_min"))
+    return -2 * torch.log(torch.tan(first + t * (last - first))) + 2 * math.log(config["base"] / config["resolution"])
+
+
+def alpha_sigma(logsnr):
+    """(B,) -> two (B, 1, 1, 1): alpha^2 = sigmoid(logsnr), sigma^2 = sigmoid(-logsnr)."""
+    logsnr = logsnr.view(-1, 1, 1, 1)
+    return torch.sigmoid(logsnr).sqrt(), torch.sigmoid(-logsnr).sqrt()
+
+
+def noise(keys, shape, device="cpu"):
+    """
+    Standard normal (len(keys), *shape). Row i depends on keys[i] alone, a tuple of integers such as (seed, image, step):
+    an image is the same at any batch size and on any rank, and resuming needs no generator state.
+    """
+    rows = []
+    for key in keys:
+        digest = hashlib.blake2b(repr(tuple(map(int, key))).encode(), digest_size=7).digest()
+        generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
+        rows.append(torch.randn(shape, generator=generator, device=device))
+    return torch.stack(rows)
+
+
+# Error in v, times this, is the error in ...     (Salimans and Ho 2022, Sec. 4)
+WEIGHTINGS = {"v": lambda logsnr: torch.ones_like(logsnr),     # v itself
+              "eps": torch.sigmoid,                            # the noise: e_eps^2 = alpha^2 e_v^2
+              "x": lambda logsnr: torch.sigmoid(-logsnr)}      # the image: e_x^2 = sigma^2 e_v^2
+
+
+def diffusion_loss(model, x, tokens, t, eps, config):
+    """Weighted squared error per image, (B,). x and eps (B, C, H, W), tokens (B, L), t (B,)."""
+    logsnr = logsnr_at(t, config)                                                  # (B,)
+    alpha, sigma = alpha_sigma(logsnr)                                             # (B, 1, 1, 1)
+    v = model(alpha * x + sigma * eps, logsnr, tokens)                             # (B, C, H, W)
+    error = (v.float() - (alpha * eps - sigma * x)).square().mean((1, 2, 3))       # (B,)
+    return WEIGHTINGS[config["weighting"]](logsnr) * error
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Core: text, time, blocks
+
+
+class TextEncoding(nn.Module):
+    """
+    Caption tokens into the core's width, and their mean into one vector (Sec. 3.1: "MLP on top of pooling layers"). A
+    convolution over three words lets an adjective meet its noun, which attention from scratch learns late.
+    """
+
+    def __init__(self, vocab, length, width):
+        super().__init__()
+        self.embed = nn.Embedding(vocab, width)
+        self.position = nn.Parameter(torch.empty(length, width))
+        self.neighbours = nn.Conv1d(width, width, 3, padding=1)
+        self.norm_in = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.SiLU(), nn.Linear(2 * width, width))
+        self.norm_out = nn.LayerNorm(width)
+        self.pool_in = nn.Linear(width, width)
+        self.pool_out = nn.Linear(width, width)
+
+    def forward(self, tokens):
+        mask = tokens > 0                                                          # (B, L), True where a word is
+        real = mask[..., None].float()                                             # (B, L, 1)
+        text = (self.embed(tokens) + self.position) * real                         # (B, L, D)
+        text = text + F.silu(self.neighbours(text.transpose(1, 2)).transpose(1, 2)) * real
+        text = text + self.mlp(self.norm_in(text))
+        text = self.norm_out(text)                                                 # (B, L, D)
+        pooled = (F.silu(self.pool_in(text)) * real).sum(1) / real.sum(1).clamp(min=1)
+        return text, mask, self.pool_out(pooled)                                   # (B, L, D), (B, L), (B, D)
+
+
+class TimeEncoding(nn.Module):
+    """logsnr -> embedding (sinusoids, then a shallow MLP, Sec. 3.1); and the modulation of all blocks (PixArt, adaLN-single)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.register_buffer("frequency", torch.logspace(-4, 2, 64, base=2.0), persistent=False)   # radians per unit of logsnr
+        self.mlp = nn.Sequential(nn.Linear(128, width), nn.SiLU(), nn.Linear(width, width))
+        self.modulation = nn.Linear(width, 9 * width)
+
+    def forward(self, logsnr):
+        angle = logsnr[:, None] * self.frequency                                   # (B, 64)
+        return self.mlp(torch.cat([angle.sin(), angle.cos()], 1))                  # (B, D)
+
+
+class Attention(nn.Module):
+    """Multi-head attention from x to y: self-attention when y is x."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x, y, mask=None):
+        q = self.query(x).unflatten(2, (self.heads, -1))                           # (B, N, heads, D/heads)
+        k, v = self.key_value(y).unflatten(2, (2, self.heads, -1)).unbind(2)       # (B, M, heads, D/heads), M keys
+        return self.out(attention(q, k, v, mask=mask).flatten(2))                  # (B, N, D)
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to the caption, MLP; each shifted, scaled and gated by time (DiT, adaLN-zero)."""
+
+    def __init__(self, width, heads, mlp_ratio):
+        super().__init__()
+        self.table = nn.Parameter(torch.empty(9, width))       # this block's own offset to the shared modulation
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.self_attention = Attention(width, heads)
+        self.cross_attention = Attention(width, heads)
+        self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), nn.GELU(), nn.Linear(mlp_ratio * width, width))
+
+    def forward(self, x, modulation, text, mask):
+        rows = (modulation + self.table).unsqueeze(2).unbind(1)                    # nine of (B, 1, D)
+        shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = rows
+        y = torch.addcmul(shift1, self.norm(x), 1 + scale1)                        # (B, N, D)
+        x = torch.addcmul(x, gate1, self.self_attention(y, y))
+        y = torch.addcmul(shift2, self.norm(x), 1 + scale2)
+        x = torch.addcmul(x, gate2, self.cross_attention(y, text, mask))
+        y = torch.addcmul(shift3, self.norm(x), 1 + scale3)
+        return torch.addcmul(x, gate3, self.mlp(y))
+
+
+def positions(h, w, width):
+    """2-D sine-cosine positions, (h*w, D), over a square of 16 x 16 units whatever the grid: they interpolate by themselves."""
+    frequency = 100.0 ** (-torch.arange(width // 4) / (width // 4))                # (D/4,)
+    y = 16 * (torch.arange(h) + 0.5)[:, None] / h * frequency                      # (h, D/4)
+    x = 16 * (torch.arange(w) + 0.5)[:, None] / w * frequency                      # (w, D/4)
+    y = torch.cat([y.sin(), y.cos()], 1)[:, None].expand(h, w, -1)                 # (h, w, D/2)
+    x = torch.cat([x.sin(), x.cos()], 1)[None].expand(h, w, -1)                    # (h, w, D/2)
+    return torch.cat([y, x], 2).flatten(0, 1)
+
+
+class Core(nn.Module):
+    """Text-to-image core: all that touches the caption, and the time encoding (Sec. 3.1). Grows unchanged."""
+
+    def __init__(self, config):
+        super().__init__()
+        c, width = config, config["width"]
+        self.text = TextEncoding(c["text_vocab"], c["text_length"], width)
+        self.time = TimeEncoding(width)
+        self.blocks = nn.ModuleList(Block(width, c["heads"], c["mlp_ratio"]) for _ in range(c["depth"]))
+        self.register_buffer("positions", positions(c["grid"], c["grid"], width), persistent=False)
+
+    def condition(self, logsnr, tokens):
+        """One vector of time and pooled caption for shell and blocks, the caption's tokens, and their mask."""
+        text, mask, pooled = self.text(tokens)                                     # (B, L, D), (B, L), (B, D)
+        return F.silu(self.time(logsnr) + pooled), text, mask
+
+    def forward(self, features, condition, text, mask):
+        x = features.flatten(2).transpose(1, 2) + self.positions                   # (B, D, h, w) -> (B, N, D)
+        modulation = self.time.modulation(condition).unflatten(1, (9, -1))         # (B, 9, D)
+        for block in self.blocks:
+            x = block(x, modulation, text, mask)
+        return x.transpose(1, 2).unflatten(2, features.shape[2:])                  # (B, D, h, w)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Shells: encode carries pixels to the core's grid, decode carries them back
+
+
+def group_norm(channels):
+    return nn.GroupNorm(min(32, channels // 4), channels)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with swish (Sec. 3.2), scaled and shifted by the condition between them."""
+
+    def __init__(self, c_in, c_out, width):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.condition = nn.Linear(width, 2 * c_out)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+
+    def forward(self, x, condition):
+        shift, scale = self.condition(condition)[..., None, None].chunk(2, 1)      # (B, c_out, 1, 1)
+        y = self.conv1(F.silu(self.norm1(x)))                                      # (B, c_out, H, W)
+        y = torch.addcmul(shift, self.norm2(y), 1 + scale)
+        return self.skip(x) + self.conv2(F.silu(y))
+
+
+def entry(channels, stride):
+    """Pixels to `channels` at 1/stride of the size; the kernel is the smallest odd one that sees every pixel."""
+    size = max(3, 2 * stride - 1)
+    return nn.Conv2d(3, channels, size, stride=stride, padding=size // 2)
+
+
+class Head(nn.Module):
+    """Back to pixels in steps of two: one subpixel step by 4 was found to be worse (Sec. 3.2)."""
+
+    def __init__(self, channels, stride):
+        super().__init__()
+        doublings = int(math.log2(stride))
+        widths = [max(16, channels // 2 ** i) for i in range(doublings + 1)]
+        self.up = nn.Sequential(*(nn.Sequential(nn.Conv2d(a, 4 * b, 1), nn.PixelShuffle(2)) for a, b in zip(widths, widths[1:])))
+        self.norm, self.conv = group_norm(widths[-1]), nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.silu(self.norm(self.up(x))))                            # (B, c, h, w) -> (B, 3, H, W)
+
+
+class Shallow(nn.Module):
+    """Shallow-UViT (Sec. 3.2): one residual block on each side, on the core's own grid, so that nearly all is core."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, channels = config["width"], config["entry_channels"]
+        stride = config["resolution"] // config["grid"]
+        self.entry = entry(channels, stride)
+        self.encoder = ResidualBlock(channels, width, width)
+        self.decoder = ResidualBlock(width, channels, width)
+        self.head = Head(channels, stride)
+
+    def encode(self, z, condition):
+        return self.encoder(self.entry(z), condition), []                          # (B, D, h, w), no skips
+
+    def decode(self, features, skips, condition):
+        return self.head(self.decoder(features, condition))                        # (B, C, H, W)
+
+
+class UNet(nn.Module):
+    """
+    The grown UViT (Sec. 3.3): `channels`, finest level first, halve the size until the core's grid is reached. Each level
+    has residual blocks going down and as many going up, joined by a skip.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        width, blocks = config["width"], config["residual_blocks"]
+        levels = list(config["channels"])
+        stride = config["resolution"] // (config["grid"] * 2 ** len(levels))
+        steps = list(zip(levels, levels[1:] + [width]))                            # (this level, the next coarser one)
+        stack = lambda first, c: nn.ModuleList([ResidualBlock(first, c, width)] + [ResidualBlock(c, c, width) for _ in range(blocks - 1)])
+        self.entry = entry(levels[0], stride)
+        self.encoders = nn.ModuleList(stack(c, c) for c in levels)
+        self.downs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in steps)
+        self.into_core = stack(width, width)
+        self.from_core = stack(width, width)
+        self.ups = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in reversed(steps))
+        self.decoders = nn.ModuleList(stack(2 * c, c) for c in reversed(levels))
+        self.head = Head(levels[0], stride)
+
+    def encode(self, z, condition):
+        x, skips = self.entry(z), []                                               # (B, c0, H/stride, W/stride)
+        for blocks, down in zip(self.encoders, self.downs):
+            for block in blocks:
+                x = block(x, condition)
+            skips.append(x)
+            x = down(x)                                                            # half the size
+        for block in self.into_core:
+            x = block(x, condition)
+        return x, skips                                                            # (B, D, h, w)
+
+    def decode(self, features, skips, condition):
+        x = features                                                               # (B, D, h, w)
+        for block in self.from_core:
+            x = block(x, condition)
+        for blocks, up, skip in zip(self.decoders, self.ups, reversed(skips)):
+            x = F.interpolate(up(x), scale_factor=2.0, mode="nearest")             # twice the size
+            x = torch.cat([x, skip], 1)
+            for block in blocks:
+                x = block(x, condition)
+        return self.head(x)                                                        # (B, C, H, W)
+
+
+SHELLS = {"shallow": Shallow, "unet": UNet}
+
+# ---------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class Denoiser(nn.Module):
+    """v = shell.decode(core(shell.encode(z))). z (B, C, H, W), logsnr (B,), tokens (B, L) -> v (B, C, H, W)."""
+
+    def __init__(self, core, shell):
+        super().__init__()
+        self.core, self.shell = core, shell
+
+    def forward(self, z, logsnr, tokens):
+        condition, text, mask = self.core.condition(logsnr, tokens)                # (B, D), (B, L, D), (B, L)
+        features, skips = self.shell.encode(z, condition)                          # (B, D, h, w)
+        features = self.core(features, condition, text, mask)                      # (B, D, h, w)
+        return self.shell.decode(features, skips, condition)                       # (B, C, H, W)
+
+
+def initialise(model):
+    """
+    The one place where parameters get their first values; runs last, so nothing can overwrite it.
+
+        weights of linear layers and convolutions      Xavier uniform over (out, everything else)
+        biases                                         0
+        text.embed                                     normal, std 1;  text.position: normal, std 0.5
+        norms with parameters                          weight 1, bias 0
+        time.modulation, block.table                   0: every gate is shut, a block is the identity
+        residual block: condition, conv2               0: the block is its skip
+        head.conv                                      0: the model says v = 0
+    """
+    for name, p in model.named_parameters():
+        if "norm" in name:
+            nn.init.constant_(p, 1.0 if name.endswith("weight") else 0.0)
+        elif p.ndim < 2 or name.endswith("table") or any(k in name for k in ZERO):
+            nn.init.zeros_(p)
+        elif "text.embed" in name or "text.position" in name:
+            nn.init.normal_(p, std=1.0 if "embed" in name else 0.5)
+        else:
+            nn.init.xavier_uniform_(p.flatten(1))
+    return model
+
+
+ZERO = ("time.modulation.weight", "condition.weight", "conv2.weight", "head.conv.weight")
+
+
+def check_sizes(config):
+    """Raise UserError, naming the nearest good sizes, before any file is opened."""
+    c = config
+    levels = len(c["channels"]) if c["shell"] == "unet" else 0
+    unit, res = c["grid"] * 2 ** levels, c["resolution"]
+    if res % unit or (res // unit) & (res // unit - 1):                            # unit times a power of two
+        good = [unit * 2 ** k for k in range(12)]
+        near = sorted(sorted(good, key=lambda g: abs(g - res))[:2])
+        raise UserError(f"resolution = {res} does not fit grid {c['grid']} under a {c['shell']} shell of {levels} levels: "
+                        f"take {near[0]} or {near[1]}")
+    if c["width"] % c["heads"] or c["width"] % 4:
+        good = [w for w in range(max(c["width"] - 256, 4), c["width"] + 257) if w % c["heads"] == 0 and w % 4 == 0]
+        raise UserError(f"width = {c['width']} is no multiple of heads = {c['heads']} and of 4: "
+                        f"take width = {min(good, key=lambda w: abs(w - c['width']))}")
+    if c["shell"] not in SHELLS or c["weighting"] not in WEIGHTINGS:
+        raise UserError(f"shell = {c['shell']}, weighting = {c['weighting']}: take one of {', '.join(SHELLS)} and of "
+                        f"{', '.join(WEIGHTINGS)}")
+
+
+def build(config):
+    """A freshly initialised model for this config."""
+    check_sizes(config)
+    return initialise(Denoiser(Core(config), SHELLS[config["shell"]](config)))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints: a file describes itself
+
+FORMAT = 1
+
+
+def read_checkpoint(path):
+    """The dict in a run's last.pt, or in a file. Nothing in it is executed (weights_only), nothing broken gets through."""
+    file = os.path.join(path, "last.pt") if os.path.isdir(path) else path
+    if not os.path.isfile(file):
+        raise UserError(f"no checkpoint {file!r}: `python train.py --stage grow` makes out/toy/grow/last.pt")
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise UserError(f"{file!r} is no complete checkpoint ({type(e).__name__}): take another, or train again with --fresh")
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{file!r} is not a checkpoint of format {FORMAT}: train it again with this code")
+    for name, value in state["model"].items():
+        if not torch.isfinite(value).all():
+            raise UserError(f"{file!r} has values that are not finite in {name}: take an earlier checkpoint")
+    return state
+
+
+def ema_weights(state):
+    """Weights by name: the EMA where there is one, the plain weight where a tensor was frozen."""
+    return {**state["model"], **state["ema"]}
+
+
+def load(path, device="cpu"):
+    """(model, config) of a run folder or checkpoint file, with its EMA weights, in eval mode."""
+    state = read_checkpoint(path)
+    model = build(state["config"])
+    model.load_state_dict(ema_weights(state))
+    return model.eval().to(device), state["config"]
