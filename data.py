@@ -18,6 +18,7 @@ import argparse
 import ast
 import configparser
 import difflib
+import functools
 import os
 import re
 import struct
@@ -151,6 +152,7 @@ def distance(shape, x, y, r):
     return np.maximum(across - r / 3, along - r)               # cross: two bars, each a third as wide as long
 
 
+@functools.lru_cache(64)
 def texture_wave(texture, resolution, cycles):
     """
     (H, W) or 0: a square wave of `cycles` periods averaged over each pixel. Its mean over a period is zero and its phase is
@@ -194,6 +196,7 @@ class Scenes:
         """(H, W, 3) uint8."""
         return np.round(255 * self.render(self.scene(i), resolution)).astype(np.uint8)
 
+    @functools.lru_cache(2 ** 16)
     def scene(self, i):
         draws = iter(uniforms(self.seed, i, 64)[1:])           # the first one told the native size
         pick = lambda options: options[int(next(draws) * len(options))]
@@ -209,26 +212,23 @@ class Scenes:
         if len(groups) == 2 and all(groups[0][k] == groups[1][k] for k in ("shape", "colour")):
             groups[1]["shape"] = self.shapes[(self.shapes.index(groups[1]["shape"]) + 1) % len(self.shapes)]
         scene = dict(ground=ground, groups=groups, relation=relation if len(groups) == 2 else None)
-        return dict(scene, objects=self.place(groups, RELATIONS.index(relation), draws))
+        axis = RELATIONS.index(relation) if len(groups) == 2 else 1                # several alike stand side by side
+        return dict(scene, objects=self.place(groups, axis, draws))
 
     def place(self, groups, axis, draws):
         """Groups follow each other along `axis` (0 is x), the members of a group along the other one; nothing overlaps."""
-        def spread(diameters):                                 # centres of intervals thrown at random into [0, 1]
-            room = max(0, 1 - sum(diameters) - GAP * (len(diameters) + 1))
-            order = np.arange(1, len(diameters) + 1)
-            thrown, even = np.sort([next(draws) for _ in diameters]), order / (len(diameters) + 1)
-            starts = room * (self.scatter * thrown + (1 - self.scatter) * even) + GAP * order
-            return starts + np.cumsum(diameters) - np.array(diameters) / 2
+        def spread(diameters):                                 # centres of intervals thrown into [0, 1] in this order
+            room, centres, end = max(0, 1 - sum(diameters) - GAP * (len(diameters) + 1)), [], 0
+            for k, thrown in enumerate(sorted(next(draws) for _ in diameters)):
+                before = self.scatter * thrown + (1 - self.scatter) * (k + 1) / (len(diameters) + 1)   # share of the room
+                centres.append(room * before + GAP * (k + 1) + end + diameters[k] / 2)
+                end += diameters[k]
+            return centres
         for g in groups:
             g["diameters"] = [self.diameters[g["size"]] * (0.95 + 0.1 * next(draws)) for _ in range(g["count"])]
-        if len(groups) == 1 and groups[0]["count"] > 1:        # several alike: in a row along `axis`
-            g = groups[0]
-            centres = [(m, spread([d])[0]) for d, m in zip(g["diameters"], spread(g["diameters"]))]
-            owners = [g] * g["count"]
-        else:
-            middles = spread([max(g["diameters"]) for g in groups])
-            centres = [(m, c) for g, m in zip(groups, middles) for c in spread(g["diameters"])]
-            owners = [g for g in groups for _ in range(g["count"])]
+        middles = spread([max(g["diameters"]) for g in groups])
+        centres = [(m, c) for g, m in zip(groups, middles) for c in spread(g["diameters"])]
+        owners = [g for g in groups for _ in range(g["count"])]
         diameters = [d for g in groups for d in g.pop("diameters")]
         return [dict({k: g[k] for k in ("shape", "colour", "texture")}, diameter=d, centre=c if axis == 0 else c[::-1])
                 for g, d, c in zip(owners, diameters, centres)]

@@ -114,15 +114,27 @@ class TimeEncoding(nn.Module):
         super().__init__()
         self.register_buffer("frequency", torch.logspace(-4, 2, 64, base=2.0), persistent=False)   # radians per unit of logsnr
         self.mlp = nn.Sequential(nn.Linear(128, width), nn.SiLU(), nn.Linear(width, width))
-        self.modulation = nn.Linear(width, 9 * width)
+        self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, logsnr):
         angle = logsnr[:, None] * self.frequency                                   # (B, 64)
         return self.mlp(torch.cat([angle.sin(), angle.cos()], 1))                  # (B, D)
 
 
-class Attention(nn.Module):
-    """Multi-head attention from x to y: self-attention when y is x."""
+class SelfAttention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)          # each (B, N, heads, D/heads)
+        return self.out(attention(q, k, v).flatten(2))                             # (B, N, D)
+
+
+class CrossAttention(nn.Module):
+    """From tokens x to the caption: this is where text enters the picture. Keys under a False mask are not seen."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -131,32 +143,31 @@ class Attention(nn.Module):
         self.key_value = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x, y, mask=None):
+    def forward(self, x, text, mask):
         q = self.query(x).unflatten(2, (self.heads, -1))                           # (B, N, heads, D/heads)
-        k, v = self.key_value(y).unflatten(2, (2, self.heads, -1)).unbind(2)       # (B, M, heads, D/heads), M keys
+        k, v = self.key_value(text).unflatten(2, (2, self.heads, -1)).unbind(2)    # (B, L, heads, D/heads)
         return self.out(attention(q, k, v, mask=mask).flatten(2))                  # (B, N, D)
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention to the caption, MLP; each shifted, scaled and gated by time (DiT, adaLN-zero)."""
+    """
+    Self-attention, cross-attention to the caption, MLP. Time shifts, scales and gates the first and the last (adaLN-single,
+    PixArt-alpha, Sec. 2.3); cross-attention needs none of it.
+    """
 
     def __init__(self, width, heads, mlp_ratio):
         super().__init__()
-        self.table = nn.Parameter(torch.empty(9, width))       # this block's own offset to the shared modulation
+        self.table = nn.Parameter(torch.empty(6, width))       # this block's own offset to the shared modulation
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.self_attention = Attention(width, heads)
-        self.cross_attention = Attention(width, heads)
+        self.self_attention = SelfAttention(width, heads)
+        self.cross_attention = CrossAttention(width, heads)
         self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), nn.GELU(), nn.Linear(mlp_ratio * width, width))
 
     def forward(self, x, modulation, text, mask):
-        rows = (modulation + self.table).unsqueeze(2).unbind(1)                    # nine of (B, 1, D)
-        shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = rows
-        y = torch.addcmul(shift1, self.norm(x), 1 + scale1)                        # (B, N, D)
-        x = torch.addcmul(x, gate1, self.self_attention(y, y))
-        y = torch.addcmul(shift2, self.norm(x), 1 + scale2)
-        x = torch.addcmul(x, gate2, self.cross_attention(y, text, mask))
-        y = torch.addcmul(shift3, self.norm(x), 1 + scale3)
-        return torch.addcmul(x, gate3, self.mlp(y))
+        shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + self.table).unsqueeze(2).unbind(1)   # (B, 1, D)
+        x = x + gate1 * self.self_attention((1 + scale1) * self.norm(x) + shift1)  # (B, N, D)
+        x = x + self.cross_attention(self.norm(x), text, mask)
+        return x + gate2 * self.mlp((1 + scale2) * self.norm(x) + shift2)
 
 
 def positions(h, w, width):
@@ -187,7 +198,7 @@ class Core(nn.Module):
 
     def forward(self, features, condition, text, mask):
         x = features.flatten(2).transpose(1, 2) + self.positions                   # (B, D, h, w) -> (B, N, D)
-        modulation = self.time.modulation(condition).unflatten(1, (9, -1))         # (B, 9, D)
+        modulation = self.time.modulation(condition).unflatten(1, (6, -1))         # (B, 6, D)
         for block in self.blocks:
             x = block(x, modulation, text, mask)
         return x.transpose(1, 2).unflatten(2, features.shape[2:])                  # (B, D, h, w)
@@ -330,8 +341,9 @@ def initialise(model):
         biases                                         0
         text.embed                                     normal, std 1;  text.position: normal, std 0.5
         norms with parameters                          weight 1, bias 0
-        time.modulation, block.table                   0: every gate is shut, a block is the identity
-        residual block: condition, conv2               0: the block is its skip
+        time.modulation, block.table                   0: the gates of self-attention and MLP are shut
+        cross_attention.out                            0: with the gates, a block is the identity
+        residual block: condition                      0: no shift, no scale
         head.conv                                      0: the model says v = 0
     """
     for name, p in model.named_parameters():
@@ -346,7 +358,7 @@ def initialise(model):
     return model
 
 
-ZERO = ("time.modulation.weight", "condition.weight", "conv2.weight", "head.conv.weight")
+ZERO = ("time.modulation.weight", "cross_attention.out.weight", "condition.weight", "head.conv.weight")
 
 
 def check_sizes(config):

@@ -202,7 +202,7 @@ loader = iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=rang
 log = open(os.path.join(run, "log.jsonl"), "a", buffering=1)
 bar = tqdm(range(first, config["steps"]), desc=stage, initial=first, total=config["steps"], disable=None)
 micro = config["micro"] or config["batch"]
-losses, times, bad_in_a_row, waited, begun = [], [], 0, 0.0, time.perf_counter()
+losses, times, bad_in_a_row, waited = [], [], 0, 0.0            # times: seconds per step, previews and checkpoints left out
 for step in bar:
     tick = time.perf_counter()
     x, tokens = (part.to(device) for part in next(loader))     # (B, C, H, W), (B, L)
@@ -249,7 +249,7 @@ for step in bar:
     times.append(time.perf_counter() - tick)
     if (step + 1) % config["log_every"] == 0 or step + 1 == config["steps"]:
         bins = torch.stack([l[torch.argsort(t)].view(4, -1).mean(1) if len(l) % 4 == 0 else l.mean().expand(4) for l in losses]).mean(0)
-        spent = time.perf_counter() - begun
+        spent = sum(times)
         line = {"step": step + 1, "loss": round(float(torch.cat(losses).mean()), 5), "bins": [round(float(b), 4) for b in bins],
                 "lr": config["lr"] * schedule(step), "norm": round(float(norm), 3), "img_s": round(config["batch"] * len(losses) / spent, 1),
                 "data_ms": round(1000 * waited / len(losses), 1), "gib": round(torch.cuda.max_memory_allocated() / 2 ** 30, 2) if device == "cuda" else None}
@@ -260,10 +260,9 @@ for step in bar:
         tqdm.write(f"step {line['step']:6d}  loss {line['loss']:.4f}  clean..noisy {' '.join(f'{b:.3f}' for b in line['bins'])}  lr {line['lr']:.1e}  "
                    f"norm {line['norm']:.2f}  {line['img_s']:.0f} img/s  data {line['data_ms']:.1f} ms  eta {eta:.0f} s")
         log.write(json.dumps(line) + "\n")
-        losses, waited, begun = [], 0.0, time.perf_counter()
+        losses, times, waited = [], [], 0.0
     if (step + 1) % config["sample_every"] == 0:
         preview(step + 1)
-        begun = time.perf_counter()
     if (step + 1) % config["save_every"] == 0 or step + 1 == config["steps"] or stopping:
         save(step + 1)
     if stopping:
