@@ -143,7 +143,7 @@ GAP = 0.04                                                     # least distance 
 def distance(shape, x, y, r):
     """Signed distance (negative inside, near the edge to first order) to a shape of half-width r round the origin."""
     if shape == "circle":
-        return np.hypot(x, y) - r
+        return np.sqrt(x * x + y * y) - r
     if shape == "square":
         return np.maximum(abs(x), abs(y)) - r
     if shape == "triangle":                                    # apex up, base and height 2 r
@@ -235,14 +235,15 @@ class Scenes:
 
     def render(self, scene, resolution):
         """(H, W, 3) in [0, 1]: a pixel's share of a shape is its distance to the edge, clipped to one pixel."""
-        middle = (np.arange(resolution) + 0.5) / resolution
-        x, y = np.meshgrid(middle, middle)
-        image = np.broadcast_to(GROUNDS[scene["ground"]], (resolution, resolution, 3))
+        x = (np.arange(resolution) + 0.5)[None] / resolution                       # (1, W)
+        y = x.T                                                                    # (H, 1)
+        image = np.empty((resolution, resolution, 3))
+        image[:] = GROUNDS[scene["ground"]]
         for o in scene["objects"]:
             edge = distance(o["shape"], x - o["centre"][0], y - o["centre"][1], o["diameter"] / 2)
             cover = np.clip(0.5 - resolution * edge, 0, 1)[..., None]
             wave = texture_wave(o["texture"], resolution, self.cycles)[..., None]
-            image = (1 - cover) * image + cover * (COLOURS[o["colour"]] + CONTRAST * wave)
+            image += cover * (COLOURS[o["colour"]] + CONTRAST * wave - image)
         return image
 
 

@@ -202,7 +202,7 @@ def mmd(x, y):
 HELD_OUT = 2 ** 31                                             # added to the seed: scenes that training never draws
 
 
-def evaluate(model, config, n, guidance=None, steps=None, sampler="ddpm", seed=0, metrics=("questions", "fd", "mmd"), bar=True):
+def evaluate(model, config, n, guidance=None, steps=None, sampler=None, seed=0, metrics=("questions", "fd", "mmd"), bar=True):
     """{metric: value} of n images for n held-out captions, against n other real images."""
     if config["data"] != "scenes":
         world, captions = open_data(config), None
@@ -237,18 +237,19 @@ def main():
     parser.add_argument("--n", type=int, default=1000, help="images")
     parser.add_argument("--metrics", default="questions,fd,mmd")
     parser.add_argument("--guidance", help="one value or several, such as 1,2,4; default: the run's own")
-    parser.add_argument("--sampler", default="ddpm")
-    parser.add_argument("--steps", type=int, default=256)
+    parser.add_argument("--sampler", help="default: the run's own")
+    parser.add_argument("--steps", type=int, help="default: the run's own")
     parser.add_argument("--seeds", type=int, default=1, help="repeat with seeds 0 to k-1 and tell mean and spread")
     parser.add_argument("--json", help="write the figures to this file")
     args = parser.parse_args()
-    if args.n < 2 or args.seeds < 1 or args.steps < 1:
+    if args.n < 2 or args.seeds < 1 or (args.steps or 1) < 1:
         raise UserError(f"--n {args.n} --seeds {args.seeds} --steps {args.steps}: give n of at least 2, seeds and steps of at least 1")
     metrics = args.metrics.split(",")
     if not set(metrics) <= {"questions", "fd", "mmd"}:
         raise UserError(f"--metrics {args.metrics}: take some of questions,fd,mmd")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     state, (model, config) = read_checkpoint(args.run), load(args.run, device)
+    args.steps, args.sampler = args.steps or config["sample_steps"], args.sampler or config["sampler"]
     try:
         guidances = [float(g) for g in args.guidance.split(",")] if args.guidance else [config["guidance"]]
     except ValueError:

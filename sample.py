@@ -25,8 +25,8 @@ from model import alpha_sigma, load, logsnr_at, noise, read_checkpoint
 
 def ddpm(denoise, z, logsnrs, draw):
     """
-    Ancestral sampling with the larger of the two variances, sigma_t^2 (Ho et al. 2020); in logSNR (Kingma et al. 2021, Sec. 3):
-    q(z_s | z_t, x) has mean  e^(l_t - l_s) (alpha_s / alpha_t) z_t + (1 - e^(l_t - l_s)) alpha_s x.
+    Ancestral sampling from the posterior q(z_s | z_t, x) (Ho et al. 2020), in logSNR l (Kingma et al. 2021, Appendix A):
+    with k = e^(l_t - l_s), mean k (alpha_s / alpha_t) z_t + (1 - k) alpha_s x and variance (1 - k) sigma_s^2.
     """
     for step, (now, then) in enumerate(zip(logsnrs[:-1], logsnrs[1:])):
         x = denoise(z, now)                                                        # (B, C, H, W)
@@ -69,11 +69,12 @@ def guided(model, tokens, guidance):
 
 
 @torch.no_grad()
-def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, sampler="ddpm", batch=64, bar=False):
+def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, sampler=None, batch=64, bar=False):
     """
     One image per caption, x (B, C, H, W) in [-1, 1] on the CPU. Image i draws from (seed, first + i, step) alone, so it does
-    not depend on `batch`. `steps` and `guidance` default to the config's.
+    not depend on `batch`. `steps`, `guidance` and `sampler` default to the config's.
     """
+    sampler = config["sampler"] if sampler is None else sampler
     steps = config["sample_steps"] if steps is None else steps
     guidance = config["guidance"] if guidance is None else guidance
     device, resolution = next(model.parameters()).device, config["resolution"]

@@ -41,7 +41,7 @@ STAGES = {
     "finetune": ("pretrain",  "core.",  False,  True),
 }
 CORE_KEYS = ("width", "depth", "heads", "mlp_ratio", "grid", "text_vocab", "text_length")
-FREE_KEYS = ("steps", "workers", "log_every", "sample_every", "save_every", "eval_n", "guidance", "sample_steps", "micro")
+FREE_KEYS = ("steps", "workers", "log_every", "sample_every", "save_every", "eval_n", "guidance", "sampler", "sample_steps", "micro")
 
 # ---- settings: flags --KEY VALUE, a config, a stage -------------------------------------------------------------------------
 words = sys.argv[1:]
@@ -171,7 +171,7 @@ def preview(step):
     """samples/step_N.png: the same captions and noise every time, plain weights above, EMA weights below."""
     held_out = type(data)(config, config["seed"] + HELD_OUT) if data.name == "scenes" else data
     captions = [held_out.caption(i % len(held_out)) for i in range(8)]
-    rows = [sample(m, config, captions, sampler="ddim") for m in (model, ema)]
+    rows = [sample(m, config, captions) for m in (model, ema)]
     write_png(os.path.join(run, "samples", f"step_{step}.png"), grid(to_uint8(torch.cat(rows)), columns=8))
 
 
@@ -272,9 +272,9 @@ for step in bar:
 # ---- the score --------------------------------------------------------------------------------------------------------------
 where = f"{run} is finished after {config['steps']} steps"
 if config["eval_n"]:
-    result = evaluate(ema, config, config["eval_n"], sampler="ddim")
+    result = evaluate(ema, config, config["eval_n"])
     with open(os.path.join(run, "metrics.json"), "w") as f:
-        json.dump({"run": run, "n": config["eval_n"], "guidance": config["guidance"], "sampler": "ddim", "steps": config["sample_steps"], "metrics": result}, f)
+        json.dump({"run": run, "n": config["eval_n"], "guidance": config["guidance"], "sampler": config["sampler"], "steps": config["sample_steps"], "metrics": result}, f)
     where += f": {report(result)}"
 print(where)
 after = {"pretrain": "next: python train.py --stage grow", "grow": "next: python train.py --stage defrost, or"}.get(stage, "next:")
