@@ -71,8 +71,8 @@ def parse_value(key, text, default):
 
 def load_config(name="toy", stage="pretrain", flags=(), file=CONFIGS):
     """
-    Resolve a section of configs.txt. Later wins: [DEFAULT], the sections that `name` inherits, [name], then the
-    stage sections [parent.stage], [name.stage], then flags (a list of (key, text)). Returns a dict.
+    Resolve a section of configs.txt. Later wins: [DEFAULT], the sections that `name` inherits, [name], then the same with the
+    stage, [name.stage], then flags (a list of (key, text)). A stage other than pretrain starts from [name.grow]. Returns a dict.
     """
     parser = configparser.ConfigParser(inline_comment_prefixes="#", interpolation=None)
     parser.read(file)
@@ -83,7 +83,8 @@ def load_config(name="toy", stage="pretrain", flags=(), file=CONFIGS):
     chain = [name]                                             # [toy], or [small, toy] where small inherits toy
     while parent := ast.literal_eval(parser[chain[-1]]["inherits"]):
         chain.append(parent)
-    sections = chain[::-1] + [f"{s}.{stage}" for s in chain[::-1]]
+    stages = ["pretrain"] if stage == "pretrain" else dict.fromkeys(["grow", stage])
+    sections = chain[::-1] + [f"{s}.{part}" for part in stages for s in chain[::-1]]
     pairs = [(k, v) for s in sections if s in parser for k, v in parser._sections[s].items()] + list(flags)
     config = dict(defaults)
     for key, text in pairs:

@@ -367,10 +367,9 @@ def check_sizes(config):
     levels = len(c["channels"]) if c["shell"] == "unet" else 0
     unit, res = c["grid"] * 2 ** levels, c["resolution"]
     if res % unit or (res // unit) & (res // unit - 1):                            # unit times a power of two
-        good = [unit * 2 ** k for k in range(12)]
-        near = sorted(sorted(good, key=lambda g: abs(g - res))[:2])
+        below = unit * 2 ** max(0, math.floor(math.log2(res / unit)))
         raise UserError(f"resolution = {res} does not fit grid {c['grid']} under a {c['shell']} shell of {levels} levels: "
-                        f"take {near[0]} or {near[1]}")
+                        f"take {below} or {2 * below}")
     if c["width"] % c["heads"] or c["width"] % 4:
         good = [w for w in range(max(c["width"] - 256, 4), c["width"] + 257) if w % c["heads"] == 0 and w % 4 == 0]
         raise UserError(f"width = {c['width']} is no multiple of heads = {c['heads']} and of 4: "

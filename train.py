@@ -11,7 +11,6 @@ Train one stage. Each leaves a run folder out/CONFIG/STAGE: last.pt, config.txt,
 
 The same command again goes on where it stopped; --fresh moves the old run aside and starts anew. Ctrl-C saves first.
 """
-import contextlib
 import copy
 import json
 import math
@@ -183,6 +182,15 @@ def schedule(step):
     return config["lr_end"] + (1 - config["lr_end"]) * 0.5 * (1 + math.cos(math.pi * done))
 
 
+def step_flops():
+    """FLOPs of a training step, counted on one image. Apart from training: the counter changes how operators are carried out."""
+    x, tokens = torch.zeros(1, 3, config["resolution"], config["resolution"], device=device), torch.zeros(1, config["text_length"], dtype=torch.long, device=device)
+    with FlopCounterMode(display=False) as counter:
+        diffusion_loss(model, x, tokens, torch.full((1,), 0.5, device=device), x, config).sum().backward()
+    model.zero_grad()
+    return config["batch"] * counter.get_total_flops()
+
+
 def sgemm_rate():
     """FLOP/s of a 1024 x 1024 x 1024 float32 product here and now: the yardstick for a step's efficiency."""
     a = torch.randn(1024, 1024, device=device)
@@ -193,6 +201,8 @@ def sgemm_rate():
         times.append(time.perf_counter() - begin)
     return 2 * 1024 ** 3 / sorted(times)[5]
 
+
+flops = step_flops()
 
 # ---- the loop ---------------------------------------------------------------------------------------------------------------
 stopping = []                                                  # signals received; a second one quits at once
@@ -217,16 +227,12 @@ for step in bar:
             group["lr"] = peak * schedule(step)
 
     # forward and backward over micro-batches: gradients add up to those of the whole batch
-    counter = FlopCounterMode(display=False) if step == first else contextlib.nullcontext()
     parts = []
-    with counter:
-        for x_, tokens_, t_, eps_ in zip(x.split(micro), tokens.split(micro), t.split(micro), eps.split(micro)):
-            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-                loss = diffusion_loss(model, x_, tokens_, t_, eps_, config)        # (b,)
-            (loss.sum() / config["batch"]).backward()
-            parts.append(loss.detach())
-    if step == first:
-        flops = counter.get_total_flops()
+    for x_, tokens_, t_, eps_ in zip(x.split(micro), tokens.split(micro), t.split(micro), eps.split(micro)):
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+            loss = diffusion_loss(model, x_, tokens_, t_, eps_, config)            # (b,)
+        (loss.sum() / config["batch"]).backward()
+        parts.append(loss.detach())
     norm = torch.nn.utils.clip_grad_norm_(trained.values(), config["clip"] or math.inf)
 
     # a step that is not finite changes nothing; many in a row stop the run
