@@ -17,6 +17,7 @@ import sys
 import time
 
 import torch
+import torch.nn.functional as F
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"                       # read when Triton is imported, which parts of torch do
@@ -28,7 +29,8 @@ import eval as evaluation
 import kernels
 import model as models
 import sample as sampling
-from data import Batches, Scenes, load_config
+from data import Batches, Scenes, UserError, load_config, write_png
+from model import build
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = ["--width", "32", "--depth", "2", "--batch", "8", "--steps", "6", "--eval_n", "0", "--sample_every", "100", "--scene_count", "200",
@@ -744,13 +746,209 @@ def test_a_question_counts_only_if_its_parents_are_right():
     assert score["attributes"] == 1 and score["counts"] == 0 and score["dsg"] == pytest.approx(4 / 5)
 
 
-def test_frechet_distance_and_mmd_on_cases_with_known_answers():
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4000, 8, generator=generator).double()
-    assert evaluation.frechet_distance(x, x) == pytest.approx(0, abs=1e-9)
-    assert evaluation.frechet_distance(x, x + 2) == pytest.approx(32)
-    assert evaluation.frechet_distance(x, 3 * x) == pytest.approx(float(2 ** 2 * torch.cov(x.T).trace() + (2 * x.mean(0)).square().sum()))
-    assert abs(evaluation.mmd(x[:2000], x[2000:])) < 0.02 < 1 < evaluation.mmd(x[:2000], x[2000:] + 2)
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def fd(x, y):
+    return evaluation.frechet_distance(*evaluation.feature_stats(x), *evaluation.feature_stats(y))
+
+
+def exact_fd(x, y):
+    """From the data, not the covariances: the nuclear norm of A B^T, with A, B the centred data over sqrt(n - 1)."""
+    a, b = ((f - f.mean(0)) / (len(f) - 1) ** 0.5 for f in (x, y))
+    return float((x.mean(0) - y.mean(0)).square().sum() + a.square().sum() + b.square().sum() - 2 * torch.linalg.svdvals(a @ b.T).sum())
+
+
+def test_feature_stats_are_those_of_numpy_also_far_from_zero():
+    x = normal(5000, 7)
+    mu, sigma = evaluation.feature_stats(x.float())
+    np.testing.assert_allclose(sigma.numpy(), np.cov(x.float().double().numpy().T), rtol=1e-12)
+    far = evaluation.feature_stats(x + 1e6)[1]
+    assert (far - evaluation.feature_stats(x)[1]).abs().max() < 1e-9
+    assert evaluation.feature_stats(x[:, :1])[1].shape == (1, 1) and mu.dtype == torch.float64
+
+
+def test_frechet_distance_on_cases_with_known_answers():
+    x = normal(4000, 8)
+    assert fd(x, x) == pytest.approx(0, abs=1e-9) and fd(x, x + 2) == pytest.approx(32)
+    assert fd(x, 3 * x) == pytest.approx(float(2 ** 2 * torch.cov(x.T).trace() + (2 * x.mean(0)).square().sum()))
+    s1, s2 = torch.tensor([1., 4, 0]), torch.tensor([9., 0, 0])                    # diagonal: sum of (sqrt s1 - sqrt s2)^2
+    assert evaluation.frechet_distance(torch.zeros(3), s1.diag(), torch.ones(3), s2.diag()) == pytest.approx(3 + 4 + 4)
+
+
+@pytest.mark.parametrize("n, m, width, rank", [(300, 200, 40, 40), (12, 200, 40, 40), (12, 9, 40, 40), (300, 200, 40, 5), (2, 3, 64, 64), (30, 30, 1, 1)])
+def test_frechet_distance_is_exact_for_few_rows_and_low_rank(n, m, width, rank):
+    mix = normal(rank, width, seed=1)
+    x, y = normal(n, rank, seed=2) @ mix, 1.5 * normal(m, rank, seed=3) @ mix + 0.3
+    scale = x.var(0).sum() + y.var(0).sum()
+    assert abs(fd(x, y) - exact_fd(x, y)) < 1e-8 * scale and abs(fd(x, x)) < 1e-8 * scale
+
+
+def test_frechet_distance_agrees_with_sixty_digits():
+    mpmath = pytest.importorskip("mpmath")
+    x, y = normal(5, 8, seed=4), 2 * normal(6, 8, seed=5)
+    with mpmath.workdps(60):
+        def stats(f):
+            rows = mpmath.matrix(f.tolist())
+            mu = [sum(rows[i, j] for i in range(rows.rows)) / rows.rows for j in range(rows.cols)]
+            a = mpmath.matrix(rows.rows, rows.cols)
+            for i in range(rows.rows):
+                for j in range(rows.cols):
+                    a[i, j] = (rows[i, j] - mu[j]) / mpmath.sqrt(rows.rows - 1)
+            return mu, a
+        (m1, a), (m2, b) = stats(x), stats(y)
+        cross = sum(mpmath.svd_r(a * b.T, compute_uv=False))
+        trace = sum(v ** 2 for v in a) + sum(v ** 2 for v in b)
+        exact = sum((p - q) ** 2 for p, q in zip(m1, m2)) + trace - 2 * cross
+    assert abs(fd(x, y) - exact) < 1e-8 * trace
+
+
+def test_kid_is_unbiased_and_averages_to_the_full_estimate():
+    x, y = normal(60, 6), normal(50, 6, seed=1) + 0.2
+    kernel = lambda a, b: (a @ b.T / 6 + 1) ** 3
+    off = lambda k: (k.sum() - k.trace()) / (len(k) * (len(k) - 1))
+    full = float(off(kernel(x, x)) + off(kernel(y, y)) - 2 * kernel(x, y).mean())
+    assert evaluation.mmd(x, y) == pytest.approx(full, rel=1e-10) and evaluation.mmd(x, x) < 0
+    mean, std = evaluation.kid(x, y, 2000, 30)
+    assert abs(mean - full) < 4 * std / 2000 ** 0.5
+    assert evaluation.kid(x, y, 5, 20, seed=3) == evaluation.kid(x, y, 5, 20, seed=3) != evaluation.kid(x, y, 5, 20, seed=4)
+    assert evaluation.kid(x[:50], y, 1, 50) == (pytest.approx(evaluation.mmd(x[:50], y)), 0)
+
+
+def test_cmmd_is_the_biased_estimate_and_survives_tiny_differences():
+    x, y = F.normalize(normal(300, 16), dim=1), F.normalize(normal(200, 16, seed=1) + 0.5, dim=1)
+    kernel = lambda a, b: torch.exp(-torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist") ** 2 / 200).mean()
+    assert evaluation.cmmd(x, y) == pytest.approx(float(1000 * (kernel(x, x) + kernel(y, y) - 2 * kernel(x, y))), rel=1e-9)
+    assert evaluation.cmmd(x, x) == 0 and evaluation.cmmd(x, x + 1e-6) > 0
+    a, b = torch.tensor([[1., 0]]), torch.tensor([[0., 1]])                        # one pair at distance sqrt(2)
+    assert evaluation.cmmd(a, b) == pytest.approx(2000 * (1 - np.exp(-0.01)), rel=1e-12)
+
+
+def test_precision_and_recall_on_a_line_and_their_order():
+    real, fake = torch.tensor([[0.], [1], [2], [10]]), torch.tensor([[3.], [0.5], [30], [31]])
+    # k = 1: real balls reach 1, 1, 1, 8: they hold 3 (from 2 and 10) and 0.5; fake balls reach 2.5, 2.5, 1, 1: 1, 2, 0 are held
+    assert evaluation.precision_recall(real, fake, k=1) == (0.5, 0.75)
+    told = evaluation.prdc(real, fake, k=1)                    # open: 3 lies on the surface of the ball round 2, but inside that round 10
+    assert told == {"precision": 0.5, "recall": 0.75, "density": 3 / 4, "coverage": 3 / 4}
+    near, wide = 0.1 * normal(50, 3), normal(80, 3)
+    precision, recall = evaluation.precision_recall(wide, near)
+    assert precision == 1 and recall < 0.3                     # real is wide: samples are good but not diverse
+
+
+def test_prdc_of_equal_sets_and_of_the_published_example():
+    x = normal(100, 5)
+    assert evaluation.prdc(x, x) == {"precision": 1, "recall": 1, "density": 1, "coverage": 1}
+    assert evaluation.balls(x, x, 5, closed=True)[0].sum() == 600                  # closed balls also hold the k-th neighbour
+    told = evaluation.prdc(normal(2000, 1000), normal(2000, 1000, seed=1))         # 2,000 rows give 0.59, 0.58; 10,000 see below
+    assert 0.5 < told["precision"] < 0.65 and 0.5 < told["recall"] < 0.65 and 0.7 < told["density"] < 1.4 and told["coverage"] > 0.95
+
+
+def test_prdc_by_its_definition():
+    real, fake, k = normal(40, 3), normal(50, 3, seed=1) + 0.5, 5
+    d = torch.cdist(real, fake)
+    reach, reach_fake = (torch.cdist(f, f).sort(1).values[:, k] for f in (real, fake))
+    in_real = d < reach[:, None]
+    assert evaluation.prdc(real, fake) == pytest.approx({
+        "precision": float(in_real.any(0).double().mean()), "recall": float((d < reach_fake).any(1).double().mean()),
+        "density": float(in_real.sum(0).double().mean() / k), "coverage": float((d.min(1).values < reach).double().mean())})
+
+
+@slow
+def test_prdc_gives_the_published_figures():
+    """Two sets of 10,000 from N(0, I) in 1000 dimensions, k = 5 (README of prdc)."""
+    told = evaluation.prdc(normal(10000, 1000), normal(10000, 1000, seed=1))
+    assert told == {"precision": pytest.approx(0.477, abs=0.015), "recall": pytest.approx(0.471, abs=0.015),
+                    "density": pytest.approx(1.056, abs=0.1), "coverage": pytest.approx(0.974, abs=0.01)}
+
+
+def test_blocks_do_not_change_a_result(monkeypatch):
+    x, y = normal(90, 5), normal(70, 5, seed=1) + 0.1
+    every = lambda: (fd(x, y), evaluation.mmd(x, y), evaluation.cmmd(x, y), *evaluation.precision_recall(x, y), *evaluation.prdc(x, y).values())
+    whole = every()
+    monkeypatch.setattr(evaluation, "BLOCK", 4)
+    assert every() == pytest.approx(whole, rel=1e-9)
+
+
+def test_clip_score_is_a_hundred_times_the_mean_cosine():
+    a, b = torch.tensor([[3., 0], [0, 2]]), torch.tensor([[1., 0], [0, -5]])
+    assert evaluation.clip_score(a, b) == pytest.approx(0, abs=1e-12) and evaluation.clip_score(a, a) == pytest.approx(100)
+    assert evaluation.clip_score(a[1:], b[1:]) == pytest.approx(-100)              # not clamped
+
+
+def test_inception_score_from_one_to_the_number_of_classes():
+    assert evaluation.inception_score(torch.zeros(40, 10)) == (pytest.approx(1), pytest.approx(0))
+    sure = 1e4 * torch.eye(10).repeat(4, 1)                                        # certain and evenly spread: log(p) would be -inf
+    assert evaluation.inception_score(sure, splits=4) == (pytest.approx(10), pytest.approx(0, abs=1e-9))
+    p = normal(103, 6).softmax(1)
+    parts = [p[i * 103 // 10:(i + 1) * 103 // 10] for i in range(10)]              # 103 rows: no row is dropped
+    scores = [float((q * (q / q.mean(0)).log()).sum(1).mean().exp()) for q in parts]
+    assert evaluation.inception_score(p.log()) == (pytest.approx(np.mean(scores)), pytest.approx(np.std(scores)))
+
+
+def test_dsg_looks_one_level_up_and_survives_odd_parents():
+    score, chain = evaluation.dsg_score, {1: [0], 2: [1], 3: [2]}
+    assert score({1: 1, 2: 1, 3: 1}, chain) == 1 and score({}, {}) == 0
+    assert score({1: 0, 2: 1, 3: 1}, chain) == pytest.approx(1 / 3)                # 3 counts: its parent's own answer is 1
+    assert score({1: 1, 2: 0, 3: 1}, chain) == pytest.approx(1 / 3)
+    assert score({1: 1, 2: 1}, {1: [2], 2: [0]}) == 1                              # the parent comes later
+    assert score({1: 1, 2: 1}, {1: [2], 2: [1]}) == 1 and score({1: 1, 2: 0}, {1: [2], 2: [1]}) == 0   # a cycle
+    assert score({1: 1, 2: 0}, {1: [1], 2: [2]}) == 0.5                            # its own parent
+    assert score({1: 1}, {1: [7]}) == 1 and score({1: 1}, {}) == 1                 # a parent that does not exist; none listed
+    with pytest.raises(ValueError, match="0 or 1"):
+        score({1: "yes"}, {})
+
+
+def test_dsg_corpus_averages_over_prompts_not_questions():
+    prompts = [{"answers": {1: 1}, "parents": {1: [0]}, "categories": {1: "entity"}},
+               {"answers": {1: 0, 2: 1, 3: 1}, "parents": {1: [0], 2: [1], 3: [0]}, "categories": {1: "entity", 2: "colour", 3: "entity"}},
+               {"answers": {}, "parents": {}, "categories": {}}]
+    assert evaluation.dsg_corpus(prompts) == {"overall": pytest.approx((1 + 1 / 3 + 0) / 3), "entity": pytest.approx(2 / 3), "colour": 0}
+    with pytest.raises(ValueError):
+        evaluation.dsg_corpus([])
+
+
+@pytest.mark.parametrize("size", [(24, 24), (64, 64), (224, 224), (30, 50)])
+def test_resize_is_that_of_pillow(size):
+    pillow = pytest.importorskip("PIL.Image")
+    smooth = F.interpolate(40 + 170 * torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)), (64, 64), mode="bilinear")
+    ours = evaluation.resize(smooth, size)
+    for c in range(3):                                         # pillow's floats are exact, its uint8 rounds after each axis
+        theirs = np.asarray(pillow.fromarray(smooth[0, c].numpy()).resize(size[::-1], pillow.Resampling.BICUBIC))
+        assert np.abs(ours[0, c].numpy() - theirs.clip(0, 255)).max() < 1e-3
+    level = smooth.round().byte()
+    theirs = np.asarray(pillow.fromarray(level[0].permute(1, 2, 0).numpy()).resize(size[::-1], pillow.Resampling.BICUBIC))
+    assert np.abs(evaluation.resize(level, size)[0].permute(1, 2, 0).round().numpy() - theirs).max() <= 1
+    edge = torch.cat([torch.zeros(1, 3, 8, 4), torch.ones(1, 3, 8, 4)], 3)         # bicubic overshoots a step
+    assert evaluation.resize(edge, 32).max() == 1 and evaluation.resize(255 * edge, 32).max() == 255
+
+
+BAD = {"nan": lambda x: x.index_fill(0, torch.tensor([3]), float("nan")), "inf": lambda x: x / 0, "no rows": lambda x: x[:0],
+       "one axis": lambda x: x[0], "three axes": lambda x: x[None], "another width": lambda x: x[:, :1], "no tensor": lambda x: x.numpy()}
+TWO_SETS = {"mmd": evaluation.mmd, "kid": lambda x, y: evaluation.kid(x, y, 2, 5), "cmmd": evaluation.cmmd, "pr": evaluation.precision_recall,
+            "prdc": evaluation.prdc, "clip": evaluation.clip_score, "fd": lambda x, y: fd(x, y)}
+
+
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("metric", TWO_SETS)
+def test_bad_features_are_refused(kind, metric):
+    x = normal(12, 6)
+    for pair in ((x, BAD[kind](x)), (BAD[kind](x), x)):
+        with pytest.raises(ValueError):
+            TWO_SETS[metric](*pair)
+
+
+def test_other_bad_inputs_are_refused():
+    x, e = normal(12, 6), evaluation
+    mu, sigma = e.feature_stats(x)
+    for call in (lambda: e.feature_stats(x[:1]), lambda: e.mmd(x[:1], x), lambda: e.clip_score(x, x[:1]), lambda: e.clip_score(x, 0 * x),
+                 lambda: e.kid(x, x), lambda: e.kid(x, x, 2, 1), lambda: e.precision_recall(x[:3], x), lambda: e.prdc(x, x[:5]), lambda: e.prdc(x, x, k=0),
+                 lambda: e.inception_score(x[:9]), lambda: e.inception_score(x, 0), lambda: e.frechet_distance(mu, sigma[:5], mu, sigma),
+                 lambda: e.frechet_distance(mu[:5], sigma, mu, sigma), lambda: e.frechet_distance(mu, -sigma, mu, sigma),
+                 lambda: e.frechet_distance(mu, sigma + sigma.triu(1), mu, sigma), lambda: e.frechet_distance(mu, float("nan") * sigma, mu, sigma),
+                 lambda: e.resize(torch.zeros(3, 8, 8), 4), lambda: e.resize(torch.zeros(1, 3, 8, 8) - 1, 4), lambda: e.resize(torch.zeros(1, 3, 8, 8), 0)):
+        with pytest.raises(ValueError):
+            call()
 
 
 def test_distances_rank_real_pictures_before_spoilt_ones():
@@ -759,18 +957,218 @@ def test_distances_rank_real_pictures_before_spoilt_ones():
     spoilt = np.clip(other + np.random.default_rng(0).normal(0, 40, other.shape), 0, 255).astype(np.uint8)
     f = evaluation.random_features
     assert torch.equal(f(real), f(real)) and f(real).shape == (200, 64)
-    for distance in (evaluation.frechet_distance, evaluation.mmd):
-        assert abs(distance(f(real), f(other))) * 3 < distance(f(real), f(spoilt))
+    for distance in (fd, evaluation.mmd):
+        assert abs(distance(f(real), f(other))) * 4 < distance(f(real), f(spoilt))
+
+
+# ---- feature networks: tiny ones with random weights, built here ---------------------------------------------------------------
+
+def tiny_dino(folder, **changes):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=518, patch_size=14, initializer_range=0.5, **changes)
+    net = transformers.Dinov2Model(config).eval()
+    net.save_pretrained(folder)
+    return net
+
+
+def tiny_clip(folder):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.CLIPConfig(text_config=dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=600,
+                                                      bos_token_id=0, eos_token_id=1, pad_token_id=1),
+                                     vision_config=dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14, projection_dim=12),
+                                     projection_dim=12)
+    net = transformers.CLIPModel(config).eval()
+    net.save_pretrained(folder)
+    return net
+
+
+def test_dino_positions_are_sampled_as_torch_hub_does():
+    table = normal(1, 1 + 37 * 37, 2).float()
+    told = evaluation.hub_positions(table, 16)
+    places = (torch.arange(16) + 0.5) * 37 / 16.1 - 0.5                            # the hub's scale is 16.1 / 37
+    d = (places[:, None] - torch.arange(37)).abs()                                 # (16, 37)
+    cubic = torch.where(d <= 1, 1.25 * d ** 3 - 2.25 * d ** 2 + 1, torch.where(d < 2, -0.75 * (d ** 3 - 5 * d ** 2 + 8 * d - 4), 0))   # a = -0.75
+    exact = torch.einsum("ip,jq,pqc->ijc", cubic, cubic, table[0, 1:].view(37, 37, 2))
+    assert told.shape == (1, 257, 2) and torch.equal(told[0, 0], table[0, 0])
+    assert torch.allclose(told[0, 1:].view(16, 16, 2)[1:-1, 1:-1], exact[1:-1, 1:-1], atol=1e-4)
+    assert torch.equal(evaluation.hub_positions(table, 37), table)
+
+
+def test_dino_features_are_the_class_token_of_the_fixed_network(tmp_path):
+    net = tiny_dino(tmp_path / "dino")
+    images = np.random.default_rng(0).integers(0, 256, (3, 40, 60, 3), dtype=np.uint8)
+    features, about = evaluation.open_network("dino", str(tmp_path / "dino"), "cpu")
+    x = evaluation.resize(torch.from_numpy(images).permute(0, 3, 1, 2), 224).round() / 255      # squashed, not cropped
+    x = (x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    with torch.no_grad():
+        ours, plain = features(images), net(x).last_hidden_state[:, 0]
+        hub = F.interpolate(net.embeddings.position_embeddings[:, 1:].view(1, 37, 37, 16).permute(0, 3, 1, 2), scale_factor=(16.1 / 37,) * 2, mode="bicubic")
+        net.embeddings.interpolate_pos_encoding = lambda *_: torch.cat([net.embeddings.position_embeddings[:, :1], hub.flatten(2).mT], 1)
+        assert torch.allclose(ours, net(x).last_hidden_state[:, 0], atol=1e-6) and not torch.allclose(ours, plain, atol=1e-4)
+    assert about["sha256"] == evaluation.file_hash(str(tmp_path / "dino/model.safetensors")) and "published: 1024" in about["network"]
+
+
+def test_clip_features_have_length_one_and_the_size_of_the_model(tmp_path):
+    net = tiny_clip(tmp_path / "clip")
+    features, about = evaluation.open_network("clip", str(tmp_path / "clip"), "cpu")
+    images = np.random.default_rng(0).integers(0, 256, (2, 28, 36, 3), dtype=np.uint8)
+    x = torch.from_numpy(images[:, :, 4:32]).permute(0, 3, 1, 2) / 255             # the centre square, already of the model's size
+    x = (x - torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)) / torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    with torch.no_grad():
+        told = net.get_image_features(pixel_values=x)
+        told = F.normalize(getattr(told, "pooler_output", told), dim=1)            # transformers 4 returns the tensor itself
+        assert torch.allclose(features(images), told, atol=1e-5)
+    assert "to 28," in about["resize"]
+
+
+def test_captions_meet_their_images_in_clip(tmp_path):
+    net = tiny_clip(tmp_path / "clip")
+    features, _ = evaluation.open_network("clip", str(tmp_path / "clip"), "cpu")
+    with pytest.raises(SystemExit):
+        features(["a circle"])                                 # no tokenizer in the folder
+    letters = [chr(c) for c in range(97, 123)]
+    words = {w: i for i, w in enumerate(["<|startoftext|>", "<|endoftext|>", *letters, *(c + "</w>" for c in letters)])}
+    (tmp_path / "clip/vocab.json").write_text(json.dumps(words))
+    (tmp_path / "clip/merges.txt").write_text("#version: 0.2\n")
+    import transformers
+    transformers.CLIPTokenizer.from_pretrained(tmp_path / "clip").save_pretrained(tmp_path / "clip")
+    with torch.no_grad():
+        ours = features(["a circle", "abc " * 200])            # the second is cut
+        tokens = [0] + [words[w] for w in ["a</w>", *"circl", "e</w>"]] + [1]
+        told = F.normalize(net.text_projection(net.text_model(torch.tensor([tokens])).pooler_output), dim=1)
+    assert ours.shape == (2, 12) and torch.allclose(ours[0], told[0], atol=1e-5)
+
+
+def test_weights_are_refused_unless_whole_and_known(tmp_path, capsys):
+    refuse = lambda name, path: pytest.raises(SystemExit, evaluation.open_network, name, path and str(path), "cpu") and capsys.readouterr().err
+    assert "no weights at" in refuse("dino", None) and "nothing is downloaded" in refuse("clip", tmp_path / "none")
+    (tmp_path / "inception.pt").write_bytes(b"not the network")
+    assert "is not the network of FID" in refuse("inception", tmp_path / "inception.pt")
+    tiny_dino(tmp_path / "dino")
+    assert "of type dinov2" in refuse("clip", tmp_path / "dino")
+    load_file = pytest.importorskip("safetensors.torch").load_file
+    weights = load_file(tmp_path / "dino/model.safetensors")
+    del weights["layernorm.weight"]
+    pytest.importorskip("safetensors.torch").save_file(weights, tmp_path / "dino/model.safetensors", metadata={"format": "pt"})
+    assert "lacks 1 weights" in refuse("dino", tmp_path / "dino")
+    (tmp_path / "dino/model.safetensors").write_bytes(b"cut off")
+    assert "cannot be loaded" in refuse("dino", tmp_path / "dino")
+
+
+def test_the_inception_file_gets_whole_levels_and_gives_its_features(tmp_path, monkeypatch):
+    class Stand(torch.nn.Module):
+        def forward(self, x: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+            return x.float().mean((2, 3)) if return_features else x.float()
+    torch.jit.script(Stand()).save(str(tmp_path / "i.pt"))
+    monkeypatch.setattr(evaluation, "INCEPTION", evaluation.file_hash(str(tmp_path / "i.pt")))
+    images = np.full((2, 8, 8, 3), 200, np.uint8)
+    features, about = evaluation.open_network("inception", str(tmp_path / "i.pt"), "cpu")
+    assert torch.equal(features(images), torch.full((2, 3), 200.)) and "TensorFlow 1" in about["resize"]
+
+
+# ---- the command line -----------------------------------------------------------------------------------------------------------
+
+def folder_of_scenes(path, first, n, side=16):
+    world = Scenes(tiny())
+    path.mkdir()
+    for i in range(first, first + n):
+        write_png(str(path / f"{i:03d}.png"), world.image(i, side))
+    return path
+
+
+def test_two_folders_are_compared_and_bad_ones_refused(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("PIL")
+    a, b = folder_of_scenes(tmp_path / "a", 0, 30), folder_of_scenes(tmp_path / "b", 100, 20)
+
+    def says(*words):
+        """What eval.py prints; a refusal ends with status 2."""
+        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
+        try:
+            evaluation.main()
+        except UserError as e:
+            assert e.code == 2
+        out = capsys.readouterr()
+        return out.err or out.out
+    said = says(a, b, "--json", tmp_path / "e.json")
+    told = json.load(open(tmp_path / "e.json"))
+    assert "biased: 20 images" in said and "FID" not in said and told["n"] == 20
+    assert set(told["metrics"]) == {"fd_random", "mmd_random", "pr_random", "prdc_random"}
+    assert {"n", "reference", "networks", "device", "versions"} <= set(told["card"]) and len(told["card"]["networks"]["random"]["sha256"]) == 64
+    (tmp_path / "empty").mkdir()
+    assert "0 images under" in says(a, tmp_path / "empty") and "1 images" in says(a, folder_of_scenes(tmp_path / "one", 0, 1))
+    assert "depend on the size" in says(a, folder_of_scenes(tmp_path / "large", 0, 3, 32)) and "subset_size" in says(a, b, "--metrics", "kid")
+    write_png(str(b / "odd.png"), np.zeros((8, 9, 3), np.uint8))
+    assert "odd.png" in (said := says(a, b)) and "2 sizes" in said
+    (b / "odd.png").write_bytes(b"no picture")
+    assert "odd.png" in (said := says(a, b)) and "cannot be read" in said
+    (b / "odd.png").write_bytes((b / "100.png").read_bytes()[:-60])
+    assert "odd.png" in (said := says(a, b)) and "breaks off" in said
+    for words, reason in ((["--features", "dino"], "error: --features dino"), (["--metrics", "questions"], "error: --metrics questions"),
+                          (["--features", "vgg"], "error: --features vgg"), (["--n", 1], "error: --n 1"), ([a], "too many folders")):
+        assert reason in says(a, a, *words)
 
 
 def test_evaluation_from_the_command_line(runs, tmp_path):
-    file = tmp_path / "e.json"
-    said = run("eval.py", runs[0] / "toy/grow", "--n", 12, "--steps", 3, "--guidance", "1,2", "--json", file)
+    file, out = tmp_path / "e.json", runs[0] / "toy/pretrain"
+    said = run("eval.py", out, "--n", 12, "--steps", 3, "--guidance", "1,2", "--seeds", 2, "--json", file)
     told = json.load(open(file))
-    assert said.count("chance") == 2 and "FID" not in said and told["n"] == 12 and len(told["all"]) == 2
+    assert "FID" not in said and told["n"] == 12 and len(told["all"]) == 4 and said.count("spread") == 2
     assert set(told["metrics"]) == {"questions", "fd_random", "mmd_random"}
     assert set(told["metrics"]["questions"]) == {"entities", "attributes", "relations", "counts", "global", "dsg", "chance_dsg"}
-    assert "error: --n 1" in run("eval.py", runs[0] / "toy/grow", "--n", 1, code=2)
+    two = [r["metrics"]["fd_random"] for r in told["all"] if r["guidance"] == told["guidance"]]
+    assert told["metrics"]["fd_random"] == pytest.approx(np.mean(two)) and told["spread"]["fd_random"] == pytest.approx(np.std(two))
+    assert {"n", "reference", "networks", "images", "guidance", "sampler", "steps", "ema", "seeds", "versions", "device", "checkpoint"} <= set(told["card"])
+    assert told["tuning"]["guidance"] == [1, 2] and len(told["tuning"]["curves"]["dsg"]) == 2 and told["tuning"]["range"]
+    assert (out / "guidance.png").exists() or "pip install matplotlib" in said
+    assert "error: --n 1" in run("eval.py", out, "--n", 1, code=2)
+    said = run("eval.py", out, "--n", 6, "--steps", 2, "--metrics", "counting,zeroshot", "--json", file)
+    told = json.load(open(file))["metrics"]
+    assert set(told) == {"counting", "zeroshot"} and set(told["counting"]) <= {"1", "2", "3"} and told["zeroshot"]["shape"]["chance"] == pytest.approx(1 / 3)
+
+
+def test_the_range_of_guidance_lies_between_the_two_optima(tmp_path):
+    points = [(g, {"questions": {"dsg": g / 9, "chance_dsg": 0.1}, "fd_random": (g - 2) ** 2, "mmd_random": (g - 4) ** 2}) for g in (8, 1, 2, 3, 4)]
+    told = evaluation.tuning(points)
+    assert told["guidance"] == [1, 2, 3, 4, 8] and told["range"] == [2, 4] and told["optimum"] == {"fd_random": 2, "mmd_random": 4}
+    pytest.importorskip("matplotlib")
+    evaluation.draw_tuning(told, str(tmp_path / "g.png"))
+    assert (tmp_path / "g.png").stat().st_size > 5000
+
+
+def test_counting_looks_for_exactly_as_many():
+    group = dict(count=2, shape="circle", colour="red", texture="plain", size="small")
+    ball = dict(shape="circle", colour="red")
+    seen = [("white", [ball] * k) for k in (1, 2, 3)] + [("white", [ball, dict(ball, colour="blue"), ball])]
+    assert evaluation.counting([dict(groups=[group])] * 4, seen) == {"2": 0.5}
+
+
+def test_zeroshot_finds_the_caption_of_least_loss(monkeypatch):
+    config = tiny()
+    world, model = Scenes(config), build(config)
+    told = evaluation.zeroshot(model, config, world, 12, draws=2)                  # v = 0 whatever the caption: always the first class
+    assert told["shape"]["circle"] == 1 and told["shape"]["square"] == 0 and told["colour"]["chance"] == 1 / 4
+    words = evaluation.tokenize([*world.shapes, *world.colours], 20, config["text_vocab"])[:, 0]
+    truth = {evaluation.to_tensor(world.image(i, 16)[None]).numpy().tobytes(): world.scene(i)["groups"][0] for i in range(100)}
+
+    def knows(model, x, tokens, t, eps, config):
+        """A loss that is lower for each word of the caption that is true of the picture."""
+        group = truth[x[:1].contiguous().numpy().tobytes()]
+        right = [words[[*world.shapes, *world.colours].index(group[k])] for k in ("shape", "colour")]
+        return -sum((tokens == r).any(1).float() + (tokens == evaluation.tokenize([group["shape"] + "s"], 20, config["text_vocab"])[0, 0]).any(1).float() for r in right)
+    monkeypatch.setattr(evaluation, "diffusion_loss", knows)
+    told = evaluation.zeroshot(model, config, world, 12, draws=2)
+    assert told["shape"]["mean"] == 1 and told["colour"]["mean"] == 1
+
+
+@slow
+def test_twelve_thousand_rows_stay_under_one_and_a_half_gigabytes():
+    code = ("import resource, torch, eval as e; x = torch.randn(12000, 768); y = torch.randn(11000, 768);"
+            "e.cmmd(x, y); e.precision_recall(x[:3000], y[:3000]);"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, check=True)
+    assert int(done.stdout) * 1024 < 1.5e9
 
 
 # ---- train.py ---------------------------------------------------------------------------------------------------------------
