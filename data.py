@@ -10,7 +10,7 @@ Notable features:
   so that a run can be resumed anywhere without saving the state of any generator;
 - `scenes`, a small world drawn by formula at any resolution. Because each picture is known exactly, eval.py can
   tell without learned weights whether a generated image shows what its caption says;
-- a folder of images, each with a .txt beside it, serves through the same five methods as `scenes`.
+- a folder of images, each with a .txt beside it, serves through the same methods as `scenes`.
 
 Letters: B images in a batch, C = 3 channels, H W height and width in pixels, L caption tokens.
 """
@@ -43,7 +43,7 @@ class UserError(SystemExit):
 
 
 def nearest(word, known):
-    """' (did you mean ...?)' or ''. `lr` and `learing_rate` share few letters, so initials count as a match too."""
+    """"did you mean 'x'?", or the known words where none is near. Initials count: learning_rate is near lr."""
     initials = "".join(part[0] for part in word.split("_") if part)
     close = difflib.get_close_matches(word, known, 1, 0.5) or [k for k in known if k == initials]
     return f"did you mean {close[0]!r}?" if close else "the known ones are " + ", ".join(known)
@@ -82,6 +82,8 @@ def load_config(name="toy", stage="pretrain", flags=(), file=CONFIGS):
         raise UserError(f"no config {name!r} in {os.path.basename(file)}: {nearest(name, names)}")
     chain = [name]                                             # [toy], or [small, toy] where small inherits toy
     while parent := ast.literal_eval(parser[chain[-1]]["inherits"]):
+        if parent not in names or parent in chain:
+            raise UserError(f"config {chain[-1]!r} inherits {parent!r}: name another one of {', '.join(names)}")
         chain.append(parent)
     stages = ["pretrain"] if stage == "pretrain" else dict.fromkeys(["grow", stage])
     sections = chain[::-1] + [f"{s}.{part}" for part in stages for s in chain[::-1]]
@@ -91,9 +93,13 @@ def load_config(name="toy", stage="pretrain", flags=(), file=CONFIGS):
         if key not in defaults:
             raise UserError(f"unknown key {key!r}: {nearest(key, sorted(defaults))}")
         config[key] = parse_value(key, text, defaults[key])
-    for key in config:
-        if key in ("steps", "batch", "resolution", "width", "depth", "heads", "grid", "save_every") and config[key] < 1:
-            raise UserError(f"{key} = {config[key]}: {key} must be at least 1")
+    for key, value in config.items():
+        least = {"seed": 0, "workers": 0, "micro": 0, "warmup": 0, "log_every": 0, "sample_every": 0, "text_vocab": 2, "eval_n": 2}.get(key, 1)
+        numbers = value if type(value) is tuple else [value] if type(value) is int else [least]
+        if not numbers or min(numbers) < least and not (key == "eval_n" and value == 0):
+            raise UserError(f"{key} = {value}: {key} must be at least {least}")
+        if key in ("base", "scene_small", "scene_large") and value <= 0:
+            raise UserError(f"{key} = {value}: {key} must be above 0")
         if key in ("lr", "weight_decay", "clip", "warmup", "guidance") and config[key] < 0:
             raise UserError(f"{key} = {config[key]}: {key} must not be negative")
         if key in ("caption_dropout", "ema", "beta1", "beta2") and not 0 <= config[key] <= 1:
@@ -156,8 +162,8 @@ def distance(shape, x, y, r):
 @functools.lru_cache(64)
 def texture_wave(texture, resolution, cycles):
     """
-    (H, W) or 0: a square wave of `cycles` periods averaged over each pixel. Its mean over a period is zero and its phase is
-    locked to the grid, so at `cycles` pixels and below it vanishes exactly: detail that only a grown model can show.
+    (H, W): a square wave of `cycles` periods averaged over each pixel. Its mean over a period is zero and its phase is locked to the
+    grid, so at `cycles` pixels, and at every divisor of it, it vanishes exactly: detail that only a grown model can show.
     """
     if texture == "plain":
         return np.zeros((resolution, resolution))
@@ -180,14 +186,14 @@ class Scenes:
         self.most, self.cycles = config["scene_objects"], config["scene_texture"]
         self.diameters = {"small": config["scene_small"], "large": config["scene_large"]}
         self.textured, self.scatter = config["scene_textured"], config["scene_scatter"]
-        self.length = config["scene_count"]
+        self.length, self.native = config["scene_count"], config["scene_native"]
 
     def __len__(self):
         return self.length
 
     def size(self, i):
-        """Native (width, height) in pixels: 27.5 % lie under the resolution that shows textures, as in CC12M under 512."""
-        native = int(2 * self.cycles * 2 ** (2 * uniforms(self.seed, i, 1)[0] - 0.55))
+        """Native (width, height) in pixels: 27.5 % lie under `scene_native`, as in CC12M under 512 (Greedy Growing, Sec. 4)."""
+        native = int(self.native * 2 ** (2 * uniforms(self.seed, i, 1)[0] - 0.55))
         return native, native
 
     def caption(self, i):
@@ -266,8 +272,8 @@ IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 class Folder:
     """
-    The images under `path` that have a caption and can be opened. `skipped` maps a reason to the files it befell.
-    Raises UserError where nothing can be used, or more than one image in twenty lacks a caption.
+    The images under `path` that have a caption and can be opened. `skipped` maps a reason to the files it befell. Small folders are
+    kept in memory at the size asked for, so that each image is decoded once.
     """
 
     def __init__(self, path):
@@ -276,7 +282,7 @@ class Folder:
         except ImportError:
             raise UserError("reading image files needs pillow: pip install pillow")
         self.pillow, self.name, self.skipped = pillow, os.path.abspath(path), {}
-        self.items, self.unreadable = [], set()                # items: (file, (width, height), caption)
+        self.items, self.unreadable, self.kept = [], set(), {} # items: (file, (width, height), caption)
         if not os.path.isdir(path):
             raise UserError(f"no folder {path!r}: --data takes scenes, or a folder of images with a .txt beside each")
         files = sorted(os.path.join(d, f) for d, _, names in os.walk(path) for f in names)
@@ -288,13 +294,17 @@ class Folder:
                 self.skipped.setdefault(reason, []).append(file)
             else:
                 self.items.append((file, size, caption))
-        mute = len(self.skipped.get("no caption", [])) + len(self.skipped.get("empty caption", []))
         if not files:
             raise UserError(f"no images under {path!r}: looked for {' '.join(IMAGES)}")
-        if mute > len(files) / 20:
-            raise UserError(f"{mute} of {len(files)} images under {path!r} have no caption: put NAME.txt beside NAME.jpg")
+
+    def require(self):
+        """Raise UserError where training makes no sense: no image, or more than one in twenty without a caption."""
+        files = len(self.items) + sum(map(len, self.skipped.values()))
+        mute = len(self.skipped.get("no caption", [])) + len(self.skipped.get("empty caption", []))
+        if mute > files / 20:
+            raise UserError(f"{mute} of {files} images under {self.name!r} have no caption: put NAME.txt beside NAME.jpg")
         if not self.items:
-            raise UserError(f"none of {len(files)} files under {path!r} is an image: `python data.py check` lists them")
+            raise UserError(f"none of {files} files is an image: python data.py check {self.name} lists them")
 
     def read_size(self, file):
         """(width, height) as shown, from the header alone; None if the file is not an image."""
@@ -324,6 +334,17 @@ class Folder:
 
     def image(self, i, resolution, draws=(0.5, 0.5)):
         """(H, W, 3) uint8: short side resized to `resolution`, random crop (Greedy Growing, Sec. 4); transparency over white."""
+        image = self.kept.get((i, resolution))
+        if image is None:
+            image = self.resized(i, resolution)
+            if len(self.kept) * resolution ** 2 < 2 ** 27:     # about half a gigabyte
+                self.kept[i, resolution] = image
+        h, w, _ = image.shape
+        left, top = int(draws[0] * (w - resolution + 1)), int(draws[1] * (h - resolution + 1))
+        return image[top:top + resolution, left:left + resolution]
+
+    def resized(self, i, resolution):
+        """(H, W, 3) uint8, upright, the short side `resolution` long."""
         from PIL import ImageOps
         with self.pillow.open(self.items[i][0]) as opened:
             opened.draft("RGB", (2 * resolution, 2 * resolution))                  # JPEG: decode at a fraction, still >= 2x
@@ -334,9 +355,7 @@ class Folder:
             image = image.convert("RGB")
         scale = resolution / min(image.size)
         w, h = (max(resolution, round(s * scale)) for s in image.size)
-        image = image.resize((w, h), self.pillow.Resampling.BICUBIC)
-        left, top = int(draws[0] * (w - resolution + 1)), int(draws[1] * (h - resolution + 1))
-        return np.asarray(image.crop((left, top, left + resolution, top + resolution)))
+        return np.asarray(image.resize((w, h), self.pillow.Resampling.BICUBIC))
 
 
 def open_data(config):
@@ -348,6 +367,11 @@ def open_data(config):
 # Captions -> tokens, and steps -> batches
 
 
+def words(caption):
+    """Words and punctuation marks, in lower case."""
+    return re.findall(r"\w+|[^\w\s]", caption.lower())
+
+
 def tokenize(captions, length, vocab):
     """
     Words hashed into `vocab` buckets: (B, L) int64, 0 where no word is. Needs no vocabulary file; its embedding is learned
@@ -355,8 +379,8 @@ def tokenize(captions, length, vocab):
     """
     tokens = np.zeros((len(captions), length), np.int64)
     for row, caption in zip(tokens, captions):
-        words = re.findall(r"\w+|[^\w\s]", caption.lower())[:length]
-        row[:len(words)] = [1 + zlib.crc32(w.encode()) % (vocab - 1) for w in words]
+        found = words(caption)[:length]
+        row[:len(found)] = [1 + zlib.crc32(w.encode()) % (vocab - 1) for w in found]
     return torch.from_numpy(tokens)
 
 
@@ -377,7 +401,9 @@ class Batches(torch.utils.data.Dataset):
     """
 
     def __init__(self, data, config, filtered):
-        self.data, self.config, self.filtered = data, config, filtered
+        self.data, self.config = data, config
+        if isinstance(data, Folder):
+            data.require()
         least = config["resolution"] if filtered else 1        # keep what is at least as large as the target (Sec. 3.3)
         self.usable = np.array([i for i in range(len(data)) if min(data.size(i)) >= least])
         if not len(self.usable):
@@ -406,7 +432,7 @@ class Batches(torch.utils.data.Dataset):
                     print(f"skipped {file}: {e}", file=sys.stderr)
                 self.data.unreadable.add(file)
         else:
-            raise UserError(f"no image of {self.data.name} can be decoded: `python data.py check` lists them")
+            raise UserError(f"no image of {self.data.name} can be decoded: the lines above name them")
         image = image[:, ::-1] if c["flip"] and flip < 0.5 else image
         return image, "" if drop < c["caption_dropout"] else self.data.caption(j % len(self.data))
 
@@ -460,9 +486,10 @@ def check(data, args, config):
     for reason, files in sorted(skipped.items()):
         print(f"skipped  {len(files):8d}  {reason}: {', '.join(files[:3])}{' ...' if len(files) > 3 else ''}")
     least = np.array([min(data.size(i)) for i in range(len(data))])
-    words = [len(data.caption(i).split()) for i in range(min(len(data), 10000))]
-    print(f"captions of {np.mean(words):.1f} words; {np.mean(np.array(words) > config['text_length']):.1%} are cut at "
-          f"text_length = {config['text_length']}")
+    if not len(data):
+        return
+    lengths = np.array([len(words(data.caption(i))) for i in range(min(len(data), 10000))])
+    print(f"captions of {lengths.mean():.1f} words; {np.mean(lengths > config['text_length']):.1%} are cut at text_length = {config['text_length']}")
     for resolution in 16, 32, 64, 128, 256, 512, 1024:
         print(f"{resolution:5d} px keeps {np.mean(least >= resolution):7.1%}")
 
@@ -472,10 +499,10 @@ def main():
     parser.add_argument("command", choices=["show", "check"])
     parser.add_argument("path", help="scenes, or a folder of images")
     parser.add_argument("--config", default="toy")
-    parser.add_argument("--resolution", default="32")
+    parser.add_argument("--resolution", help="default: that of the config's grow stage")
     parser.add_argument("--to", default="sheet.png", help="where `show` writes its picture")
     args = parser.parse_args()
-    config = load_config(args.config, "grow", [("data", args.path), ("resolution", args.resolution)])
+    config = load_config(args.config, "grow", [("data", args.path)] + [("resolution", args.resolution)] * bool(args.resolution))
     {"show": show, "check": check}[args.command](open_data(config), args, config)
 
 

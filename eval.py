@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (COLOURS, CONTRAST, GROUNDS, IMAGES, SHAPES, Scenes, UserError, describe, distance, open_data, texture_wave, to_tensor,
+from data import (Batches, COLOURS, CONTRAST, GROUNDS, IMAGES, SHAPES, Scenes, UserError, describe, distance, open_data, texture_wave, to_tensor,
                   to_uint8, tokenize)
 from model import diffusion_loss, load, noise, read_checkpoint
 from sample import SAMPLERS, free_name, sample
@@ -629,7 +629,7 @@ RANDOM = {"random": (random_features, {})}
 
 
 def held_out(config, n):
-    """(data, scenes or None, captions): n captions that training on scenes never saw; those of a folder are its first ones."""
+    """(data, scenes or None, captions): n captions of scenes that training never draws (a caption may occur in both); or the first n of a folder."""
     if config["data"] != "scenes":
         world = open_data(config)
         return world, None, [world.caption(i % len(world)) for i in range(n)]
@@ -657,7 +657,8 @@ def evaluate(model, config, n, guidance=None, steps=None, sampler=None, seed=0, 
         result |= {"questions": with_chance(world, scenes, seen)} if "questions" in metrics else {}
         result |= {"counting": counting(scenes, seen)} if "counting" in metrics else {}
     if {"fd", "mmd", "kid", "pr", "prdc"} & set(metrics):
-        real = np.stack([world.image((n + i) % len(world), config["resolution"]) for i in tqdm(range(n), "real images", leave=False, disable=None)])
+        batches = Batches(world, config, filtered=False)                           # names and passes over what cannot be decoded
+        real = np.stack([batches.sample(0, (n + i) % len(world))[0] for i in tqdm(range(n), "real images", leave=False, disable=None)])
         for name, (features, _) in networks.items():
             x, y = (torch.cat([features(part[k:k + 64]).cpu() for k in range(0, n, 64)]) for part in (real, images))
             result |= distances(x, y, name, metrics)

@@ -12,8 +12,8 @@ The model that grows:  v = shell.decode(core(shell.encode(z)))          (Greedy 
 Notable features:
 - adaLN-single: one network under core.time makes the shifts, scales and gates of every block, so that "the time encoding
   stays trainable while the core is frozen" (Sec. 3.3) is a single prefix of parameter names;
-- every residual branch and the last convolution start at exactly zero, set by one function that runs last;
-- no dropout, no learned positions: what a checkpoint holds is what the model is.
+- the branches of every transformer block and the last convolution start at exactly zero, set by one function that runs last;
+- no dropout, and positions on the grid are a formula.
 
 Letters: B images, C = 3 channels, H W pixels, h w token grid, N = h*w tokens, L caption tokens, D width.
 """
@@ -50,7 +50,7 @@ def alpha_sigma(logsnr):
 def noise(keys, shape, device="cpu"):
     """
     Standard normal (len(keys), *shape). Row i depends on keys[i] alone, a tuple of integers such as (seed, image, step):
-    an image is the same at any batch size and on any rank, and resuming needs no generator state.
+    an image is the same at any batch size, and resuming needs no generator state. (A CPU's generator takes 32 bits of a key.)
     """
     rows = []
     for key in keys:
@@ -209,7 +209,9 @@ class Core(nn.Module):
 
 
 def group_norm(channels):
-    return nn.GroupNorm(min(32, channels // 4), channels)
+    """At most 32 groups, of 4 channels or more where the channels divide."""
+    groups = next(g for g in range(max(1, min(32, channels // 4)), 0, -1) if channels % g == 0)
+    return nn.GroupNorm(groups, channels)
 
 
 class ResidualBlock(nn.Module):
@@ -230,7 +232,7 @@ class ResidualBlock(nn.Module):
 
 
 def entry(channels, stride):
-    """Pixels to `channels` at 1/stride of the size; the kernel is the smallest odd one that sees every pixel."""
+    """Pixels to `channels` at 1/stride of the size. A kernel of 2 stride - 1 reaches from one centre to just before the next."""
     size = max(3, 2 * stride - 1)
     return nn.Conv2d(3, channels, size, stride=stride, padding=size // 2)
 
@@ -279,14 +281,14 @@ class UNet(nn.Module):
         width, blocks = config["width"], config["residual_blocks"]
         levels = list(config["channels"])
         stride = config["resolution"] // (config["grid"] * 2 ** len(levels))
-        steps = list(zip(levels, levels[1:] + [width]))                            # (this level, the next coarser one)
+        pairs = list(zip(levels, levels[1:] + [width]))                            # (this level, the next coarser one)
         stack = lambda first, c: nn.ModuleList([ResidualBlock(first, c, width)] + [ResidualBlock(c, c, width) for _ in range(blocks - 1)])
         self.entry = entry(levels[0], stride)
         self.encoders = nn.ModuleList(stack(c, c) for c in levels)
-        self.downs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in steps)
+        self.downs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairs)
         self.into_core = stack(width, width)
         self.from_core = stack(width, width)
-        self.ups = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in reversed(steps))
+        self.ups = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in reversed(pairs))
         self.decoders = nn.ModuleList(stack(2 * c, c) for c in reversed(levels))
         self.head = Head(levels[0], stride)
 
@@ -364,6 +366,8 @@ ZERO = ("time.modulation.weight", "cross_attention.out.weight", "condition.weigh
 def check_sizes(config):
     """Raise UserError, naming the nearest good sizes, before any file is opened."""
     c = config
+    if c["shell"] not in SHELLS or c["weighting"] not in WEIGHTINGS:
+        raise UserError(f"shell = {c['shell']}, weighting = {c['weighting']}: take one of {', '.join(SHELLS)} and of {', '.join(WEIGHTINGS)}")
     levels = len(c["channels"]) if c["shell"] == "unet" else 0
     unit, res = c["grid"] * 2 ** levels, c["resolution"]
     if res % unit or (res // unit) & (res // unit - 1):                            # unit times a power of two
@@ -374,9 +378,6 @@ def check_sizes(config):
         good = [w for w in range(max(c["width"] - 256, 4), c["width"] + 257) if w % c["heads"] == 0 and w % 4 == 0]
         raise UserError(f"width = {c['width']} is no multiple of heads = {c['heads']} and of 4: "
                         f"take width = {min(good, key=lambda w: abs(w - c['width']))}")
-    if c["shell"] not in SHELLS or c["weighting"] not in WEIGHTINGS:
-        raise UserError(f"shell = {c['shell']}, weighting = {c['weighting']}: take one of {', '.join(SHELLS)} and of "
-                        f"{', '.join(WEIGHTINGS)}")
 
 
 def build(config):
@@ -402,7 +403,7 @@ def read_checkpoint(path):
         raise UserError(f"{file!r} is no complete checkpoint ({type(e).__name__}): take another, or train again with --fresh")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{file!r} is not a checkpoint of format {FORMAT}: train it again with this code")
-    for name, value in state["model"].items():
+    for name, value in [*state["model"].items(), *state["ema"].items()]:
         if not torch.isfinite(value).all():
             raise UserError(f"{file!r} has values that are not finite in {name}: take an earlier checkpoint")
     return state

@@ -131,13 +131,15 @@ def main():
         raise UserError('no caption: python sample.py RUN "a large red circle on a white background"')
     if min(args.n, args.steps, args.batch) < 1:
         raise UserError("--n, --steps and --batch count things: give at least 1")
+    to = free_name(args.to)
+    if not os.path.isdir(os.path.dirname(to) or "."):
+        raise UserError(f"no folder for {to!r}: make it first")
     model, config = load(args.run, "cuda" if torch.cuda.is_available() else "cpu")
     side = config["resolution"]
     if args.size not in (None, f"{side}x{side}"):
-        raise UserError(f"--size {args.size}: this run makes {side}x{side}; grow it to another size with train.py --stage grow --resolution")
+        raise UserError(f"--size {args.size}: this run makes {side}x{side}; grow its core to another size into another --out (train.py --help)")
     captions = [c for c in args.captions for _ in range(args.n)]
     x = sample(model, config, captions, args.seed, 0, args.steps, args.guidance, args.sampler, args.batch, bar=True)
-    to = free_name(args.to)
     write_png(to, grid(to_uint8(x), columns=args.n if len(args.captions) > 1 else min(args.n, 8)))
     print(f"{to}: {len(x)} images of {side} px" + "".join(f"\n  {c}" for c in args.captions))
 

@@ -98,7 +98,8 @@ def test_every_key_is_documented_and_read():
     (["--wdith", "32"], "did you mean 'width'"), (["--learning_rate", "1"], "did you mean 'lr'"), (["--config", "toyy"], "did you mean 'toy'"),
     (["--stage", "growth"], "did you mean 'grow'"), (["--lr", "1e-4x"], "lr takes a float"), (["--steps", "0"], "at least 1"),
     (["--lr", "-1"], "not be negative"), (["--caption_dropout", "2"], "[0, 1]"), (["--lr", "1", "--lr", "2"], "twice"), (["--lr"], "write --KEY VALUE"),
-    (["--resolution", "48", "--data", "nowhere"], "take 32 or 64"), (["--width", "33"], "take width ="), (["--data", "nowhere"], "no folder")])
+    (["--resolution", "48", "--data", "nowhere"], "take 32 or 64"),
+    (["--sampler", "dpm"], "take one of ddpm, ddim"), (["--dtype", "fp64"], "take one of auto"), (["--channels", "()"], "at least 1"), (["--width", "33"], "take width ="), (["--data", "nowhere"], "no folder")])
 def test_bad_settings_are_one_line_that_says_how_to_mend_them(flags, words, tmp_path):
     stage = [] if "--stage" in flags else ["--stage", "scratch"]
     said = run("train.py", *stage, *flags, "--out", tmp_path, code=2)
@@ -573,6 +574,8 @@ def test_folder_pixels_are_upright_over_white_and_of_three_channels(tmp_path):
     (lambda f: None, "none of 24 images is 4096 px")])
 def test_folders_that_cannot_serve_say_why(photos, spoil, words, tmp_path):
     spoil(photos)
+    if words == "have no caption":                             # what cannot serve can be looked into all the same
+        assert re.search(r"skipped +24 +no caption", run("data.py", "check", photos))
     assert words in run("train.py", "--stage", "scratch", "--resolution", 4096, "--data", photos, "--out", tmp_path / "o", code=2)
 
 
@@ -1241,6 +1244,27 @@ def test_a_run_stopped_and_continued_equals_an_unbroken_one_to_the_bit(runs, sta
         assert tensors_hash(one[part]) == tensors_hash(two[part])
 
 
+def test_the_first_command_goes_on_also_when_stopped_in_the_stage_that_it_runs_first(tmp_path):
+    words = ["--stage", "grow", "--out", str(tmp_path), *[w if w != "6" else "20" for w in TINY]]
+    child = subprocess.Popen([sys.executable, os.path.join(HERE, "train.py"), *words], stdout=subprocess.PIPE, text=True,
+                             stderr=subprocess.STDOUT, env=dict(os.environ, OMP_NUM_THREADS="1"))
+    for line in child.stdout:
+        if line.startswith("step"):
+            child.send_signal(signal.SIGTERM)
+            break
+    child.stdout.read()
+    assert child.wait() == 143 and not os.path.exists(tmp_path / "toy/grow/last.pt")
+    said = run("train.py", *words)
+    assert "going on with it first" in said and "toy/grow is finished" in said
+
+
+def test_a_score_that_was_not_told_is_told_by_the_same_command(runs):
+    out, _ = runs
+    words = ["--stage", "grow", "--out", out, *[w if w != "0" else "4" for w in TINY]]         # --eval_n 4
+    assert "dsg" in run("train.py", *words) and os.path.exists(out / "toy/grow/metrics.json")
+    assert "dsg" not in run("train.py", *words)
+
+
 def test_wrong_parents_and_changed_settings_are_refused(runs, tmp_path):
     out, _ = runs
     grow = ["--stage", "grow", "--out", tmp_path]
@@ -1253,6 +1277,9 @@ def test_wrong_parents_and_changed_settings_are_refused(runs, tmp_path):
     before = (out / "toy/grow/last.pt").read_bytes()
     assert "seed 0 there, 1 here" in run("train.py", "--stage", "grow", "--out", out, *TINY, "--seed", 1, code=2)
     assert before == (out / "toy/grow/last.pt").read_bytes()
+    assert "channels (48,) there, (64,) here" in run("train.py", "--stage", "defrost", "--out", tmp_path, "--core", out / "toy/grow",
+                                                     *TINY, "--channels", "(64,)", code=2)
+    assert "starts from nothing" in run("train.py", "--stage", "scratch", "--out", tmp_path, "--core", out / "toy/grow", *TINY, code=2)
 
 
 def test_fresh_moves_the_old_run_aside(runs, tmp_path):

@@ -8,13 +8,17 @@ Train one stage. Each leaves a run folder out/CONFIG/STAGE: last.pt, config.txt,
     python train.py --stage finetune                   baseline: growing without freezing
     python train.py --stage grow --data my/photos      your own images, each with a .txt beside it
     python train.py --stage grow --lr 0.002 --batch 64 any key of configs.txt is a flag
+    python train.py --stage grow --resolution 64 --core out/toy/pretrain --out out64     another size from the same core
 
-The same command again goes on where it stopped; --fresh moves the old run aside and starts anew. Ctrl-C saves first.
+The same command again goes on where it stopped; --fresh moves the old run aside and starts anew. Ctrl-C saves first. A stage that
+needs another one runs it first, with the same flags but --resolution and --shell. --config takes a section of configs.txt, --out a
+folder for the runs, --core a run or file to start from.
 """
 import copy
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -24,10 +28,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import Batches, UserError, grid, load_config, nearest, open_data, to_uint8, write_png
+from data import Batches, Scenes, UserError, grid, load_config, nearest, open_data, to_uint8, write_png
 from eval import HELD_OUT, evaluate, report
 from model import FORMAT, build, check_sizes, diffusion_loss, ema_weights, noise, read_checkpoint
-from sample import sample
+from sample import SAMPLERS, sample
 
 # A stage is a row: where it starts, what it keeps of that (a prefix of parameter names), whether the core is frozen, and
 # whether images smaller than the target are left out (Greedy Growing, Sec. 3.3 and 4).
@@ -39,8 +43,12 @@ STAGES = {
     "scratch":  (None,        None,     False,  True),
     "finetune": ("pretrain",  "core.",  False,  True),
 }
+SHELL_KEYS = ("shell", "resolution", "channels", "residual_blocks", "entry_channels")
 CORE_KEYS = ("width", "depth", "heads", "mlp_ratio", "grid", "text_vocab", "text_length")
 FREE_KEYS = ("steps", "workers", "log_every", "sample_every", "save_every", "eval_n", "guidance", "sampler", "sample_steps", "micro")
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)                   # until the loop there is nothing to save
+DTYPES = {"auto": torch.bfloat16 if torch.cuda.is_available() else torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16}
 
 # ---- settings: flags --KEY VALUE, a config, a stage -------------------------------------------------------------------------
 words = sys.argv[1:]
@@ -61,30 +69,42 @@ if stage not in STAGES:
 source, keeps, frozen, only_large = STAGES[stage]
 config = load_config(name, stage, list(given.items()))
 check_sizes(config)                                            # before any file is opened
+for key, known in (("dtype", DTYPES), ("sampler", SAMPLERS)):
+    if config[key] not in known:
+        raise UserError(f"{key} = {config[key]}: take one of {', '.join(known)}")
+if core_file and not source:
+    raise UserError(f"--core says where to start, and {stage} starts from nothing: leave it out")
 run = os.path.join(out, name, stage)
 file = os.path.join(run, "last.pt")
 
-# ---- the run that this one starts from, made first where there is none ------------------------------------------------------
+# ---- data: looked at before anything is trained -----------------------------------------------------------------------------
+data = open_data(config)
+batches = Batches(data, config, filtered=only_large)
+
+# ---- the run that this one starts from, made or finished first where need be ------------------------------------------------
 parent = core_file or (source and os.path.join(out, name, source))
 resuming = os.path.exists(file) and not fresh
 if parent and not resuming:
-    if not core_file and not os.path.exists(os.path.join(parent, "last.pt")):
-        print(f"no {source} run in {parent} yet: running it first", flush=True)
-        passed = [w for key, value in flags if key not in ("stage", "core", "resolution") for w in ("--" + key, value)]
+    start = read_checkpoint(parent) if core_file or os.path.exists(os.path.join(parent, "last.pt")) else None
+    if not core_file and (not start or start["step"] < start["config"]["steps"]):
+        why = f"{parent} stopped at step {start['step']}: going on with it" if start else f"no {source} run in {parent} yet: running it"
+        print(why, "first", flush=True)
+        passed = [w for key, value in flags if key not in ("stage", "core", "resolution", "shell") for w in ("--" + key, value)]
         child = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--stage", source, *passed])
         signal.signal(signal.SIGTERM, lambda *_: child.terminate())
-        signal.signal(signal.SIGINT, lambda *_: None)          # Ctrl-C reaches the child by itself
+        signal.signal(signal.SIGINT, signal.SIG_IGN)           # Ctrl-C reaches the child by itself
         if child.wait():
-            sys.exit(child.returncode)
-    start = read_checkpoint(parent)
+            sys.exit(child.returncode if child.returncode > 0 else 128 - child.returncode)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.SIG_DFL)
+        start = read_checkpoint(parent)
     if keeps == "core." and start["stage"] != "pretrain":
         raise UserError(f"{parent} is a {start['stage']} run and growing takes a core: give a pretrain run")
     if start["step"] < start["config"]["steps"]:
         raise UserError(f"{parent} stopped at step {start['step']} of {start['config']['steps']}: finish it with --stage {start['stage']}")
-    differ = [k for k in (CORE_KEYS if keeps else config) if start["config"][k] != config[k] and k in CORE_KEYS]
+    differ = [k for k in CORE_KEYS + (SHELL_KEYS if keeps == "" else ()) if start["config"][k] != config[k]]
     if differ:
         said = ", ".join(f"{k} {start['config'][k]} there, {config[k]} here" for k in differ[:3])
-        raise UserError(f"the core of {parent} does not fit ({said}): use its config or pretrain another core")
+        raise UserError(f"{parent} does not fit ({said}): use its settings, or train another")
 
 # ---- run folder: finished, to be continued, or new --------------------------------------------------------------------------
 if fresh and os.path.exists(run):
@@ -97,23 +117,24 @@ if saved:
     if differ:
         said = ", ".join(f"{k} {saved['config'].get(k)} there, {config[k]} here" for k in differ)
         raise UserError(f"{run} holds a run of other settings ({said}): repeat them, or start anew with --fresh")
-    if saved["step"] >= config["steps"]:
-        print(f"{run} is finished: {saved['step']} steps. python sample.py {run} \"a large red circle on a white background\"")
+    if core_file and not saved["parents"][-1].startswith(f"{core_file} ("):
+        raise UserError(f"{run} was grown from {saved['parents'][-1]}, not from {core_file}: leave --core out, or start anew with --fresh")
+    if saved["step"] >= config["steps"] and (not config["eval_n"] or os.path.exists(os.path.join(run, "metrics.json"))):
+        print(f"{run} is finished: {saved['step']} steps. Look at it: python sample.py {run} {shlex.quote(data.caption(0))}")
         sys.exit(0)
     print(f"{run}: going on at step {saved['step']} of {config['steps']}")
+    if os.path.exists(os.path.join(run, "metrics.json")):      # the score of fewer steps
+        os.remove(os.path.join(run, "metrics.json"))
 os.makedirs(os.path.join(run, "samples"), exist_ok=True)
 with open(os.path.join(run, "config.txt"), "w") as f:
     f.write(f"# resolved settings of {name}.{stage}\n" + "".join(f"{k} = {v!r}\n" for k, v in config.items()))
 print(f"{stage} of config {name}: " + " ".join(f"{k}={v}" for k, v in config.items()))
 
-# ---- device, data -----------------------------------------------------------------------------------------------------------
+# ---- device -----------------------------------------------------------------------------------------------------------------
 device = "cuda" if torch.cuda.is_available() else "cpu"
-dtype = {"auto": torch.bfloat16 if device == "cuda" else torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16}.get(config["dtype"])
-if dtype is None:
-    raise UserError(f"dtype = {config['dtype']}: take auto, fp32 or bf16")
+dtype = DTYPES[config["dtype"]]
+torch.backends.cudnn.deterministic = True                      # a run repeats itself on a GPU too
 torch.manual_seed(config["seed"])                              # first weights only; all else draws from (seed, step, sample)
-data = open_data(config)
-batches = Batches(data, config, filtered=only_large)
 print(f"data {data.name}: {len(batches.usable)} of {len(data)} images are used" + (f" (at least {config['resolution']} px)" if only_large else ""))
 for reason, files in sorted(getattr(data, "skipped", {}).items()):
     print(f"  skipped {len(files)}: {reason}, such as {files[0]}")
@@ -126,13 +147,15 @@ if parent and not saved:                                       # a new shell rou
     print(f"from {parent}: {len(kept)} tensors kept, {len(model.state_dict()) - len(kept)} new, {len(start['model']) - len(kept)} unused")
 for key, p in model.named_parameters():                        # the time encoding goes on learning: the noise schedule moves
     p.requires_grad = not frozen or not key.startswith("core.") or key.startswith("core.time.")
-parents = saved["parents"] if saved else start["parents"] + [f"{parent} ({start['stage']}, step {start['step']})"] if parent else []
+origin = f"{parent} ({start['stage']}, step {start['step']})" if parent and not saved else None
+parents = saved["parents"] if saved else start["parents"] + [origin] if origin else []
 if saved:
     model.load_state_dict(saved["model"])
 model.to(device)
 trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
-print(f"model: {sum(p.numel() for p in model.core.parameters()):,} parameters in the core, {sum(p.numel() for p in model.shell.parameters()):,} in the "
-      f"{config['shell']} shell, {sum(p.numel() for p in trained.values()):,} trained, on {device} in {str(dtype).split('.')[1]}")
+count = lambda tensors: f"{sum(p.numel() for p in tensors):,}"
+print(f"model: {count(model.core.parameters())} parameters in the core, {count(model.shell.parameters())} in the {config['shell']} shell, "
+      f"{count(trained.values())} trained, on {device} in {str(dtype).split('.')[1]}")
 
 # ---- optimizer, and EMA of what is trained (frozen tensors are shared, not averaged) -----------------------------------------
 decays = lambda k, p: p.ndim > 1 and not any(part in k for part in ("embed", "position", "table"))
@@ -158,17 +181,22 @@ if saved:
 def save(step):
     """All state in one file, replaced as a whole: a kill at any moment leaves the old file or the new one."""
     state = {"format": FORMAT, "stage": stage, "name": name, "config": config, "step": step, "parents": parents,
-             "model": model.state_dict(), "ema": dict(zip(trained, (p.detach() for p in averaged))), "optimizers": [o.state_dict() for o in optimizers]}
-    with open(file + ".part", "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(file + ".part", file)
+             "model": model.state_dict(), "ema": dict(zip(trained, (p.detach() for p in averaged))),
+             "optimizers": [o.state_dict() for o in optimizers]}
+    try:
+        with open(file + ".part", "wb") as f:
+            torch.save(state, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(file + ".part", file)
+    except (OSError, RuntimeError) as e:                       # torch reports a full disk as a RuntimeError
+        print(f"error: {file} cannot be written ({e}): make room there; the last checkpoint is whole", file=sys.stderr)
+        sys.exit(4)
 
 
 def preview(step):
     """samples/step_N.png: the same captions and noise every time, plain weights above, EMA weights below."""
-    held_out = type(data)(config, config["seed"] + HELD_OUT) if data.name == "scenes" else data
+    held_out = Scenes(config, config["seed"] + HELD_OUT) if data.name == "scenes" else data
     captions = [held_out.caption(i % len(held_out)) for i in range(8)]
     rows = [sample(m, config, captions) for m in (model, ema)]
     write_png(os.path.join(run, "samples", f"step_{step}.png"), grid(to_uint8(torch.cat(rows)), columns=8))
@@ -184,9 +212,13 @@ def schedule(step):
 
 def step_flops():
     """FLOPs of a training step, counted on one image. Apart from training: the counter changes how operators are carried out."""
-    x, tokens = torch.zeros(1, 3, config["resolution"], config["resolution"], device=device), torch.zeros(1, config["text_length"], dtype=torch.long, device=device)
-    with FlopCounterMode(display=False) as counter:
-        diffusion_loss(model, x, tokens, torch.full((1,), 0.5, device=device), x, config).sum().backward()
+    side = config["resolution"]
+    x, tokens = torch.zeros(1, 3, side, side, device=device), torch.zeros(1, config["text_length"], dtype=torch.long, device=device)
+    t = torch.full((1,), 0.5, device=device)
+    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        diffusion_loss(model, x, tokens, t, x, config)         # kernels are tried on the first call, which is not to be counted
+        with FlopCounterMode(display=False) as counter:
+            diffusion_loss(model, x, tokens, t, x, config).sum().backward()
     model.zero_grad()
     return config["batch"] * counter.get_total_flops()
 
@@ -205,10 +237,18 @@ def sgemm_rate():
 flops = step_flops()
 
 # ---- the loop ---------------------------------------------------------------------------------------------------------------
-stopping = []                                                  # signals received; a second one quits at once
+stopping = []                                                  # signals received
+
+
+def stop(signum, _):
+    """Save after this step. A second Ctrl-C quits at once; a second SIGTERM is the same one, sent to the whole group."""
+    os._exit(130) if stopping and signum == signal.SIGINT else stopping.append(signum)
+
+
 for signum in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(signum, lambda s, _: os._exit(128 + s) if stopping else stopping.append(s))
-loader = iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(first, config["steps"]), num_workers=config["workers"]))
+    signal.signal(signum, stop)
+loader = iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(first, config["steps"]), num_workers=config["workers"],
+                                          multiprocessing_context="fork" if config["workers"] else None))
 log = open(os.path.join(run, "log.jsonl"), "a", buffering=1)
 bar = tqdm(range(first, config["steps"]), desc=stage, initial=first, total=config["steps"], disable=None)
 micro = config["micro"] or config["batch"]
@@ -219,7 +259,7 @@ for step in bar:
     waited += time.perf_counter() - tick
 
     # noise levels spread evenly over [0, 1], one per image, shifted together: less variance than independent draws
-    shift = float(torch.rand((), generator=torch.Generator().manual_seed(config["seed"] * 2 ** 32 + step)))
+    shift = float(torch.rand((), generator=torch.Generator().manual_seed((config["seed"] * 1000003 + step) % 2 ** 32)))
     t = (torch.arange(config["batch"], device=device) + shift) / config["batch"]   # (B,)
     eps = noise([(config["seed"], step, i) for i in range(len(x))], x.shape[1:], device)
     for o, peak in zip(optimizers, peaks):
@@ -240,7 +280,8 @@ for step in bar:
         bad_in_a_row += 1
         tqdm.write(f"step {step}: gradient is not finite, skipped ({bad_in_a_row} in a row)")
         if bad_in_a_row >= 20:
-            print(f"error: 20 steps in a row were not finite: lower --lr; {file} holds the last good state", file=sys.stderr)
+            kept = f"; {file} holds the last good state" if os.path.exists(file) else ""
+            print(f"error: 20 steps in a row were not finite: start anew with a lower --lr and --fresh{kept}", file=sys.stderr)
             sys.exit(3)
     else:
         bad_in_a_row = 0
@@ -248,40 +289,46 @@ for step in bar:
             o.step()
         decay = min(config["ema"], (1 + step) / (10 + step))
         torch._foreach_lerp_(averaged, [p.detach() for p in trained.values()], 1 - decay)
+        losses.append(torch.cat(parts))                        # (B,)
     model.zero_grad()
 
     # one line that answers everything, and the same in log.jsonl
-    losses.append(torch.cat(parts))
     times.append(time.perf_counter() - tick)
-    if (step + 1) % config["log_every"] == 0 or step + 1 == config["steps"]:
-        bins = torch.stack([l[torch.argsort(t)].view(4, -1).mean(1) if len(l) % 4 == 0 else l.mean().expand(4) for l in losses]).mean(0)
-        spent = sum(times)
-        line = {"step": step + 1, "loss": round(float(torch.cat(losses).mean()), 5), "bins": [round(float(b), 4) for b in bins],
-                "lr": config["lr"] * schedule(step), "norm": round(float(norm), 3), "img_s": round(config["batch"] * len(losses) / spent, 1),
-                "data_ms": round(1000 * waited / len(losses), 1), "gib": round(torch.cuda.max_memory_allocated() / 2 ** 30, 2) if device == "cuda" else None}
-        if step + 1 - first <= config["log_every"]:            # the step's share of what this machine can do, once
-            line["efficiency"] = round(flops / sorted(times)[len(times) // 2] / sgemm_rate(), 2)
-            tqdm.write(f"a step takes {flops / 1e9:.1f} GFLOP in {1000 * sorted(times)[len(times) // 2]:.0f} ms: {line['efficiency']} of the rate of a 1024 sgemm here")
-        eta = (config["steps"] - step - 1) * spent / len(losses)
-        tqdm.write(f"step {line['step']:6d}  loss {line['loss']:.4f}  clean..noisy {' '.join(f'{b:.3f}' for b in line['bins'])}  lr {line['lr']:.1e}  "
-                   f"norm {line['norm']:.2f}  {line['img_s']:.0f} img/s  data {line['data_ms']:.1f} ms  eta {eta:.0f} s")
+    due = lambda key: config[key] and (step + 1) % config[key] == 0
+    if losses and (due("log_every") or step + 1 == config["steps"]):
+        spent, middle = sum(times) / len(times), sorted(times)[len(times) // 2]    # seconds per step
+        bins = torch.stack(losses).mean(0).tensor_split(4)                         # t rises along the batch: from clean to noisy
+        line = {"step": step + 1, "loss": round(float(torch.cat(losses).mean()), 5), "bins": [round(float(b.mean()), 4) for b in bins if len(b)],
+                "lr": config["lr"] * schedule(step), "norm": round(float(norm), 3), "img_s": round(config["batch"] / spent, 1),
+                "data_ms": round(1000 * waited / len(times), 1),
+                "gib": round(torch.cuda.max_memory_allocated() / 2 ** 30, 2) if device == "cuda" else None}
+        if step + 1 - first <= config["log_every"] and device == "cpu":            # the step's share of what this machine can do, once
+            line["efficiency"] = round(flops / middle / sgemm_rate(), 2)
+            tqdm.write(f"a step takes {flops / 1e9:.1f} GFLOP in {1000 * middle:.0f} ms: {line['efficiency']} of the rate of a 1024 sgemm here")
+        tqdm.write(f"step {line['step']:6d}  loss {line['loss']:.4f}  clean..noisy {' '.join(f'{b:.3f}' for b in line['bins'])}  "
+                   f"lr {line['lr']:.1e}  norm {line['norm']:.2f}  {line['img_s']:.0f} img/s  data {line['data_ms']:.1f} ms  "
+                   f"eta {(config['steps'] - step - 1) * spent:.0f} s")
         log.write(json.dumps(line) + "\n")
         losses, times, waited = [], [], 0.0
-    if (step + 1) % config["sample_every"] == 0:
+    if due("sample_every"):
         preview(step + 1)
-    if (step + 1) % config["save_every"] == 0 or step + 1 == config["steps"] or stopping:
+    if due("save_every") or step + 1 == config["steps"] or stopping:
         save(step + 1)
-    if stopping:
+    if stopping and step + 1 < config["steps"]:
         print(f"\nstopped at step {step + 1} and saved {file}: the same command goes on from here")
         sys.exit(128 + stopping[0])
 
 # ---- the score --------------------------------------------------------------------------------------------------------------
-where = f"{run} is finished after {config['steps']} steps"
+for signum in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(signum, signal.SIG_DFL)                      # all is saved; the same command comes back to the score
+finish = f"{run} is finished after {config['steps']} steps"
 if config["eval_n"]:
     result = evaluate(ema, config, config["eval_n"])
+    told = {k: config[k] for k in ("guidance", "sampler", "sample_steps")}
     with open(os.path.join(run, "metrics.json"), "w") as f:
-        json.dump({"run": run, "n": config["eval_n"], "guidance": config["guidance"], "sampler": config["sampler"], "steps": config["sample_steps"], "metrics": result}, f)
-    where += f": {report(result)}"
-print(where)
-after = {"pretrain": "next: python train.py --stage grow", "grow": "next: python train.py --stage defrost, or"}.get(stage, "next:")
-print(f"{after} python sample.py {run} \"a large red circle left of a small blue square on a white background\"" if stage != "pretrain" else after)
+        json.dump({"run": run, "step": config["steps"], "n": config["eval_n"], **told, "metrics": result}, f)
+    finish += f": {report(result)}"
+print(finish)
+same = "".join(f" --{key} {shlex.quote(value)}" for key, value in flags if key in ("config", "out", "data"))
+follows = {"pretrain": "grow", "grow": "defrost"}.get(stage)
+print("next: " + (f"python train.py --stage {follows}{same}, or " if follows else "") + f"python sample.py {run} {shlex.quote(data.caption(0))}")
