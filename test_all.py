@@ -33,7 +33,7 @@ from data import Batches, Scenes, UserError, load_config, write_png
 from model import build
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-TINY = ["--width", "32", "--depth", "2", "--batch", "8", "--steps", "6", "--eval_n", "0", "--sample_every", "100", "--scene_count", "200",
+TINY = ["--width", "32", "--depth", "2", "--batch", "8", "--steps", "6", "--eval_n", "0", "--sample_every", "4", "--scene_count", "200",
         "--log_every", "2", "--sample_steps", "4", "--weight_decay", "0.1"]
 
 
@@ -1181,6 +1181,7 @@ def test_one_command_pretrains_grows_and_tells_what_comes_next(runs):
     assert "no pretrain run" in said and "next: python train.py --stage defrost" in said
     for stage in ("pretrain", "grow", "defrost"):
         assert {"last.pt", "config.txt", "log.jsonl", "samples"} <= set(os.listdir(out / "toy" / stage))
+        assert sorted(os.listdir(out / "toy" / stage / "samples")) == ["step_4.png", "step_6.png"]
         line = json.loads(open(out / "toy" / stage / "log.jsonl").readlines()[-1])
         assert line["step"] == 6 and len(line["bins"]) == 4 and line["loss"] > 0
     assert "is finished" in run("train.py", "--stage", "grow", "--out", out, *TINY)

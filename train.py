@@ -310,7 +310,7 @@ for step in bar:
                    f"eta {(config['steps'] - step - 1) * spent:.0f} s")
         log.write(json.dumps(line) + "\n")
         losses, times, waited = [], [], 0.0
-    if due("sample_every"):
+    if due("sample_every") or config["sample_every"] and step + 1 == config["steps"]:
         preview(step + 1)
     if due("save_every") or step + 1 == config["steps"] or stopping:
         save(step + 1)
