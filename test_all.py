@@ -95,16 +95,29 @@ def test_every_key_is_documented_and_read():
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--wdith", "32"], "did you mean 'width'"), (["--learning_rate", "1"], "did you mean 'lr'"), (["--config", "toyy"], "did you mean 'toy'"),
-    (["--stage", "growth"], "did you mean 'grow'"), (["--lr", "1e-4x"], "lr takes a float"), (["--steps", "0"], "at least 1"),
-    (["--lr", "-1"], "not be negative"), (["--caption_dropout", "2"], "[0, 1]"), (["--lr", "1", "--lr", "2"], "twice"), (["--lr"], "write --KEY VALUE"),
-    (["--resolution", "48", "--data", "nowhere"], "take 32 or 64"),
-    (["--sampler", "dpm"], "take one of ddpm, ddim"), (["--dtype", "fp64"], "take one of auto"), (["--channels", "()"], "at least 1"), (["--width", "33"], "take width ="), (["--data", "nowhere"], "no folder")])
-def test_bad_settings_are_one_line_that_says_how_to_mend_them(flags, words, tmp_path):
+    (["--stage", "growth"], "did you mean 'grow'"), (["--wdith", "32"], "did you mean 'width'"), (["--lr", "1", "--lr", "2"], "twice"),
+    (["--lr"], "write --KEY VALUE"), (["--resolution", "48", "--data", "nowhere"], "take 32 or 64"), (["--data", "nowhere"], "no folder"),
+    (["--sampler", "dpm"], "take one of ddpm, ddim"), (["--dtype", "fp64"], "take one of auto")])
+def test_bad_flags_are_one_line_that_says_how_to_mend_them(flags, words, tmp_path):
     stage = [] if "--stage" in flags else ["--stage", "scratch"]
     said = run("train.py", *stage, *flags, "--out", tmp_path, code=2)
-    assert re.search(r"^error: .*: .*" , said, re.M) and words in said and "Traceback" not in said
+    assert re.search(r"^error: .*: .*", said, re.M) and words in said and "Traceback" not in said
     assert not os.path.exists(tmp_path / "toy" / "scratch" / "last.pt")
+
+
+@pytest.mark.parametrize("key, text, words", [
+    ("learning_rate", "1", "did you mean 'lr'"), ("lr", "1e-4x", "lr takes a float"), ("steps", "0", "at least 1"), ("lr", "-1", "not be negative"),
+    ("caption_dropout", "2", "[0, 1]"), ("channels", "()", "at least 1"), ("width", "33", "take width ="), ("eval_n", "1", "at least 2")])
+def test_bad_settings_are_refused(key, text, words, capsys):
+    with pytest.raises(UserError) as refusal:
+        models.check_sizes(load_config("toy", "grow", [(key, text)]))
+    assert refusal.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_an_unknown_config_names_the_nearest(capsys):
+    with pytest.raises(UserError):
+        load_config("toyy")
+    assert "did you mean 'toy'" in capsys.readouterr().err
 
 
 def test_stage_sections_and_flags_win_in_that_order(tmp_path):
