@@ -384,6 +384,11 @@ def tokenize(captions, length, vocab):
     return torch.from_numpy(tokens)
 
 
+def encode_captions(captions, config):
+    """What the model reads: (B, L) tokens. A null caption is all zeros."""
+    return tokenize(captions, config["text_length"], config["text_vocab"])
+
+
 def to_tensor(images):
     """(B, H, W, 3) uint8 -> x (B, 3, H, W) float in [-1, 1]."""
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -396,12 +401,15 @@ def to_uint8(x):
 
 class Batches(torch.utils.data.Dataset):
     """
-    Item `step` is the whole batch of that step: x (B, 3, H, W) and tokens (B, L). Give it to a DataLoader with
-    batch_size=None and sampler=range(first, last): workers then prepare whole batches, and resuming is a first step.
+    Item `step` is the batch of that step: x (b, 3, H, W), text (b, L), and size (b, 6): original height and width, top and left of the
+    crop, target height and width in pixels (SDXL, Sec. 2.2). Of `world` devices, device `rank` gets the rank-th share of its rows. Give
+    it to a DataLoader with batch_size=None and sampler=range(first, last): workers prepare whole batches, and resuming is a first step.
     """
 
-    def __init__(self, data, config, filtered):
+    def __init__(self, data, config, filtered, rank=0, world=1):
         self.data, self.config = data, config
+        share = config["batch"] // world
+        self.rows = slice(rank * share, (rank + 1) * share)
         if isinstance(data, Folder):
             data.require()
         least = config["resolution"] if filtered else 1        # keep what is at least as large as the target (Sec. 3.3)
@@ -413,10 +421,15 @@ class Batches(torch.utils.data.Dataset):
         return self.config["steps"]
 
     def __getitem__(self, step):
-        c = self.config
-        pairs = batch_of(self.usable, c["seed"], step, c["batch"])
+        c, pairs = self.config, self.pairs(step)[self.rows]
         images, captions = zip(*(self.sample(epoch, i) for epoch, i in pairs))
-        return to_tensor(np.stack(images)), tokenize(captions, c["text_length"], c["text_vocab"])
+        x = to_tensor(np.stack(images))                                            # (b, 3, H, W)
+        size = torch.tensor([[*self.data.size(i)[::-1], 0, 0, *x.shape[2:]] for _, i in pairs], dtype=torch.float32)
+        return x, encode_captions(captions, c), size
+
+    def pairs(self, step):
+        """The (epoch, sample) of each row of the step's whole batch: the same on every device, whatever their number."""
+        return batch_of(self.usable, self.config["seed"], step, self.config["batch"])
 
     def sample(self, epoch, i):
         """Image and caption of sample i in this epoch: crop, flip and dropped caption are functions of (seed, epoch, i)."""
@@ -472,7 +485,7 @@ def grid(images, columns, pad=2, least=64):
 
 def show(data, args, config):
     """A contact sheet of step 0's batch after all transforms; captions on the terminal in reading order."""
-    x, _ = Batches(data, config, filtered=False)[0]
+    x, _, _ = Batches(data, config, filtered=False)[0]
     write_png(args.to, grid(to_uint8(x), columns=8))
     for epoch, i in batch_of(np.arange(len(data)), config["seed"], 0, config["batch"]):
         print(f"{i:8d}  {data.size(i)[0]}x{data.size(i)[1]}  {data.caption(i)}")

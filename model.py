@@ -66,11 +66,11 @@ WEIGHTINGS = {"v": lambda logsnr: torch.ones_like(logsnr),     # v itself
               "x": lambda logsnr: torch.sigmoid(-logsnr)}      # the image: e_x^2 = sigma^2 e_v^2
 
 
-def diffusion_loss(model, x, tokens, t, eps, config):
-    """Weighted squared error per image, (B,). x and eps (B, C, H, W), tokens (B, L), t (B,)."""
+def diffusion_loss(model, x, text, t, eps, config, size=None):
+    """Weighted squared error per image, (B,). x and eps (B, C, H, W), text (B, L), t (B,), size (B, 6) or None."""
     logsnr = logsnr_at(t, config)                                                  # (B,)
     alpha, sigma = alpha_sigma(logsnr)                                             # (B, 1, 1, 1)
-    v = model(alpha * x + sigma * eps, logsnr, tokens)                             # (B, C, H, W)
+    v = model(alpha * x + sigma * eps, logsnr, text, size)                         # (B, C, H, W)
     error = (v.float() - (alpha * eps - sigma * x)).square().mean((1, 2, 3))       # (B,)
     return WEIGHTINGS[config["weighting"]](logsnr) * error
 
@@ -322,14 +322,14 @@ SHELLS = {"shallow": Shallow, "unet": UNet}
 
 
 class Denoiser(nn.Module):
-    """v = shell.decode(core(shell.encode(z))). z (B, C, H, W), logsnr (B,), tokens (B, L) -> v (B, C, H, W)."""
+    """v = shell.decode(core(shell.encode(z))). z (B, C, H, W), logsnr (B,), text (B, L), size (B, 6) or None -> v (B, C, H, W)."""
 
     def __init__(self, core, shell):
         super().__init__()
         self.core, self.shell = core, shell
 
-    def forward(self, z, logsnr, tokens):
-        condition, text, mask = self.core.condition(logsnr, tokens)                # (B, D), (B, L, D), (B, L)
+    def forward(self, z, logsnr, text, size=None):
+        condition, text, mask = self.core.condition(logsnr, text)                  # (B, D), (B, L, D), (B, L)
         features, skips = self.shell.encode(z, condition)                          # (B, D, h, w)
         features = self.core(features, condition, text, mask)                      # (B, D, h, w)
         return self.shell.decode(features, skips, condition)                       # (B, C, H, W)
@@ -378,6 +378,11 @@ def check_sizes(config):
         good = [w for w in range(max(c["width"] - 256, 4), c["width"] + 257) if w % c["heads"] == 0 and w % 4 == 0]
         raise UserError(f"width = {c['width']} is no multiple of heads = {c['heads']} and of 4: "
                         f"take width = {min(good, key=lambda w: abs(w - c['width']))}")
+
+
+def image_shape(config):
+    """(C, H, W) of what the denoiser works on."""
+    return 3, config["resolution"], config["resolution"]
 
 
 def build(config):

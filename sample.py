@@ -19,8 +19,8 @@ import os
 import torch
 from tqdm import tqdm
 
-from data import UserError, grid, to_uint8, tokenize, write_png
-from model import alpha_sigma, load, logsnr_at, noise, read_checkpoint
+from data import UserError, encode_captions, grid, to_uint8, write_png
+from model import alpha_sigma, image_shape, load, logsnr_at, noise, read_checkpoint
 
 
 def ddpm(denoise, z, logsnrs, draw):
@@ -49,13 +49,13 @@ def ddim(denoise, z, logsnrs, draw):
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim}
 
 
-def guided(model, tokens, guidance):
+def guided(model, text, guidance):
     """
     denoise(z, logsnr) -> x for these captions (B, L), with classifier-free guidance on all channels (Ho and Salimans 2021):
     v = v_null + guidance (v_caption - v_null). 1 means no guidance, 0 no caption. The null caption is the one of training.
     """
-    batch = len(tokens)
-    both = torch.cat([tokens, torch.zeros_like(tokens)]) if guidance not in (0, 1) else tokens * int(guidance)
+    batch = len(text)
+    both = torch.cat([text, torch.zeros_like(text)]) if guidance not in (0, 1) else text * int(guidance)
 
     def denoise(z, logsnr):
         copies = len(both) // batch
@@ -77,14 +77,14 @@ def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, 
     sampler = config["sampler"] if sampler is None else sampler
     steps = config["sample_steps"] if steps is None else steps
     guidance = config["guidance"] if guidance is None else guidance
-    device, resolution = next(model.parameters()).device, config["resolution"]
+    device = next(model.parameters()).device
     logsnrs = logsnr_at(torch.linspace(1, 0, steps, device=device), config)       # from noise to image; the last one denoises
-    tokens = tokenize(captions, config["text_length"], config["text_vocab"]).to(device)
+    text = encode_captions(captions, config).to(device)
     images, progress = [], tqdm(total=steps * math.ceil(len(captions) / batch), desc="sampling", leave=False, disable=None if bar else True)
     for start in range(0, len(captions), batch):
         rows = range(start, min(start + batch, len(captions)))
-        draw = lambda step: noise([(seed, first + i, step) for i in rows], (3, resolution, resolution), device)
-        denoise = guided(model, tokens[rows.start:rows.stop], guidance)
+        draw = lambda step: noise([(seed, first + i, step) for i in rows], image_shape(config), device)
+        denoise = guided(model, text[rows.start:rows.stop], guidance)
         counted = lambda z, logsnr: (denoise(z, logsnr), progress.update())[0]
         images.append(SAMPLERS[sampler](counted, draw(0), logsnrs, draw).cpu())
     progress.close()

@@ -255,7 +255,7 @@ micro = config["micro"] or config["batch"]
 losses, times, bad_in_a_row, waited = [], [], 0, 0.0            # times: seconds per step, previews and checkpoints left out
 for step in bar:
     tick = time.perf_counter()
-    x, tokens = (part.to(device) for part in next(loader))     # (B, C, H, W), (B, L)
+    x, text, size = (part.to(device) for part in next(loader)) # (B, C, H, W), (B, L), (B, 6)
     waited += time.perf_counter() - tick
 
     # noise levels spread evenly over [0, 1], one per image, shifted together: less variance than independent draws
@@ -268,9 +268,9 @@ for step in bar:
 
     # forward and backward over micro-batches: gradients add up to those of the whole batch
     parts = []
-    for x_, tokens_, t_, eps_ in zip(x.split(micro), tokens.split(micro), t.split(micro), eps.split(micro)):
+    for x_, text_, t_, eps_, size_ in zip(*(part.split(micro) for part in (x, text, t, eps, size))):
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            loss = diffusion_loss(model, x_, tokens_, t_, eps_, config)            # (b,)
+            loss = diffusion_loss(model, x_, text_, t_, eps_, config, size_)       # (b,)
         (loss.sum() / config["batch"]).backward()
         parts.append(loss.detach())
     norm = torch.nn.utils.clip_grad_norm_(trained.values(), config["clip"] or math.inf)
