@@ -94,13 +94,14 @@ def load_config(name="toy", stage="pretrain", flags=(), file=CONFIGS):
             raise UserError(f"unknown key {key!r}: {nearest(key, sorted(defaults))}")
         config[key] = parse_value(key, text, defaults[key])
     for key, value in config.items():
-        least = {"seed": 0, "workers": 0, "micro": 0, "warmup": 0, "log_every": 0, "sample_every": 0, "text_vocab": 2, "eval_n": 2}.get(key, 1)
+        least = {"seed": 0, "workers": 0, "micro": 0, "warmup": 0, "log_every": 0, "sample_every": 0,
+                 "eval_every": 0, "text_vocab": 2, "eval_n": 2}.get(key, 1)
         numbers = value if type(value) is tuple else [value] if type(value) is int else [least]
         if not numbers or min(numbers) < least and not (key == "eval_n" and value == 0):
             raise UserError(f"{key} = {value}: {key} must be at least {least}")
         if key in ("base", "scene_small", "scene_large") and value <= 0:
             raise UserError(f"{key} = {value}: {key} must be above 0")
-        if key in ("lr", "weight_decay", "clip", "warmup", "guidance") and config[key] < 0:
+        if key in ("lr", "weight_decay", "clip", "warmup", "guidance", "ema_power") and config[key] < 0:
             raise UserError(f"{key} = {config[key]}: {key} must not be negative")
         if key in ("caption_dropout", "ema", "beta1", "beta2") and not 0 <= config[key] <= 1:
             raise UserError(f"{key} = {config[key]}: {key} must lie in [0, 1]")

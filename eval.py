@@ -640,7 +640,7 @@ def held_out(config, n):
 
 @torch.no_grad()
 def evaluate(model, config, n, guidance=None, steps=None, sampler=None, seed=0, metrics=("questions", "fd", "mmd"), bar=True,
-             networks=RANDOM):
+             networks=RANDOM, poll=lambda: None):
     """
     {metric: value} of n images for n held-out captions, against n other real images. `mmd_random` is the unbiased estimate of
     the squared MMD with the cubic kernel over all images (see mmd). CLIP among the networks adds the CLIP score.
@@ -651,7 +651,7 @@ def evaluate(model, config, n, guidance=None, steps=None, sampler=None, seed=0, 
         result["zeroshot"] = zeroshot(model, config, world, n, seed)
     if set(metrics) <= {"zeroshot"}:
         return result
-    images = to_uint8(sample(model, config, captions, seed, 0, steps, guidance, sampler, bar=bar))
+    images = to_uint8(sample(model, config, captions, seed, 0, steps, guidance, sampler, bar=bar, poll=poll))
     if scenes and {"questions", "counting"} & set(metrics):
         seen = [look(image, world.cycles) for image in images]
         result |= {"questions": with_chance(world, scenes, seen)} if "questions" in metrics else {}

@@ -394,23 +394,50 @@ def build(config):
 # ---------------------------------------------------------------------------------------------------------------
 # Checkpoints: a file describes itself
 
-FORMAT = 1
+FORMAT = 2
+
+
+def read_shards(folder):
+    """{"part/name": tensor}, whole, of a sharded checkpoint: what torch's distributed checkpoint wrote as safetensors, so nothing to unpickle."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load as load_shards
+    reader = HuggingFaceStorageReader(folder)
+    tensors = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in reader.read_metadata().state_dict_metadata.items()}
+    load_shards(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def open_checkpoint(file):
+    """
+    (state, None), or (None, why not). Nothing in a file is executed (weights_only) and nothing broken gets through. state: "format",
+    "stage", "name", "config", "step", "parents", and the tensors by name under "model", "ema" (of what was trained) and "moments".
+    """
+    try:
+        if os.path.isdir(file):                                # sharded: a folder
+            state = torch.load(os.path.join(file, "about.pt"), weights_only=True)
+            for key, value in read_shards(file).items():
+                part, name = key.split("/", 1)
+                state.setdefault(part, {})[name] = value
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        if state["format"] != FORMAT:
+            return None, f"{file!r} is a checkpoint of format {state['format']} and this code reads {FORMAT}: train it again"
+        parts = {**state["model"], **state["ema"]}
+    except Exception as e:                                     # of many kinds: cut off, not a checkpoint, not allowed to be loaded
+        return None, f"{file!r} is no complete checkpoint ({type(e).__name__}): take another, or train again with --fresh"
+    for name, value in parts.items():
+        if not torch.isfinite(value).all():
+            return None, f"{file!r} has values that are not finite in {name}: take an earlier checkpoint"
+    return state, None
 
 
 def read_checkpoint(path):
-    """The dict in a run's last.pt, or in a file. Nothing in it is executed (weights_only), nothing broken gets through."""
-    file = os.path.join(path, "last.pt") if os.path.isdir(path) else path
-    if not os.path.isfile(file):
+    """The state in a run's last.pt, or in a file (see open_checkpoint)."""
+    file = os.path.join(path, "last.pt") if os.path.isdir(path) and not os.path.exists(os.path.join(path, "about.pt")) else path
+    if not os.path.exists(file):
         raise UserError(f"no checkpoint {file!r}: `python train.py --stage grow` makes out/toy/grow/last.pt")
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as e:
-        raise UserError(f"{file!r} is no complete checkpoint ({type(e).__name__}): take another, or train again with --fresh")
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{file!r} is not a checkpoint of format {FORMAT}: train it again with this code")
-    for name, value in [*state["model"].items(), *state["ema"].items()]:
-        if not torch.isfinite(value).all():
-            raise UserError(f"{file!r} has values that are not finite in {name}: take an earlier checkpoint")
+    state, broken = open_checkpoint(file)
+    if broken:
+        raise UserError(broken)
     return state
 
 

@@ -69,10 +69,11 @@ def guided(model, text, guidance):
 
 
 @torch.no_grad()
-def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, sampler=None, batch=64, bar=False):
+def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, sampler=None, batch=64, bar=False,
+           poll=lambda: None):
     """
     One image per caption, x (B, C, H, W) in [-1, 1] on the CPU. Image i draws from (seed, first + i, step) alone, so it does
-    not depend on `batch`. `steps`, `guidance` and `sampler` default to the config's.
+    not depend on `batch`. `steps`, `guidance` and `sampler` default to the config's. `poll` is called at every step and may raise.
     """
     sampler = config["sampler"] if sampler is None else sampler
     steps = config["sample_steps"] if steps is None else steps
@@ -85,7 +86,7 @@ def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, 
         rows = range(start, min(start + batch, len(captions)))
         draw = lambda step: noise([(seed, first + i, step) for i in rows], image_shape(config), device)
         denoise = guided(model, text[rows.start:rows.stop], guidance)
-        counted = lambda z, logsnr: (denoise(z, logsnr), progress.update())[0]
+        counted = lambda z, logsnr: (poll(), denoise(z, logsnr), progress.update())[1]
         images.append(SAMPLERS[sampler](counted, draw(0), logsnrs, draw).cpu())
     progress.close()
     return torch.cat(images)
