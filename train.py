@@ -483,8 +483,10 @@ def save(step, drawn):
         agree(0)
         write(file + ".part", about, live())
         if rank == 0:
-            if os.path.exists(file) and held != step:
+            if os.path.exists(file) and held not in (0, step):
                 os.replace(file, os.path.join(run, f"step_{held}.pt"))
+            elif os.path.isdir(file):                          # a rehearsal, or the same step again
+                remove(file)
             os.replace(file + ".part", file)
             for old in older_checkpoints()[config["keep"] - 1:]:
                 remove(old)
