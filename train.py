@@ -254,16 +254,24 @@ def everyone(value):
 
 def explain(kind, error, trace):
     """What ends the process without being foreseen: says which process, and what to do where that is known."""
-    who, text = f"rank {rank}: " if world > 1 else "", str(error).split("\n")[0]
-    if kind is torch.OutOfMemoryError or "allocate memory" in text or kind is MemoryError:
-        print(f"error: {who}out of memory ({text}): lower --micro (now {micro}), or switch on --checkpointing, --dtype bf16 or, on several devices, --fsdp", file=sys.stderr)
+    who, text, status = f"rank {rank}: " if world > 1 else "", str(error).split("\n")[0], 1
+    if kind in (torch.OutOfMemoryError, MemoryError) or "allocate memory" in text:
+        status, advice = 2, f"lower --micro (now {micro}), or switch on --checkpointing, --dtype bf16 or, on several devices, --fsdp"
+        print(f"error: {who}out of memory ({text}): {advice}", file=sys.stderr)
     elif "DataLoader worker" in text:
-        print(f"error: {who}{text}: lower --workers (now {config['workers']}), or give the machine more memory; the same command goes on", file=sys.stderr)
+        status = 3
+        print(f"error: {who}{text}: lower --workers (now {config['workers']}) or free some memory; the same command goes on", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
         print(f"error: {who}{kind.__name__}: {text}", file=sys.stderr)
     sys.stderr.flush()
-    os._exit(1)                                                # at once: the others must not wait for this process
+    os._exit(status)                                           # at once: the others must not wait for this process
+
+
+def leave(status):
+    """The end. Of several processes each goes at once: the threads that connect them do not always survive an orderly teardown."""
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(status) if world > 1 else sys.exit(status)
 
 
 sys.excepthook = explain
@@ -331,7 +339,7 @@ if saved:
         raise UserError(f"{run} was grown from {saved['parents'][-1]}, not from {core_file}: leave --core out, or start anew with --fresh")
     if saved["step"] >= config["steps"] and (not config["eval_n"] or os.path.exists(os.path.join(run, "metrics.json"))):
         say(f"{run} is finished: {saved['step']} steps. Look at it: python sample.py {run} {shlex.quote(data.caption(0))}")
-        sys.exit(0)
+        leave(0)
     say(f"{run}: going on at step {saved['step']} of {config['steps']}" + "".join(f", {k} {saved['config'].get(k)} -> {config[k]}" for k in differ))
 if rank == 0:
     if fresh and os.path.exists(run):
@@ -350,7 +358,7 @@ if rank == 0:
         raise UserError(f"another process is training in {run}: wait for it, or give this one another --out")
     except OSError as e:
         print(f"error: {run} cannot be written ({e}): make room or give another --out", file=sys.stderr)
-        sys.exit(4)
+        leave(4)
 say(f"{stage} of config {name}: " + " ".join(f"{k}={v}" for k, v in config.items()))
 say(f"batch {config['batch']} = {micro} micro x {share // micro} accumulated x {world} device{'s' * (world > 1)}")
 
@@ -474,7 +482,7 @@ def save(step, drawn):
     spoilt = next((k for k, v in by_key(live()).items() if not torch.isfinite(v.to_local() if config["fsdp"] else v).all()), None)
     if agree(spoilt is not None):
         say(f"error: {spoilt} is not finite and is not saved: start anew with a lower --lr and --fresh, or go on from {file}")
-        sys.exit(3)
+        leave(3)
     global held                                                # the step of what lies in `file`
     reason = None
     try:
@@ -495,7 +503,7 @@ def save(step, drawn):
         reason = f"{file} cannot be written ({e}): make room there; the checkpoint before is whole"
         print(f"error: {reason}", file=sys.stderr)
     if agree(reason is not None):
-        sys.exit(4)
+        leave(4)
 
 
 def remove(path):
@@ -578,6 +586,7 @@ def record(line):
     if board:
         for key, value in flat(line).items():
             board.add_scalar(key, value, line["step"]) if isinstance(value, (int, float)) else None
+        board.flush()
 
 
 def open_board():
@@ -640,7 +649,7 @@ room = (config["keep"] + 1) * sum(state_bytes(model)[part] for part in ("weights
 there = sum(os.path.getsize(f) for f in (file, *older_checkpoints()) if os.path.isfile(f))
 if agree(rank == 0 and shutil.disk_usage(run).free < room - there):
     say(f"error: {run} needs {room / 2 ** 30:.2f} GiB for checkpoints and its disk has less: make room, or lower --keep (now {config['keep']})")
-    sys.exit(4)
+    leave(4)
 with FakeTensorMode():                                         # on shapes alone: counting round a real step would change how it is carried out
     counted = build(config)
     freeze(counted)
@@ -714,7 +723,7 @@ while step < config["steps"]:
         if bad >= 20:
             advice = "--dtype bf16 or a lower --lr" if dtype == torch.float16 else "a lower --lr"
             say(f"error: 20 steps in a row were not finite: start anew with {advice} and --fresh; {file} holds the last good state")
-            sys.exit(3)
+            leave(3)
     scaler.update()
     model.zero_grad()
 
@@ -754,7 +763,7 @@ while step < config["steps"]:
     if stopped and step < config["steps"]:
         bar.close()
         say(f"stopped at step {step} and saved {file}: the same command goes on from here")
-        sys.exit(128 + int(stopped))
+        leave(128 + int(stopped))
 bar.close()
 
 # ---- the score --------------------------------------------------------------------------------------------------------------
@@ -769,12 +778,11 @@ try:
                 json.dump({"run": run, "step": config["steps"], "n": config["eval_n"], **told, "metrics": result}, f)
         finish += f": {report(result)}"
 except InterruptedError:                                       # all is saved; the same command comes back to the score
-    sys.exit(128 + int(agree(stopping[0] if stopping else 0)))
+    leave(128 + int(agree(stopping[0] if stopping else 0)))
 if rank == 0:
     draw_curves()
 say(finish)
 same = "".join(f" --{key} {shlex.quote(value)}" for key, value in flags if key in ("config", "out", "data"))
 follows = {"pretrain": "grow", "grow": "defrost"}.get(stage)
 say("next: " + (f"python train.py --stage {follows}{same}, or " if follows else "") + f"python sample.py {run} {shlex.quote(data.caption(0))}")
-if world > 1:
-    dist.destroy_process_group()
+leave(0)
