@@ -7,12 +7,15 @@ What the README promises, one test each, in the order of the files.
 
 Tests of the scripts start them as a user would, with a few steps of a small model.
 """
+import glob
 import hashlib
+import importlib.util
 import json
 import multiprocessing
 import os
 import re
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
@@ -45,7 +48,7 @@ slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="slow: SLOW=1 pytes
 
 
 server = multiprocessing.get_context("forkserver")             # a process that has imported everything, and forks: a script starts in no time
-server.set_forkserver_preload(["eval", "torch.utils.flop_counter", "torch._subclasses.fake_tensor", "torch.distributed"])
+server.set_forkserver_preload(["eval", "torch.utils.flop_counter", "torch._subclasses.fake_tensor", "torch.distributed", "matplotlib.pyplot"])
 
 
 def script_process(script, words, environment, said, fault):
@@ -57,7 +60,11 @@ def script_process(script, words, environment, said, fault):
     torch.set_num_threads(1)
     sys.argv = [script, *words]
     fault()
-    runpy.run_path(os.path.join(HERE, script), run_name="__main__")
+    try:
+        runpy.run_path(os.path.join(HERE, script), run_name="__main__")
+    except Exception:                                          # as an interpreter of its own would end
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
 
 
 def start(script, *words, fault=int, **environment):
@@ -1386,6 +1393,360 @@ def test_micro_batches_add_up(tmp_path):
         run("train.py", "--stage", "pretrain", "--out", tmp_path / str(micro), *TINY, "--micro", micro)
         lines.append(json.loads(open(tmp_path / str(micro) / "toy/pretrain/log.jsonl").readline()))
     assert lines[0]["loss"] == pytest.approx(lines[1]["loss"], rel=1e-4) and lines[0]["norm"] == pytest.approx(lines[1]["norm"], rel=1e-2)
+
+
+# train.py: many devices, here processes on a CPU that talk through gloo
+
+LAST = {"batch": 12, "micro": 2, "muon_lr": 0.02}
+
+
+def copy_of(run, checkpoint, out):
+    """A folder for runs whose pretrain run stands where that checkpoint of another one was left."""
+    (out / "toy/pretrain").mkdir(parents=True)
+    source = shutil.copytree if (run / checkpoint).is_dir() else shutil.copy
+    source(run / checkpoint, out / "toy/pretrain/last.pt")
+    return out
+
+
+def first_gradients(out):
+    """{name: gradient} of the first step: AdamW's first moment is then (1 - beta1) times it."""
+    state = models.read_checkpoint(str(out / "toy/pretrain"))
+    return {k: v / (1 - state["config"]["beta1"]) for k, v in state["moments"].items() if k.endswith("/exp_avg")}
+
+
+def test_gradients_are_the_same_however_a_batch_is_spread(tmp_path):
+    """Four micro-batches in one process, two in each of two, and the same with weights in shards."""
+    words = ["--stage", "pretrain", *changed(TINY, steps=1, micro=2, clip=0, muon_lr=0, sample_every=0)]
+    assert "batch 8 = 2 micro x 4 accumulated x 1 device" in run("train.py", "--out", tmp_path / "one", *words)
+    assert "batch 8 = 2 micro x 2 accumulated x 2 devices" in run_ranks(2, "--out", tmp_path / "ddp", *words)
+    run_ranks(2, "--out", tmp_path / "fsdp", *words, "--fsdp")
+    run("train.py", "--out", tmp_path / "less", *words, "--checkpointing")
+    one = first_gradients(tmp_path / "one")
+    norm = sum(g.square().sum() for g in one.values()).sqrt()
+    for other in ("ddp", "fsdp", "less"):
+        grads = first_gradients(tmp_path / other)
+        assert grads.keys() == one.keys() and norm > 0.1
+        assert sum((grads[k] - g).square().sum() for k, g in one.items()).sqrt() < 1e-6 * norm, other
+
+
+def test_a_run_goes_on_with_another_number_of_devices_in_the_same_order(tmp_path):
+    """2, then 1, then 3 processes see the batches of an unbroken run; the step after each change has the same loss."""
+    words = ["--stage", "pretrain", *changed(TINY, **LAST, steps=6, save_every=2, log_every=1, sample_every=0, keep=9)]
+    run("train.py", "--out", tmp_path / "whole", *words)
+    run_ranks(2, "--out", tmp_path / "two", *words)
+    run("train.py", "--out", copy_of(tmp_path / "two/toy/pretrain", "step_2.pt", tmp_path / "one"), *words)
+    assert "going on at step 4" in run_ranks(3, "--out", copy_of(tmp_path / "one/toy/pretrain", "step_4.pt", tmp_path / "three"), *words)
+    log = lambda name: {line["step"]: line for line in map(json.loads, open(tmp_path / name / "toy/pretrain/log.jsonl"))}
+    whole = log("whole")
+    for name, steps in (("two", range(1, 7)), ("one", range(3, 7)), ("three", range(5, 7))):
+        assert sorted(log(name)) == list(steps)
+        for step in steps:
+            assert log(name)[step]["loss"] == pytest.approx(whole[step]["loss"], rel=2e-3), (name, step)
+    config = tiny(**{k: v for k, v in LAST.items() if k != "muon_lr"})
+    world, whole = Scenes(config), Batches(Scenes(config), config, False)
+    for count in (2, 3):                                       # the shares of a step add up to its batch
+        shares = [Batches(world, config, False, r, count)[5] for r in range(count)]
+        assert all(torch.equal(torch.cat(part), all_) for part, all_ in zip(zip(*shares), whole[5]))
+        assert Batches(world, config, False, 1, count).pairs(5) == whole.pairs(5)
+
+
+@pytest.mark.parametrize("how", [[], ["--fsdp", "--sharded"]])
+def test_growing_on_two_devices_keeps_the_core_and_resumes_to_the_bit(runs, how, tmp_path):
+    for name in ("whole", "broken"):
+        with_parents(runs, tmp_path / name, "grow")
+    words = ["--stage", "grow", *changed(TINY, steps=6, save_every=3, sample_every=0), *how]
+    run_ranks(2, "--out", tmp_path / "whole", *words)
+    (tmp_path / "broken/toy/grow").mkdir()
+    os.rename(tmp_path / "whole/toy/grow/step_3.pt", tmp_path / "broken/toy/grow/last.pt")
+    assert "going on at step 3" in run_ranks(2, "--out", tmp_path / "broken", *words)
+    assert_same_run(tmp_path / "whole", tmp_path / "broken", "grow")
+    before, after = models.ema_weights(models.read_checkpoint(str(runs[0] / "toy/pretrain"))), models.read_checkpoint(str(tmp_path / "whole/toy/grow"))
+    frozen = {k for k in before if k.startswith("core.") and not k.startswith("core.time.")}
+    assert all(torch.equal(before[k], after["model"][k]) for k in frozen) and not frozen & set(after["ema"])
+    said = run("sample.py", tmp_path / "whole/toy/grow", "a red circle", "--n", 1, "--steps", 2, "--to", tmp_path / "one.png")
+    assert "1 images" in said                                  # also from shards, in one process
+    words = [w for w in words if w != "--fsdp"]
+    assert "is finished" in run("train.py", "--out", tmp_path / "whole", *words)
+
+
+def test_the_death_of_one_process_ends_the_others(tmp_path):
+    words = ["--stage", "pretrain", "--out", tmp_path, *changed(TINY, steps=100000, log_every=1, sample_every=0, save_every=10 ** 6)]
+    (one, said), (two, _) = start_ranks(2, *words)
+    until(said, "\nstep", one)
+    two.kill()
+    one.join(30)
+    assert one.exitcode not in (None, 0) and "error: rank 0:" in said()
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
+    words = ["--stage", "pretrain", "--out", tmp_path, *changed(TINY, steps=100000, log_every=1, sample_every=0, save_every=10 ** 6)]
+    (one, said), (two, _) = start_ranks(2, *words)
+    until(said, "\nstep", one)
+    two.terminate()                                            # torchrun sends it to all; here one is enough
+    one.join(60), two.join(60)
+    assert one.exitcode == two.exitcode == 143 and "the same command goes on" in said()
+
+
+def test_what_does_not_divide_shows_its_factors(tmp_path):
+    assert "batch = 8 is not divisible by 3 (micro) x 1 (devices): take a multiple of 3" in run("train.py", "--out", tmp_path, *TINY, "--micro", 3, code=2)
+    assert "torchrun" in run("train.py", "--out", tmp_path, *TINY, "--fsdp", code=2)
+
+
+@slow
+def test_torchrun_itself(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", os.path.join(HERE, "train.py"), "--stage", "pretrain"]
+    done = subprocess.run([*command, "--out", str(tmp_path), *TINY], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and "x 2 devices" in done.stdout and "is finished" in done.stdout, done.stderr
+
+
+# train.py: precision
+
+def test_half_precision_skips_a_step_without_counting_it(tmp_path):
+    """fp16 starts at a scale of 2^16; an overflow halves it, draws the next batch, and moves neither step nor learning rate nor EMA."""
+    words = ["--stage", "pretrain", *changed(TINY, sample_every=0)]
+    said = run("train.py", "--out", tmp_path / "fp16", *words, "--dtype", "fp16", fault=overflow_first)
+    state = models.read_checkpoint(str(tmp_path / "fp16/toy/pretrain"))
+    assert "gradient overflowed at scale 65536, skipped (1 in a row)" in said
+    assert state["step"] == 6 and state["drawn"] == 7 and state["scaler"]["scale"] == 2 ** 15
+    assert all(v.dtype == torch.float32 for part in ("model", "ema", "moments") for v in state[part].values())
+    log = [json.loads(line) for line in open(tmp_path / "fp16/toy/pretrain/log.jsonl")]
+    assert log[-1]["skipped"] == 1 and log[0]["lr"] == pytest.approx(0.004 * 2 / 50)       # of the second step taken
+    assert "bfloat16" in run("train.py", "--out", tmp_path / "bf16", *words, "--dtype", "bf16")
+
+
+def overflow_first():
+    """The first gradient is too large for its scale."""
+    unscale, calls = torch.amp.GradScaler.unscale_, []
+
+    def spoilt(self, optimizer):
+        calls.append(optimizer)
+        if len(calls) <= 2:                                    # AdamW and Muon
+            next(p for g in optimizer.param_groups for p in g["params"]).grad.view(-1)[0] = float("inf")
+        unscale(self, optimizer)
+    torch.amp.GradScaler.unscale_ = spoilt
+
+
+# train.py: faults
+
+def nan_at(*draws):
+    """The third sample of these batches gives a loss of NaN, by way of its time encoding."""
+    loss, calls = models.diffusion_loss, []
+
+    def spoilt(model, x, text, t, *rest):
+        if torch.is_grad_enabled() and len(x) == 8:            # not while FLOPs are counted
+            calls.append(1)
+        if len(calls) - 1 in draws and len(x) == 8:
+            t = t.index_fill(0, torch.tensor([2]), float("nan"))
+        return loss(model, x, text, t, *rest)
+    models.diffusion_loss = spoilt
+
+
+def nan_once():
+    nan_at(3)
+
+
+def nan_always():
+    nan_at(*range(2, 1000))
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_named(tmp_path):
+    said = run("train.py", "--stage", "pretrain", "--out", tmp_path, *TINY, fault=nan_once)
+    sample = Batches(Scenes(tiny()), tiny(), False).pairs(3)[2][1]
+    assert f"step 3: gradient is not finite, skipped (1 in a row); loss of samples [{sample}]; first module core.time.mlp.0" in said
+    state = models.read_checkpoint(str(tmp_path / "toy/pretrain"))
+    assert state["step"] == 6 and state["drawn"] == 7
+
+
+def test_twenty_bad_steps_in_a_row_end_the_run_and_spoil_nothing(tmp_path):
+    said = run("train.py", "--stage", "pretrain", "--out", tmp_path, *changed(TINY, steps=60, save_every=1), fault=nan_always, code=3)
+    assert said.count("gradient is not finite") == 20 and "holds the last good state" in said
+    assert models.read_checkpoint(str(tmp_path / "toy/pretrain"))["step"] == 2
+
+
+def poisoned_weights():
+    """The optimizer writes NaN at its third step, which no gradient shows."""
+    step, calls = torch.optim.AdamW.step, []
+
+    def spoilt(self, *args):
+        step(self, *args)
+        calls.append(1)
+        if len(calls) == 3:
+            self.param_groups[0]["params"][0].data.fill_(float("nan"))
+    torch.optim.AdamW.step = spoilt
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    said = run("train.py", "--stage", "pretrain", "--out", tmp_path, *changed(TINY, save_every=1), fault=poisoned_weights, code=3)
+    assert "is not finite and is not saved" in said and models.read_checkpoint(str(tmp_path / "toy/pretrain"))["step"] == 2
+
+
+def full_disk(after):
+    save, calls = torch.save, []
+
+    def spoilt(*args, **options):
+        calls.append(1)
+        if len(calls) > after:
+            raise OSError(28, "No space left on device")
+        save(*args, **options)
+    torch.save = spoilt
+
+
+def disk_full_at_once():
+    full_disk(0)
+
+
+def disk_full_later():
+    full_disk(2)
+
+
+def no_room():
+    shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10 ** 6, 10 ** 6, 1000)
+
+
+def test_a_full_disk_is_found_at_the_start_or_leaves_the_old_file(tmp_path):
+    words = ["--stage", "pretrain", *changed(TINY, save_every=2)]
+    assert "make room" in run("train.py", "--out", tmp_path / "a", *words, fault=disk_full_at_once, code=4)
+    assert "GiB for checkpoints" in run("train.py", "--out", tmp_path / "b", *words, fault=no_room, code=4)
+    said = run("train.py", "--out", tmp_path / "c", *words, fault=disk_full_later, code=4)
+    assert "step      4" in said and models.read_checkpoint(str(tmp_path / "c/toy/pretrain"))["step"] == 2
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in run("train.py", "--out", tmp_path / "file", *words, code=4)
+
+
+def test_two_runs_in_one_folder_are_refused_until_the_first_is_dead(tmp_path):
+    words = ["--stage", "pretrain", "--out", tmp_path, *changed(TINY, steps=100000, log_every=1, sample_every=0, save_every=1)]
+    process, said = start("train.py", *words)
+    until(said, "\nstep      2", process)
+    assert "another process is training" in run("train.py", *words, code=2)
+    process.kill(), process.join()
+    process, said = start("train.py", *words)
+    until(said, "going on at step", process)
+    until(said, "\nstep", process)
+    process.terminate(), process.join()
+
+
+def test_a_signal_in_a_preview_is_heard_at_once(tmp_path):
+    words = ["--stage", "pretrain", "--out", tmp_path, *changed(TINY, log_every=1, sample_every=2, sample_steps=10 ** 5)]
+    process, said = start("train.py", *words)
+    until(said, "\nstep      2", process)
+    time.sleep(0.3)
+    process.terminate(), process.join(20)
+    assert process.exitcode == 143 and models.read_checkpoint(str(tmp_path / "toy/pretrain"))["step"] == 2
+
+
+def test_out_of_memory_tells_which_knobs_to_turn(tmp_path):
+    said = run("train.py", "--stage", "pretrain", "--out", tmp_path, *TINY, fault=oom_in_the_loop, code=2)
+    assert "lower --micro (now 8)" in said and not glob.glob(str(tmp_path / "toy/pretrain/*.part"))
+
+
+def oom_in_the_loop():
+    def spoilt(self, loss):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    torch.amp.GradScaler.scale = spoilt
+
+
+def test_a_worker_that_is_killed_is_named(tmp_path):
+    process, said = start("train.py", "--stage", "pretrain", "--out", tmp_path, *changed(TINY, steps=100000, workers=1, log_every=1, sample_every=0))
+    until(said, "\nstep", process)
+    worker = int(subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()[0])
+    os.kill(worker, signal.SIGKILL)
+    process.join(30)
+    assert process.exitcode == 3 and f"DataLoader worker (pid {worker}) is killed" in said().replace("(pid(s)", "(pid")
+
+
+def reader_gone():
+    """Standard output is a pipe that nobody reads any more, as after `| head`."""
+    read, write = os.pipe()
+    os.close(read)
+    os.dup2(write, 1)
+
+
+def test_a_reader_that_went_away_ends_nothing(tmp_path):
+    run("train.py", "--stage", "pretrain", "--out", tmp_path, *TINY, fault=reader_gone)
+    assert [json.loads(line)["step"] for line in open(tmp_path / "toy/pretrain/log.jsonl")] == [2, 4, 6]
+
+
+def test_a_broken_checkpoint_falls_back_to_the_one_before(runs, tmp_path):
+    words = ["--stage", "pretrain", "--out", tmp_path, *changed(TINY, save_every=2, keep=2)]
+    run("train.py", *words)
+    assert sorted(f for f in os.listdir(tmp_path / "toy/pretrain") if f.endswith(".pt")) == ["last.pt", "step_4.pt"]       # keep = 2
+    whole = (tmp_path / "toy/pretrain/last.pt").read_bytes()
+    (tmp_path / "toy/pretrain/last.pt").write_bytes(whole[:len(whole) // 2])
+    said = run("train.py", *words)
+    assert "warning:" in said and "falling back" in said and "going on at step 4" in said
+    assert_same_run(tmp_path, runs[0], "pretrain")
+    for file in ("last.pt", "step_4.pt"):
+        (tmp_path / "toy/pretrain" / file).write_bytes(b"")
+    assert "can be read: start anew with --fresh" in run("train.py", *words, code=2)
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch EXECUTED",)
+
+
+def test_checkpoints_of_others_run_nothing_and_are_told_apart(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state = torch.load(runs[0] / "toy/pretrain/last.pt", weights_only=True)
+    torch.save({**state, "config": Payload()}, "evil.pt")
+    torch.save({**state, "format": 99}, "new.pt")
+    torch.save({k: v for k, v in state.items() if k != "ema"}, "bare.pt")
+    torch.save({**state, "ema": {k: v * float("nan") for k, v in state["ema"].items()}}, "nan.pt")
+    for file, words in (("evil", "no complete checkpoint"), ("new", "format 99 and this code reads"), ("bare", "no complete checkpoint (KeyError)"), ("nan", "not finite in core")):
+        state, why = models.open_checkpoint(f"{file}.pt")
+        assert state is None and words in why
+    assert not os.path.exists("EXECUTED")
+
+
+# train.py: looking and planning
+
+def test_scores_on_the_way_and_a_picture_of_the_curves(runs, tmp_path):
+    words = ["--stage", "pretrain", "--out", tmp_path, *changed(TINY, eval_every=3, eval_n=4)]
+    if tensorboard := importlib.util.find_spec("tensorboard"):
+        words += ["--tensorboard"]
+    run("train.py", *words)
+    scores = [line for line in map(json.loads, open(tmp_path / "toy/pretrain/log.jsonl")) if "score" in line]
+    assert [line["step"] for line in scores] == [3, 6] and 0 <= scores[0]["score"]["questions"]["dsg"] <= 1
+    assert not importlib.util.find_spec("matplotlib") or (tmp_path / "toy/pretrain/curve.png").stat().st_size > 5000
+    assert not tensorboard or any("tfevents" in f for f in os.listdir(tmp_path / "toy/pretrain"))
+    assert_same_run(tmp_path, runs[0], "pretrain")             # looking changes nothing
+
+
+def test_what_may_change_when_a_run_goes_on_is_said(tmp_path):
+    words = ["--stage", "pretrain", "--out", tmp_path]
+    run("train.py", *words, *TINY)
+    said = run("train.py", *words, *changed(TINY, steps=8), "--lr", 0.001)
+    assert "going on at step 6 of 8" in said and "lr 0.004 -> 0.001" in said
+
+
+def test_the_plan_counts_without_allocating(tmp_path):
+    told = {}
+    for stage in ("grow", "defrost"):
+        run("train.py", "--stage", stage, "--plan", "--devices", 4, "--kind", "a100-80g", "--json", tmp_path / "p.json")
+        told[stage] = json.load(open(tmp_path / "p.json"))
+    config = load_config("toy", "grow")
+    net = build(config)
+    count = lambda tensors: sum(p.numel() for p in tensors)
+    core = [p for k, p in net.named_parameters() if k.startswith("core.") and not k.startswith("core.time.")]
+    grow, defrost = told["grow"], told["defrost"]
+    assert grow["parameters"] == {"total": count(net.parameters()), "trainable": count(net.parameters()) - count(core)}
+    assert defrost["parameters"]["trainable"] == count(net.parameters())
+    memory = grow["memory"]["ddp"]
+    assert memory["gradients"] == memory["ema"] == memory["optimizer"] / 2 < memory["weights"]         # none for the frozen core
+    assert grow["memory"]["fsdp"]["weights"] == memory["weights"] / 4 and set(memory) >= {"activations", "total"}
+    assert grow["days"] > 0 and grow["accumulation"] == 1 and not os.path.exists(tmp_path / "toy")
+    run("train.py", "--stage", "grow", "--plan", "--devices", 4, "--checkpointing", "--kind", "a100-80g", "--json", tmp_path / "p.json")
+    assert json.load(open(tmp_path / "p.json"))["memory"]["ddp"]["activations"] < 0.8 * memory["activations"]
+    assert "take one of v100" in run("train.py", "--plan", "--kind", "tpu", code=2) and "give numbers" in run("train.py", "--plan", "--devices", "x", code=2)
+
+
+@slow
+def test_a_compiled_step_is_the_same_step(tmp_path):
+    words = ["--stage", "pretrain", *changed(TINY, steps=1, clip=0, muon_lr=0, sample_every=0)]
+    run("train.py", "--out", tmp_path / "one", *words)
+    run("train.py", "--out", tmp_path / "two", *words, "--compile")
+    one, two = (first_gradients(tmp_path / name) for name in ("one", "two"))
+    assert all(torch.allclose(one[k], two[k], rtol=1e-4, atol=1e-6) for k in one)
 
 
 # ---- README.md --------------------------------------------------------------------------------------------------------------
