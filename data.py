@@ -69,14 +69,23 @@ def parse_value(key, text, default):
     return value
 
 
+def read_configs(file=CONFIGS):
+    parser = configparser.ConfigParser(inline_comment_prefixes="#", interpolation=None)
+    parser.read(file)
+    return parser
+
+
+def default_config(file=CONFIGS):
+    """The values of [DEFAULT]. A checkpoint older than a key takes them, so they leave a model as it was before the key came."""
+    return {k: ast.literal_eval(v) for k, v in read_configs(file).defaults().items()}
+
+
 def load_config(name="toy", stage="pretrain", flags=(), file=CONFIGS):
     """
     Resolve a section of configs.txt. Later wins: [DEFAULT], the sections that `name` inherits, [name], then the same with the
     stage, [name.stage], then flags (a list of (key, text)). A stage other than pretrain starts from [name.grow]. Returns a dict.
     """
-    parser = configparser.ConfigParser(inline_comment_prefixes="#", interpolation=None)
-    parser.read(file)
-    defaults = {k: ast.literal_eval(v) for k, v in parser.defaults().items()}
+    parser, defaults = read_configs(file), default_config(file)
     names = [s for s in parser.sections() if "." not in s]
     if name not in names:
         raise UserError(f"no config {name!r} in {os.path.basename(file)}: {nearest(name, names)}")
@@ -95,11 +104,11 @@ def load_config(name="toy", stage="pretrain", flags=(), file=CONFIGS):
         config[key] = parse_value(key, text, defaults[key])
     for key, value in config.items():
         least = {"seed": 0, "workers": 0, "micro": 0, "warmup": 0, "log_every": 0, "sample_every": 0,
-                 "eval_every": 0, "text_vocab": 2, "eval_n": 2}.get(key, 1)
+                 "eval_every": 0, "text_vocab": 2, "eval_n": 2, "encoder_width": 0, "kv_merge": 0}.get(key, 1)
         numbers = value if type(value) is tuple else [value] if type(value) is int else [least]
         if not numbers or min(numbers) < least and not (key == "eval_n" and value == 0):
             raise UserError(f"{key} = {value}: {key} must be at least {least}")
-        if key in ("base", "scene_small", "scene_large") and value <= 0:
+        if key in ("base", "scene_small", "scene_large", "latent_scale") and value <= 0:
             raise UserError(f"{key} = {value}: {key} must be above 0")
         if key in ("lr", "weight_decay", "clip", "warmup", "guidance", "ema_power") and config[key] < 0:
             raise UserError(f"{key} = {config[key]}: {key} must not be negative")
@@ -490,7 +499,7 @@ class Batches(torch.utils.data.Dataset):
     """
 
     def __init__(self, data, config, filtered, rank=0, world=1):
-        self.data, self.config = data, config
+        self.data, self.config, self.latents = data, config, False                 # latents: x comes from a cache of them
         share = config["batch"] // world
         self.rows = slice(rank * share, (rank + 1) * share)
         if isinstance(data, Folder):
