@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (Batches, COLOURS, CONTRAST, GROUNDS, IMAGES, SHAPES, Scenes, UserError, describe, distance, open_autoencoder, open_data, texture_wave, to_tensor,
-                  to_uint8, tokenize)
+from data import (Batches, COLOURS, CONTRAST, GROUNDS, IMAGES, SHAPES, Scenes, UserError, describe, distance, open_autoencoder, open_data,
+                  texture_wave, to_tensor, to_uint8, tokenize)
 from model import diffusion_loss, load, noise, read_checkpoint
 from sample import SAMPLERS, free_name, sample
 
