@@ -89,13 +89,17 @@ def load_config(name="toy", stage="pretrain", flags=(), file=CONFIGS):
     names = [s for s in parser.sections() if "." not in s]
     if name not in names:
         raise UserError(f"no config {name!r} in {os.path.basename(file)}: {nearest(name, names)}")
-    chain = [name]                                             # [toy], or [small, toy] where small inherits toy
-    while parent := ast.literal_eval(parser[chain[-1]]["inherits"]):
-        if parent not in names or parent in chain:
-            raise UserError(f"config {chain[-1]!r} inherits {parent!r}: name another one of {', '.join(names)}")
-        chain.append(parent)
+
+    def lineage(name, below=()):
+        """The sections that `name` inherits, the first parent's first, and its own last."""
+        parents = ast.literal_eval(parser[name]["inherits"]).replace(",", " ").split()
+        for parent in parents:
+            if parent not in names or parent in (*below, name):
+                raise UserError(f"config {name!r} inherits {parent!r}: name another one of {', '.join(names)}")
+        return [s for parent in parents for s in lineage(parent, (*below, name))] + [name]
+    chain = lineage(name)                                      # [toy], or [toy, small] where small inherits toy
     stages = ["pretrain"] if stage == "pretrain" else dict.fromkeys(["grow", stage])
-    sections = chain[::-1] + [f"{s}.{part}" for part in stages for s in chain[::-1]]
+    sections = chain + [f"{s}.{part}" for part in stages for s in chain]
     pairs = [(k, v) for s in sections if s in parser for k, v in parser._sections[s].items()] + list(flags)
     config = dict(defaults)
     for key, text in pairs:
