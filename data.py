@@ -69,24 +69,37 @@ def parse_value(key, text, default):
     return value
 
 
+def read_configs(file=CONFIGS):
+    parser = configparser.ConfigParser(inline_comment_prefixes="#", interpolation=None)
+    parser.read(file)
+    return parser
+
+
+def default_config(file=CONFIGS):
+    """The values of [DEFAULT]. A checkpoint older than a key takes them, so they leave a model as it was before the key came."""
+    return {k: ast.literal_eval(v) for k, v in read_configs(file).defaults().items()}
+
+
 def load_config(name="toy", stage="pretrain", flags=(), file=CONFIGS):
     """
     Resolve a section of configs.txt. Later wins: [DEFAULT], the sections that `name` inherits, [name], then the same with the
     stage, [name.stage], then flags (a list of (key, text)). A stage other than pretrain starts from [name.grow]. Returns a dict.
     """
-    parser = configparser.ConfigParser(inline_comment_prefixes="#", interpolation=None)
-    parser.read(file)
-    defaults = {k: ast.literal_eval(v) for k, v in parser.defaults().items()}
+    parser, defaults = read_configs(file), default_config(file)
     names = [s for s in parser.sections() if "." not in s]
     if name not in names:
         raise UserError(f"no config {name!r} in {os.path.basename(file)}: {nearest(name, names)}")
-    chain = [name]                                             # [toy], or [small, toy] where small inherits toy
-    while parent := ast.literal_eval(parser[chain[-1]]["inherits"]):
-        if parent not in names or parent in chain:
-            raise UserError(f"config {chain[-1]!r} inherits {parent!r}: name another one of {', '.join(names)}")
-        chain.append(parent)
+
+    def lineage(name, below=()):
+        """The sections that `name` inherits, the first parent's first, and its own last."""
+        parents = ast.literal_eval(parser[name]["inherits"]).replace(",", " ").split()
+        for parent in parents:
+            if parent not in names or parent in (*below, name):
+                raise UserError(f"config {name!r} inherits {parent!r}: name another one of {', '.join(names)}")
+        return [s for parent in parents for s in lineage(parent, (*below, name))] + [name]
+    chain = lineage(name)                                      # [toy], or [toy, small] where small inherits toy
     stages = ["pretrain"] if stage == "pretrain" else dict.fromkeys(["grow", stage])
-    sections = chain[::-1] + [f"{s}.{part}" for part in stages for s in chain[::-1]]
+    sections = chain + [f"{s}.{part}" for part in stages for s in chain]
     pairs = [(k, v) for s in sections if s in parser for k, v in parser._sections[s].items()] + list(flags)
     config = dict(defaults)
     for key, text in pairs:
@@ -95,11 +108,11 @@ def load_config(name="toy", stage="pretrain", flags=(), file=CONFIGS):
         config[key] = parse_value(key, text, defaults[key])
     for key, value in config.items():
         least = {"seed": 0, "workers": 0, "micro": 0, "warmup": 0, "log_every": 0, "sample_every": 0,
-                 "eval_every": 0, "text_vocab": 2, "eval_n": 2}.get(key, 1)
+                 "eval_every": 0, "text_vocab": 2, "eval_n": 2, "encoder_width": 0, "kv_merge": 0}.get(key, 1)
         numbers = value if type(value) is tuple else [value] if type(value) is int else [least]
         if not numbers or min(numbers) < least and not (key == "eval_n" and value == 0):
             raise UserError(f"{key} = {value}: {key} must be at least {least}")
-        if key in ("base", "scene_small", "scene_large") and value <= 0:
+        if key in ("base", "scene_small", "scene_large", "latent_scale") and value <= 0:
             raise UserError(f"{key} = {value}: {key} must be above 0")
         if key in ("lr", "weight_decay", "clip", "warmup", "guidance", "ema_power") and config[key] < 0:
             raise UserError(f"{key} = {config[key]}: {key} must not be negative")
@@ -365,7 +378,7 @@ def open_data(config):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Captions -> tokens, and steps -> batches
+# Captions -> tokens, images <-> numbers
 
 
 def words(caption):
@@ -400,6 +413,88 @@ def to_uint8(x):
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
+# ---------------------------------------------------------------------------------------------------------------
+# Images <-> latents
+
+
+class Blocks:
+    """
+    A lossless stand-in for an autoencoder: each block of stride x stride pixels becomes 3 stride^2 channels. It compresses
+    nothing, but takes `scenes` through the whole path of latents offline (autoencoder = "blocks"). Of stride 1 it is the identity.
+    """
+
+    def __init__(self, stride, scale):
+        self.stride, self.scale = stride, scale
+
+    def encode(self, x):
+        return torch.nn.functional.pixel_unshuffle(x, self.stride) * self.scale    # (B, 3, H, W) -> (B, 3 s^2, H/s, W/s)
+
+    def decode(self, latents):
+        return torch.nn.functional.pixel_shuffle(latents / self.scale, self.stride).clamp(-1, 1)
+
+
+class Autoencoder:
+    """
+    A frozen AutoencoderKL of diffusers (Rombach et al. 2022; SDXL's is the usual one), in float32 whatever the model's precision,
+    because SDXL's overflows in fp16. Pictures larger than it was trained at go through it in overlapping tiles, so that memory
+    stays bounded. Latents are the mean of its posterior, not a draw: its spread is far below the noise of the first step.
+    """
+
+    def __init__(self, vae, scale):
+        self.vae, self.scale = vae, scale
+        vae.enable_tiling()
+
+    @torch.no_grad()
+    def encode(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return self.vae.encode(x.float()).latent_dist.mode() * self.scale      # (B, 3, H, W) -> (B, c, H/s, W/s)
+
+    @torch.no_grad()
+    def decode(self, latents):
+        with torch.autocast(latents.device.type, enabled=False):
+            return self.vae.decode(latents.float() / self.scale).sample.clamp(-1, 1)
+
+
+@functools.lru_cache(2)
+def read_autoencoder(folder, device):
+    """The AutoencoderKL in a local folder, as diffusers' save_pretrained leaves it. Nothing is downloaded."""
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        raise UserError(f"no autoencoder in {folder!r}: put a diffusers AutoencoderKL there (config.json and its weights), or set autoencoder = \"\"")
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError:
+        raise UserError("latents need diffusers: pip install diffusers")
+    try:
+        vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)   # else it asks for accelerate
+    except Exception as e:                                     # diffusers raises many kinds
+        raise UserError(f"{folder!r} does not open as an AutoencoderKL ({type(e).__name__}: {str(e)[:200]}): take another folder")
+    return vae.float().eval().requires_grad_(False).to(device)
+
+
+def open_autoencoder(config, device="cpu"):
+    """
+    An object with encode: x (B, 3, H, W) in [-1, 1] -> latents (B, latent_channels, H / latent_stride, W / latent_stride),
+    scaled by latent_scale to a variance near 1; and with decode, its inverse. For a model of pixels both are the identity.
+    """
+    c = config
+    if not c["autoencoder"]:
+        return Blocks(1, 1.0)
+    if c["autoencoder"] == "blocks":
+        own, opened = {"latent_channels": 3 * c["latent_stride"] ** 2}, Blocks(c["latent_stride"], c["latent_scale"])
+    else:
+        vae = read_autoencoder(c["autoencoder"], str(device))
+        own = {"latent_channels": vae.config.latent_channels, "latent_stride": 2 ** (len(vae.config.block_out_channels) - 1),
+               "latent_scale": vae.config.scaling_factor}
+        opened = Autoencoder(vae, c["latent_scale"])
+    if wrong := [f"{k} = {v}" for k, v in own.items() if c[k] != v]:
+        raise UserError(f"the autoencoder {c['autoencoder']!r} has other latents than this config: set {', '.join(wrong)}")
+    return opened
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Steps -> batches
+
+
 class Batches(torch.utils.data.Dataset):
     """
     Item `step` is the batch of that step: x (b, 3, H, W), text (b, L), and size (b, 6): original height and width, top and left of the
@@ -408,7 +503,7 @@ class Batches(torch.utils.data.Dataset):
     """
 
     def __init__(self, data, config, filtered, rank=0, world=1):
-        self.data, self.config = data, config
+        self.data, self.config, self.latents = data, config, False                 # latents: x comes from a cache of them
         share = config["batch"] // world
         self.rows = slice(rank * share, (rank + 1) * share)
         if isinstance(data, Folder):

@@ -769,7 +769,7 @@ def test_sampling_from_the_command_line(runs, tmp_path):
     words = [out, "a red circle", "a blue square", "--n", 2, "--steps", 3, "--to", to]
     run("sample.py", *words)
     said = run("sample.py", *words, "--batch", 1)
-    assert "g_1.png: 4 images of 32 px" in said and to.read_bytes() == (tmp_path / "g_1.png").read_bytes()
+    assert "g_1.png: 4 images of 32x32 px" in said and to.read_bytes() == (tmp_path / "g_1.png").read_bytes()
     told = run("sample.py", out, "--describe")
     assert "grow of config toy, 32 px, step 6 of 6" in told and "parent" in told and "pretrain" in told
     assert "error: --size 64x64" in run("sample.py", *words, "--size", "64x64", code=2)

@@ -38,9 +38,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import Batches, Scenes, UserError, encode_captions, grid, load_config, nearest, open_data, to_uint8, write_png
+from data import Batches, Scenes, UserError, grid, load_config, nearest, open_autoencoder, open_data, to_uint8, write_png
 from eval import HELD_OUT, evaluate, flat, report
-from model import (FORMAT, ResidualBlock, build, check_sizes, diffusion_loss, ema_weights, image_shape, noise, open_checkpoint,
+from model import (FORMAT, ResidualBlock, build, carry_over, check_sizes, diffusion_loss, ema_weights, example, noise, open_checkpoint,
                    read_checkpoint)
 from sample import SAMPLERS, sample
 
@@ -54,8 +54,8 @@ STAGES = {
     "scratch":  (None,        None,     False,  True),
     "finetune": ("pretrain",  "core.",  False,  True),
 }
-SHELL_KEYS = ("shell", "resolution", "channels", "residual_blocks", "entry_channels")
-CORE_KEYS = ("width", "depth", "heads", "mlp_ratio", "grid", "text_vocab", "text_length")
+SHELL_KEYS = ("shell", "channels", "residual_blocks", "entry_channels", "patch")
+CORE_KEYS = ("width", "depth", "heads", "mlp_ratio", "text_vocab")
 # what may change when a run goes on: how it is looked at and spread over devices, the steps and the learning rate
 FREE_KEYS = ("steps", "lr", "lr_end", "micro", "workers", "compile", "checkpointing", "fsdp", "sharded", "dist_timeout", "keep", "guidance", "sampler",
              "sample_steps", "log_every", "sample_every", "save_every", "eval_every", "eval_n", "tensorboard")
@@ -89,6 +89,7 @@ if stage not in STAGES:
     raise UserError(f"unknown stage {stage!r}: {nearest(stage, STAGES)}")
 source, keeps, frozen, only_large = STAGES[stage]
 config = load_config(name, stage, list(given.items()))
+starts = f"{name}/{source}" if keeps != "" or not config["starts"] else config["starts"]           # weak to strong: from another config's run
 check_sizes(config)                                            # before any file is opened
 if config["sampler"] not in SAMPLERS:
     raise UserError(f"sampler = {config['sampler']}: take one of {', '.join(SAMPLERS)}")
@@ -145,10 +146,10 @@ def measure(model, images, dtype):
         if block in set(model.core.blocks) or isinstance(block, ResidualBlock):
             block.register_forward_pre_hook(lambda _, args: (keep(args[0], inputs), spent.append(-total(kept)))[:0] or None)
             block.register_forward_hook(lambda *_: spent.append(spent.pop() + total(kept)))
-    x, t = torch.zeros(images, *image_shape(config)), torch.zeros(images)
+    x, t, text = example(config, images)
     with FlopCounterMode(display=False) as counter:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = diffusion_loss(model, x, blank_text(images), t, x, config, torch.zeros(images, 6)).sum()
+            loss = diffusion_loss(model, x, text, t, x, config, torch.zeros(images, 6)).sum()
         loss.backward()
     held = total(kept) - sum(spent) + total(inputs) + max(spent) if config["checkpointing"] else total(kept)
     return counter.get_total_flops(), held
@@ -187,11 +188,6 @@ def tell_plan(p):
         fits = "fits" if parts["total"] < 0.95 * p["device_gib"] else "too much: lower --micro, or switch on --checkpointing"
         print(f"{way:>14} " + "".join(f"{parts.get(k, 0):13.2f}" for k in p["memory"]["fsdp"]) + f"   {fits}")
     print(f"{p['flops_per_image'] / 1e9:,.1f} GFLOP per image; {p['images_per_second']:,.0f} images/s and {p['days']:.3g} days at {p['mfu']:.0%} of the peak rate, which is assumed (--mfu)")
-
-
-def blank_text(images):
-    """Null captions of the shape that the model reads."""
-    return encode_captions([""] * images, config)
 
 
 if planning:
@@ -284,7 +280,7 @@ batches = Batches(data, config, only_large, rank, world)
 # ---- the run that this one starts from, made or finished first where need be ------------------------------------------------
 run = os.path.join(out, name, stage)
 file = os.path.join(run, "last.pt")
-parent = core_file or (source and os.path.join(out, name, source))
+parent = core_file or (source and os.path.join(out, starts))
 saved = None
 
 
@@ -308,10 +304,10 @@ if parent and not saved:
     start = read_checkpoint(parent) if core_file or os.path.exists(os.path.join(parent, "last.pt")) else None
     if not core_file and (not start or start["step"] < start["config"]["steps"]):
         if world > 1:
-            raise UserError(f"{parent} is not there or not finished: run it first, by the same torchrun command with --stage {source}")
-        say(f"{parent} stopped at step {start['step']}: going on with it first" if start else f"no {source} run in {parent} yet: running it first")
-        passed = [w for key, value in flags if key not in ("stage", "core", "resolution", "shell") for w in ("--" + key, value)]
-        child = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--stage", source, *passed])
+            raise UserError(f"{parent} is not there or not finished: run it first, by torchrun with --config {starts.replace('/', ' --stage ')}")
+        say(f"{parent} stopped at step {start['step']}: going on with it first" if start else f"no {starts.split('/')[1]} run in {parent} yet: running it first")
+        passed = [w for key, value in flags if key not in ("config", "stage", "core", "resolution", "shell") for w in ("--" + key, value)]
+        child = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--config", *starts.replace("/", " --stage ").split(), *passed])
         signal.signal(signal.SIGTERM, lambda *_: child.terminate())
         signal.signal(signal.SIGINT, signal.SIG_IGN)           # Ctrl-C reaches the child by itself
         if child.wait():
@@ -326,6 +322,7 @@ if parent and not saved:
     if differ:
         said = ", ".join(f"{k} {start['config'][k]} there, {config[k]} here" for k in differ[:3])
         raise UserError(f"{parent} does not fit ({said}): use its settings, or train another")
+    kept, carried = carry_over(start, config, keeps)
 
 # ---- run folder: finished, to be continued, or new --------------------------------------------------------------------------
 if saved:
@@ -386,9 +383,8 @@ for reason, files in sorted(getattr(data, "skipped", {}).items()):
 # ---- model: grow, freeze, wrap ----------------------------------------------------------------------------------------------
 model = build(config)
 if parent and not saved:                                       # a new shell round the old core
-    kept = {k: v for k, v in ema_weights(start).items() if k.startswith(keeps)}
     model.load_state_dict({**model.state_dict(), **kept})
-    say(f"from {parent}: {len(kept)} tensors kept, {len(model.state_dict()) - len(kept)} new, {len(start['model']) - len(kept)} unused")
+    say(f"from {parent}: {carried}")
 origin = f"{parent} ({start['stage']}, step {start['step']})" if parent and not saved else None
 parents = saved["parents"] if saved else start["parents"] + [origin] if origin else []
 freeze(model)
@@ -401,6 +397,7 @@ if config["fsdp"]:                                             # shards of weigh
         fully_shard(unit, mesh=mesh)
     register_fsdp_forward_method(model.core, "condition")
 model.to(device)
+autoencoder = open_autoencoder(config, device)                 # the identity for pixels
 net = torch.compile(model) if config["compile"] else model     # the same weights; names are those of `model`
 if world > 1 and not config["fsdp"]:
     net = torch.nn.parallel.DistributedDataParallel(net)
@@ -680,6 +677,7 @@ while step < config["steps"]:
     batch = [part.to(device, non_blocking=True) for part in next(loader)]
     x, text, size = batch                                      # (b, C, H, W), (b, L), (b, 6)
     waited += time.perf_counter() - tick
+    x = x if batches.latents else autoencoder.encode(x)        # latents that were not made beforehand
 
     # noise levels spread evenly over [0, 1], one per image, shifted together: less variance than independent draws
     shift = float(torch.rand((), generator=torch.Generator().manual_seed((config["seed"] * 1000003 + drawn) % 2 ** 32)))
