@@ -99,6 +99,14 @@ if core_file and not source:
     raise UserError(f"--core says where to start, and {stage} starts from nothing: leave it out")
 
 
+def shares(devices):
+    """(images per step, images at once) of one device: `batch` is always the global batch."""
+    unit = (config["micro"] or 1) * devices
+    if config["batch"] % unit:
+        raise UserError(f"batch = {config['batch']} is not divisible by {config['micro'] or 1} (micro) x {devices} (devices): take a multiple of {unit}")
+    return config["batch"] // devices, config["micro"] or config["batch"] // devices
+
+
 def freeze(model):
     """Growing trains the shell and the time encoding, which follows the noise schedule of the new size (Sec. 3.3)."""
     for key, p in model.named_parameters():
@@ -151,8 +159,10 @@ def measure(model, images, dtype):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = diffusion_loss(model, x, text, t, x, config, torch.zeros(images, 6)).sum()
         loss.backward()
-    held = total(kept) - sum(spent) + total(inputs) + max(spent) if config["checkpointing"] else total(kept)
-    return counter.get_total_flops(), held
+    if not config["checkpointing"]:
+        return counter.get_total_flops(), total(kept)
+    casts = 2 * sum(p.numel() for p in model.parameters() if p.requires_grad) * (dtype != torch.float32)   # autocast's, until the forward ends
+    return counter.get_total_flops(), total(kept) - sum(spent) + total(inputs) + max(casts, *spent)        # one block at a time is computed again
 
 
 def plan(devices=1, kind="h100", mfu=0.4):
@@ -162,7 +172,7 @@ def plan(devices=1, kind="h100", mfu=0.4):
     half, tf32, full, gib = KINDS[kind]
     dtype = DTYPES.get(config["dtype"], torch.float16 if kind == "v100" else torch.bfloat16)
     rate = half if dtype != torch.float32 else tf32 if config["tf32"] else full
-    micro = config["micro"] or max(1, config["batch"] // devices)
+    share, micro = shares(devices)
     with FakeTensorMode():
         model = build(config)
         freeze(model)
@@ -175,14 +185,14 @@ def plan(devices=1, kind="h100", mfu=0.4):
     speed = devices * rate * mfu * micro / flops               # images per second
     return {"config": name, "stage": stage, "parameters": {"total": state["weights"] // 4, "trainable": state["ema"] // 4}, "memory": memory, "memory_unit": "GiB per device",
             "devices": devices, "kind": kind, "device_gib": gib, "dtype": str(dtype).split(".")[1], "micro": micro, "batch": config["batch"],
-            "accumulation": config["batch"] / (micro * devices), "flops_per_image": flops / micro, "mfu": mfu, "images_per_second": speed,
+            "accumulation": share // micro, "flops_per_image": flops / micro, "mfu": mfu, "images_per_second": speed,
             "steps": config["steps"], "days": config["steps"] * config["batch"] / speed / 86400}
 
 
 def tell_plan(p):
     """The plan as a table for people."""
     print(f"{stage} of config {name}: {p['parameters']['total']:,} parameters, {p['parameters']['trainable']:,} trained; {p['steps']} steps of {p['batch']} images")
-    print(f"{p['devices']} x {p['kind']} ({p['device_gib']} GiB), {p['dtype']}: batch {p['batch']} = {p['micro']} micro x {p['accumulation']:g} accumulated x {p['devices']} devices")
+    print(f"{p['devices']} x {p['kind']} ({p['device_gib']} GiB), {p['dtype']}: batch {p['batch']} = {p['micro']} micro x {p['accumulation']} accumulated x {p['devices']} devices")
     print("GiB per device " + "".join(f"{part:>13}" for part in p["memory"]["fsdp"]))
     for way, parts in p["memory"].items():
         fits = "fits" if parts["total"] < 0.95 * p["device_gib"] else "too much: lower --micro, or switch on --checkpointing"
@@ -212,11 +222,7 @@ if world > 1:                                                  # in a single pro
     dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=config["dist_timeout"]))
 elif config["fsdp"]:
     raise UserError("fsdp = True in one process: start it with torchrun --standalone --nproc-per-node N train.py ..., or leave it out")
-if config["batch"] % world or config["batch"] // world % (config["micro"] or 1):
-    raise UserError(f"batch = {config['batch']} is not divisible by {config['micro'] or 1} (micro) x {world} (devices): "
-                    f"take a multiple of {(config['micro'] or 1) * world}")
-share = config["batch"] // world                               # images per step of this process
-micro = config["micro"] or share
+share, micro = shares(world)                                   # images per step of this process, and at once
 
 
 def say(*parts):
@@ -691,8 +697,9 @@ while step < config["steps"]:
     # forward and backward over micro-batches: gradients add up to those of the whole batch, and are exchanged after the last one
     parts = list(zip(*(part.split(micro) for part in (x, text, t, eps, size))))
     for k, (x_, text_, t_, eps_, size_) in enumerate(parts):
-        with exchange(k + 1 == len(parts)), half_precision():
-            loss = diffusion_loss(net, x_, text_, t_, eps_, config, size_)         # (micro,)
+        with exchange(k + 1 == len(parts)):
+            with half_precision():
+                loss = diffusion_loss(net, x_, text_, t_, eps_, config, size_)     # (micro,)
             scaler.scale(loss.sum() * world / config["batch"]).backward()          # the exchange takes the mean over processes
         losses.append(loss.detach())
     for o in optimizers:
