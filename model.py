@@ -547,22 +547,23 @@ def read_shards(folder):
     return tensors
 
 
-def open_checkpoint(file):
+def open_checkpoint(file, shards=True):
     """
     (state, None), or (None, why not). Nothing in a file is executed (weights_only) and nothing broken gets through. state: "format",
     "stage", "name", "config", "step", "parents", and the tensors by name under "model", "ema" (of what was trained) and "moments".
+    Of a sharded one the tensors are left out where `shards` is False: training reads them straight into its own.
     """
     try:
         if os.path.isdir(file):                                # sharded: a folder
             state = torch.load(os.path.join(file, "about.pt"), weights_only=True)
-            for key, value in read_shards(file).items():
+            for key, value in read_shards(file).items() if shards else ():
                 part, name = key.split("/", 1)
                 state.setdefault(part, {})[name] = value
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
         if state["format"] != FORMAT:
             return None, f"{file!r} is a checkpoint of format {state['format']} and this code reads {FORMAT}: train it again"
-        parts = {**state["model"], **state["ema"]}
+        parts = {} if os.path.isdir(file) and not shards else {**state["model"], **state["ema"]}
     except Exception as e:                                     # of many kinds: cut off, not a checkpoint, not allowed to be loaded
         return None, f"{file!r} is no complete checkpoint ({type(e).__name__}): take another, or train again with --fresh"
     for name, value in parts.items():

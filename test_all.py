@@ -1484,6 +1484,13 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
     assert one.exitcode == two.exitcode == 143 and "the same command goes on" in said()
 
 
+def test_a_port_in_use_is_said(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0)), s.listen()
+        environment = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
+        assert "cannot meet" in run("train.py", "--out", tmp_path, *TINY, code=2, **environment)
+
+
 def test_what_does_not_divide_shows_its_factors(tmp_path):
     assert "batch = 8 is not divisible by 3 (micro) x 1 (devices): take a multiple of 3" in run("train.py", "--out", tmp_path, *TINY, "--micro", 3, code=2)
     assert "torchrun" in run("train.py", "--out", tmp_path, *TINY, "--fsdp", code=2)

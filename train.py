@@ -219,7 +219,10 @@ if cuda:
     torch.cuda.set_device(device)
 if world > 1:                                                  # in a single process nothing of torch.distributed is touched
     import torch.distributed as dist
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=config["dist_timeout"]))
+    try:
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=config["dist_timeout"]))
+    except (dist.DistNetworkError, dist.DistStoreError) as e:
+        raise UserError(f"the processes cannot meet ({str(e).splitlines()[0]}): give torchrun --standalone, or another --master-port")
 elif config["fsdp"]:
     raise UserError("fsdp = True in one process: start it with torchrun --standalone --nproc-per-node N train.py ..., or leave it out")
 share, micro = shares(world)                                   # images per step of this process, and at once
@@ -297,7 +300,7 @@ def older_checkpoints():
 
 
 for candidate in [] if fresh else [f for f in (file, *older_checkpoints()) if os.path.exists(f)]:
-    saved, broken = open_checkpoint(candidate)
+    saved, broken = open_checkpoint(candidate, shards=False)
     if saved:
         break
     say(f"warning: {broken}: falling back to the checkpoint before it")
@@ -432,7 +435,7 @@ def live():
 
 
 def restore(saved):
-    """Copy a checkpoint into the live tensors; under FSDP each device takes its shard."""
+    """Copy a checkpoint into the live tensors; under FSDP each device takes its shard, and of shards it reads its own part alone."""
     for o in optimizers:                                       # a step of size zero makes the moments' tensors
         for group in o.param_groups:
             group["lr"] = 0.0
@@ -442,6 +445,9 @@ def restore(saved):
         for p in o.state:
             o.state[p].get("step", torch.zeros(())).fill_(saved["step"])
     model.zero_grad()
+    if "model" not in saved:
+        from torch.distributed.checkpoint import HuggingFaceStorageReader, load as load_shards
+        return load_shards(by_key(live()), storage_reader=HuggingFaceStorageReader(candidate), no_dist=world == 1)
     for part, tensors in live().items():
         for key, tensor in tensors.items():
             value = saved[part][key].to(tensor.device)
@@ -628,7 +634,7 @@ def sgemm_rate():
 
 
 def first_fault(x, text, t, eps, size):
-    """The first module, in the order of the forward, whose output is not finite; for the log, so it runs only then."""
+    """The first module, in the order of the forward, whose output is not finite, or None; for the log, so it runs only then."""
     found, hooks = [], []
     note = lambda key: lambda m, _, y: found.append(key) if torch.is_tensor(y) and not torch.isfinite(y).all() else None
     for key, module in model.named_modules():
@@ -639,6 +645,35 @@ def first_fault(x, text, t, eps, size):
     for hook in hooks:
         hook.remove()
     return found[0] if found else None
+
+
+def tell_fault(loss, drawn, bad, *inputs):
+    """Say which step was skipped and what began it: samples of this batch by number, and the first module."""
+    faulty = [i for i, l in enumerate(everyone(loss)) if not math.isfinite(l)]     # rows of the global batch
+    if dtype == torch.float16 and not faulty and scaler.get_scale() > 1:
+        return say(f"step {step}: gradient overflowed at scale {scaler.get_scale():g}, skipped ({bad} in a row)")
+    samples, modules = [batches.pairs(drawn)[i][1] for i in faulty], [key for key in everyone(first_fault(*inputs)) if key]
+    say(f"step {step}: gradient is not finite, skipped ({bad} in a row); loss of samples {samples or 'finite for all'}; "
+        f"first module {modules[0] if modules else 'none: only the backward overflowed'}")
+
+
+def tell_step(losses, times, waited, norm):
+    """One line that answers everything, and the same in log.jsonl."""
+    spent, middle = sum(times) / len(times), sorted(times)[len(times) // 2]        # seconds per step
+    each = torch.tensor(everyone(torch.cat(losses).view(-1, share).mean(0)))       # (B,): t rises along the batch, from clean to noisy
+    memory = torch.cuda.max_memory_allocated() / 2 ** 30 if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20   # GiB
+    line = {"step": step, "loss": round(float(each.mean()), 5), "bins": [round(float(b.mean()), 4) for b in each.tensor_split(4) if len(b)],
+            "lr": config["lr"] * schedule(step - 1), "norm": round(norm, 3), "img_s": round(config["batch"] / spent, 1),
+            "data_ms": round(1000 * waited / len(times), 1), "gib": round(memory, 2), "skipped": skipped}
+    if peak:
+        line["mfu"] = round(flops / spent / world / peak, 3)
+    elif not cuda and step - first <= config["log_every"]:                         # the step's share of what this machine can do, once
+        line["efficiency"] = round(flops / world / middle / sgemm_rate(), 2)
+        say(f"a step takes {flops / 1e9:.1f} GFLOP in {1000 * middle:.0f} ms: {line['efficiency']} of the rate of a 1024 sgemm here")
+    say(f"step {line['step']:6d}  loss {line['loss']:.4f}  clean..noisy {' '.join(f'{b:.3f}' for b in line['bins'])}  "
+        f"lr {line['lr']:.1e}  norm {line['norm']:.2f}  {line['img_s']:.0f} img/s  data {line['data_ms']:.1f} ms  {line['gib']:.1f} GiB  "
+        + (f"mfu {line['mfu']:.2f}  " if peak else "") + f"eta {(config['steps'] - step) * spent:.0f} s")
+    record(line)
 
 
 # ---- where the run stands ---------------------------------------------------------------------------------------------------
@@ -715,16 +750,9 @@ while step < config["steps"]:
         step, bad = step + 1, 0
         bar.update()
     else:
-        faulty = [i for i, l in enumerate(everyone(torch.cat(losses[-len(parts):]))) if not math.isfinite(l)]
-        del losses[-len(parts):]
         bad, skipped = bad + 1, skipped + 1
-        if dtype == torch.float16 and not faulty and scaler.get_scale() > 1:
-            say(f"step {step}: gradient overflowed at scale {scaler.get_scale():g}, skipped ({bad} in a row)")
-        else:
-            samples = [batches.pairs(drawn - 1)[i][1] for i in faulty]
-            modules = [key for key in everyone(first_fault(x, text, t, eps, size)) if key]
-            say(f"step {step}: gradient is not finite, skipped ({bad} in a row); loss of samples {samples or 'finite for all'}; "
-                f"first module {modules[0] if modules else 'none: only the backward overflowed'}")
+        tell_fault(torch.cat(losses[-len(parts):]), drawn - 1, bad, x, text, t, eps, size)
+        del losses[-len(parts):]
         if bad >= 20:
             advice = "--dtype bf16 or a lower --lr" if dtype == torch.float16 else "a lower --lr"
             say(f"error: 20 steps in a row were not finite: start anew with {advice} and --fresh; {file} holds the last good state")
@@ -732,40 +760,25 @@ while step < config["steps"]:
     scaler.update()
     model.zero_grad()
 
-    # one line that answers everything, and the same in log.jsonl
+    # tell, look, keep, leave
     times.append(time.perf_counter() - tick)
-    due = lambda key: moved and config[key] and (step % config[key] == 0 or key != "save_every" and step == config["steps"])
-    if moved and losses and (due("log_every") or step == config["steps"]):
-        spent, middle = sum(times) / len(times), sorted(times)[len(times) // 2]    # seconds per step
-        each = torch.tensor(everyone(torch.cat(losses).view(-1, share).mean(0)))   # (B,): t rises along the batch, from clean to noisy
-        line = {"step": step, "loss": round(float(each.mean()), 5), "bins": [round(float(b.mean()), 4) for b in each.tensor_split(4) if len(b)],
-                "lr": config["lr"] * schedule(step - 1), "norm": round(norm, 3), "img_s": round(config["batch"] / spent, 1),
-                "data_ms": round(1000 * waited / len(times), 1), "skipped": skipped,
-                "gib": round(torch.cuda.max_memory_allocated() / 2 ** 30, 2) if cuda else round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20, 2)}
-        if peak:
-            line["mfu"] = round(flops / spent / world / peak, 3)
-        elif not cuda and step - first <= config["log_every"]:                     # the step's share of what this machine can do, once
-            line["efficiency"] = round(flops / world / middle / sgemm_rate(), 2)
-            say(f"a step takes {flops / 1e9:.1f} GFLOP in {1000 * middle:.0f} ms: {line['efficiency']} of the rate of a 1024 sgemm here")
-        say(f"step {line['step']:6d}  loss {line['loss']:.4f}  clean..noisy {' '.join(f'{b:.3f}' for b in line['bins'])}  "
-            f"lr {line['lr']:.1e}  norm {line['norm']:.2f}  {line['img_s']:.0f} img/s  data {line['data_ms']:.1f} ms  {line['gib']:.1f} GiB  "
-            + (f"mfu {line['mfu']:.2f}  " if peak else "") + f"eta {(config['steps'] - step) * spent:.0f} s")
-        record(line)
+    due = lambda key: moved and config[key] and step % config[key] == 0
+    last = moved and step == config["steps"]
+    if due("log_every") or last:
+        tell_step(losses, times, waited, norm)
         losses, times, waited = [], [], 0.0
-
-    # look, keep, leave
     try:
-        if due("sample_every"):
+        if due("sample_every") or last and config["sample_every"]:
             preview(step)
-        if moved and config["eval_every"] and step % config["eval_every"] == 0 and step < config["steps"]:
+        if due("eval_every") and not last:                     # the last score follows the loop
             record({"step": step, "score": (result := score())})
             say(f"step {step:6d}  {report(result)}")
     except InterruptedError:
         pass                                                   # a signal: save first
     stopped = agree(stopping[0] if stopping else 0)
-    if moved and (due("save_every") or step == config["steps"]) or stopped:
+    if due("save_every") or last or stopped:
         save(step, drawn)
-    if stopped and step < config["steps"]:
+    if stopped and not last:
         bar.close()
         say(f"stopped at step {step} and saved {file}: the same command goes on from here")
         leave(128 + int(stopped))
