@@ -263,9 +263,9 @@ def explain(kind, error, trace):
     if kind in (torch.OutOfMemoryError, MemoryError) or "allocate memory" in text:
         status, advice = 2, f"lower --micro (now {micro}), or switch on --checkpointing, --dtype bf16 or, on several devices, --fsdp"
         print(f"error: {who}out of memory ({text}): {advice}", file=sys.stderr)
-    elif "DataLoader worker" in text:
-        status = 3
-        print(f"error: {who}{text}: lower --workers (now {config['workers']}) or free some memory; the same command goes on", file=sys.stderr)
+    elif dead := [w.pid for w in getattr(globals().get("loader"), "_workers", []) if not w.is_alive()]:
+        status, advice = 3, f"lower --workers (now {config['workers']}) or free some memory; the same command goes on"
+        print(f"error: {who}DataLoader worker (pid {dead[0]}) is dead ({text}): {advice}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
         print(f"error: {who}{kind.__name__}: {text}", file=sys.stderr)
