@@ -260,10 +260,12 @@ def everyone(value):
 def explain(kind, error, trace):
     """What ends the process without being foreseen: says which process, and what to do where that is known."""
     who, text, status = f"rank {rank}: " if world > 1 else "", str(error).split("\n")[0], 1
+    workers = getattr(globals().get("loader"), "_workers", [])
+    time.sleep(0.5 if workers else 0)                          # a worker that dies may be heard of before it is dead
     if kind in (torch.OutOfMemoryError, MemoryError) or "allocate memory" in text:
         status, advice = 2, f"lower --micro (now {micro}), or switch on --checkpointing, --dtype bf16 or, on several devices, --fsdp"
         print(f"error: {who}out of memory ({text}): {advice}", file=sys.stderr)
-    elif dead := [w.pid for w in getattr(globals().get("loader"), "_workers", []) if not w.is_alive()]:
+    elif dead := [w.pid for w in workers if not w.is_alive()]:
         status, advice = 3, f"lower --workers (now {config['workers']}) or free some memory; the same command goes on"
         print(f"error: {who}DataLoader worker (pid {dead[0]}) is dead ({text}): {advice}", file=sys.stderr)
     else:
