@@ -1377,6 +1377,13 @@ def test_wrong_parents_and_changed_settings_are_refused(runs, tmp_path):
     assert "starts from nothing" in run("train.py", "--stage", "scratch", "--out", tmp_path, "--core", out / "toy/grow", *TINY, code=2)
 
 
+def test_a_checkpoint_of_another_stage_is_not_continued(runs, tmp_path):
+    with_parents(runs, tmp_path, "defrost")
+    (tmp_path / "toy/defrost").mkdir()
+    shutil.copy(runs[0] / "toy/pretrain/last.pt", tmp_path / "toy/defrost/last.pt")
+    assert "holds a pretrain run of toy, expected defrost" in run("train.py", "--stage", "defrost", "--out", tmp_path, *TINY, code=2)
+
+
 def test_fresh_moves_the_old_run_aside(runs, tmp_path):
     run("train.py", "--stage", "pretrain", "--out", tmp_path, *TINY)
     old = (tmp_path / "toy/pretrain/last.pt").read_bytes()
@@ -1742,6 +1749,19 @@ def test_the_plan_counts_without_allocating(tmp_path):
     run("train.py", "--stage", "grow", "--plan", "--devices", 4, "--checkpointing", "--kind", "a100-80g", "--json", tmp_path / "p.json")
     assert json.load(open(tmp_path / "p.json"))["memory"]["ddp"]["activations"] < 0.8 * memory["activations"]
     assert "take one of v100" in run("train.py", "--plan", "--kind", "tpu", code=2) and "give numbers" in run("train.py", "--plan", "--devices", "x", code=2)
+
+
+@slow
+def test_every_config_can_be_planned(tmp_path):
+    """Seconds and little memory each, whatever the size."""
+    names = re.findall(r"^\[(\S+?)\]", open(os.path.join(HERE, "configs.txt")).read(), re.M)
+    for name in names:
+        if name != "DEFAULT" and "." not in name:
+            stage = "defrost" if load_config(name, "defrost")["starts"] else "grow"
+            begin = time.monotonic()
+            run("train.py", "--config", name, "--stage", stage, "--plan", "--json", tmp_path / "p.json")
+            told = json.load(open(tmp_path / "p.json"))
+            assert time.monotonic() - begin < 60 and told["parameters"]["total"] > 0 and told["days"] > 0, name
 
 
 @slow
