@@ -576,6 +576,7 @@ def draw_curves():
         left.semilogy(losses.keys(), [line["bins"][k] for line in losses.values()], lw=0.8, label=label)
     told = {step: line["score"]["questions"]["dsg"] for step, line in scores.items() if "questions" in line["score"]}
     right.plot(told.keys(), told.values(), "o-", label="dsg" if told else "no score yet (--eval_every)")
+    right.set(xlim=left.get_xlim(), ylim=(0, 1))
     for panel in (left, right):
         panel.set_xlabel("step")
         panel.legend(frameon=False)
