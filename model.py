@@ -465,7 +465,7 @@ def initialise(model):
             nn.init.constant_(p, 1.0 if name.endswith("weight") else 0.0)
         elif p.ndim < 2 or name.endswith("table") or any(k in name for k in ZERO):
             nn.init.zeros_(p)
-        elif ".merge." in name:
+        elif "merge.weight" in name:
             nn.init.constant_(p, 1 / p[0].numel())
         elif "text.embed" in name or "text.position" in name:
             nn.init.normal_(p, std=1.0 if "embed" in name else 0.5)
@@ -525,7 +525,7 @@ def build(config):
     return initialise(Denoiser(Core(config), SHELLS[config["shell"]](config)))
 
 
-def example(config, batch=1, device="cpu"):
+def example(config, batch=1, device=None):
     """(z, logsnr, text) of the shapes that a model of this config takes: to count with, on the meta device for instance."""
     spans, length = encoder_spans(config), config["text_length"]
     text = torch.zeros(batch, length, max(e for _, e in spans), device=device) if spans else torch.zeros(batch, length, dtype=torch.long, device=device)
