@@ -10,6 +10,8 @@ The model that grows:  v = shell.decode(core(shell.encode(z)))          (Greedy 
     from model import load
     model, config = load("out/toy/grow")                     # EMA weights, ready to denoise
 
+    python model.py [CONFIG/STAGE ...]                       size and speed of presets; with none named, of the largest: needs a GPU, 8 minutes
+
 Notable features:
 - adaLN-single: one network under core.time makes the shifts, scales and gates of every block, so that "the time encoding
   stays trainable while the core is frozen" (Sec. 3.3) is a single prefix of parameter names;
@@ -19,15 +21,20 @@ Notable features:
 Letters: B images, C channels (3, or the latents'), H W pixels or latents, h w token grid, N = h*w tokens, L caption tokens,
 E width of their embeddings, D width of the core, r ratio of the KV merge.
 """
+import functools
 import hashlib
 import math
 import os
+import sys
+import time
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-from data import UserError, default_config
+from data import UserError, default_config, encoder_parts, is_frozen, load_config
 from kernels import attention, kv_merge
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -110,17 +117,11 @@ class TextEncoding(nn.Module):
 
 
 def encoder_spans(config):
-    """[(tokens, width), ...] of the encoders in "t5-xxl:128,clip-h:77"; none where the core embeds words by itself."""
-    names, widths = config["encoder"], config["encoder_width"]
-    if names == "words" or names.startswith("sentencepiece:"):
-        return []
-    try:
-        spans = [(int(part.split(":")[1]), width) for part, width in zip(names.split(","), widths, strict=True)]
-    except (IndexError, ValueError):
-        raise UserError(f"encoder = {names!r}, encoder_width = {widths}: give NAME:TOKENS and a width for each, as in t5-xxl:128,clip-h:77 and (4096, 1024)")
-    if config["text_length"] != sum(tokens for tokens, _ in spans):
-        raise UserError(f"text_length = {config['text_length']}: the encoders {names} give text_length = {sum(tokens for tokens, _ in spans)}")
-    return spans
+    """[(tokens, width), ...] of the frozen encoders in "t5-xxl:128,clip-h:77"; none where the core embeds words by itself."""
+    parts = encoder_parts(config["encoder"]) if is_frozen(config["encoder"]) else []
+    if parts and (len(parts), sum(tokens for _, tokens in parts)) != (len(config["encoder_width"]), config["text_length"]):
+        raise UserError(f"encoder = {config['encoder']}: set encoder_width to a width for each, and text_length = {sum(tokens for _, tokens in parts)}")
+    return [(tokens, width) for (_, tokens), width in zip(parts, config["encoder_width"])]
 
 
 class EmbeddedText(nn.Module):
@@ -501,18 +502,17 @@ def check_sizes(config):
     if c["shell"] not in SHELLS or c["weighting"] not in WEIGHTINGS:
         raise UserError(f"shell = {c['shell']}, weighting = {c['weighting']}: take one of {', '.join(SHELLS)} and of {', '.join(WEIGHTINGS)}")
     latent = c["latent_stride"] if c["autoencoder"] else 1
-    levels = len(c["channels"]) if c["shell"] == "unet" else 0
-    merge = c["kv_merge"] if merged_layers(c) else 1
-    res, unit = c["resolution"], latent * (c["patch"] * merge if c["shell"] == "patch" else c["grid"] * 2 ** levels)
-    if c["shell"] == "patch" and res % unit:
-        raise UserError(f"resolution = {res} is no multiple of {unit} px (latent_stride {latent} x patch {c['patch']} x kv_merge {merge}): "
-                        f"take {max(1, round(res / unit)) * unit}")
-    if c["shell"] != "patch" and (res % unit or (res // unit) & (res // unit - 1)):                # unit times a power of two
+    levels, merge = len(c["channels"]) if c["shell"] == "unet" else 0, c["kv_merge"] if merged_layers(c) else 1
+    res, patches, unit = c["resolution"], c["shell"] == "patch", latent * c["grid"] * 2 ** levels
+    if patches and res % (token_size(c) * merge):
+        raise UserError(f"resolution = {res} is no multiple of {token_size(c) * merge} px (latent_stride {latent} x patch {c['patch']} x kv_merge {merge}): "
+                        f"take {max(1, round(res / token_size(c) / merge)) * token_size(c) * merge}")
+    if not patches and (res % unit or (res // unit) & (res // unit - 1)):          # unit times a power of two
         below = unit * 2 ** max(0, math.floor(math.log2(res / unit)))
         raise UserError(f"resolution = {res} does not fit grid {c['grid']} under a {c['shell']} shell of {levels} levels: "
                         f"take {below} or {2 * below}")
     if token_grid(c) % merge:
-        raise UserError(f"kv_merge = {merge} does not divide a grid of {token_grid(c)} x {token_grid(c)} tokens: take grid = {max(1, round(c['grid'] / merge)) * merge}")
+        raise UserError(f"kv_merge = {merge} does not divide a grid of {token_grid(c)} x {token_grid(c)} tokens: take another, or another grid")
     if c["width"] % c["heads"] or c["width"] % 4:
         good = [w for w in range(max(c["width"] - 256, 4), c["width"] + 257) if w % c["heads"] == 0 and w % 4 == 0]
         raise UserError(f"width = {c['width']} is no multiple of heads = {c['heads']} and of 4: "
@@ -618,3 +618,41 @@ def load(path, device="cpu"):
     model = build(state["config"])
     model.load_state_dict(ema_weights(state))
     return model.eval().to(device), state["config"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# python model.py CONFIG/STAGE ...: how large and how fast
+
+LARGEST = [f"pixart-sigma-{size}{kv}/defrost" for size in ("1k", "2k", "4k") for kv in ("", "-kv")] + ["huge/grow"]
+
+
+def speed(name, device):
+    """Prints parameters, and TFLOP, seconds and peak memory of a forward and of a training step of one image in bf16, recomputation included."""
+    config = load_config(*name.split("/"))
+    with torch.device(device):
+        model, (z, logsnr, text) = build(config), example(config)
+    frozen = {p for k, p in model.named_parameters() if name.endswith("/grow") and k.startswith("core.") and not k.startswith("core.time.")}
+    optimizer = torch.optim.AdamW([p.requires_grad_(p not in frozen) for p in model.parameters()], fused=True)
+    for block in model.core.blocks if config["checkpointing"] else []:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+    def step(train):
+        begin = time.perf_counter()
+        with torch.set_grad_enabled(train), torch.autocast(device, torch.bfloat16):
+            loss = model(z + 1, logsnr, text + 1).float().square().mean()          # a text of zeros would be skipped
+        if train:
+            loss.backward(), optimizer.step(), optimizer.zero_grad()
+        return float(loss.detach()), time.perf_counter() - begin                   # reading a value waits for the device
+    for train in (False, True):
+        step(train)                                            # tries the kernels, makes the optimizer's state
+        with FlopCounterMode(display=False) as counter:
+            step(train)
+        seconds, tera = sorted(step(train)[1] for _ in range(3))[1], counter.get_total_flops() / 1e12
+        gib = torch.cuda.max_memory_allocated() / 2 ** 30 if device == "cuda" else math.nan
+        print(f"{name:28} {sum(p.numel() for p in model.parameters()) / 1e6:8.1f}M  {'training step' if train else 'forward':13}  {tera:9.3f} TFLOP"
+              f"  {seconds:9.4f} s  {tera / seconds:7.1f} TFLOP/s  {gib:6.1f} GiB", flush=True)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or LARGEST:
+        speed(name, "cuda" if torch.cuda.is_available() else "cpu")

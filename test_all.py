@@ -821,7 +821,7 @@ def test_weightings_are_the_errors_they_name(weighting):
     assert torch.allclose(loss, error.square().mean((1, 2, 3)), rtol=1e-4)
 
 
-EMBEDDED = dict(encoder="a:5,b:3", encoder_width=(12, 8), text_length=8)
+EMBEDDED = dict(encoder="t5-xxl:5,clip-h:3", encoder_width=(12, 8), text_length=8)
 EVERYTHING = dict(EMBEDDED, shell="patch", patch=2, kv_merge=2, kv_merge_layers="1-1", size_condition=True)
 
 
@@ -871,7 +871,7 @@ def test_unfit_sizes_name_the_nearest_good_ones(capsys):
 @pytest.mark.parametrize("stage, changes, words", [
     ("grow", dict(kv_merge=3, kv_merge_layers="0-1"), "does not divide a grid of 8 x 8"), ("grow", dict(kv_merge=2, kv_merge_layers="1-2"), "up to 0-1"),
     ("grow", dict(kv_merge=2), "up to 0-1"), ("grow", dict(shell="patch", patch=5), "take 30"), ("grow", dict(shell="patch", kv_merge=3, kv_merge_layers="0"), "take 30"),
-    ("grow", dict(EMBEDDED, text_length=9), "give text_length = 8"), ("grow", dict(EMBEDDED, encoder_width=(12,)), "a width for each"),
+    ("grow", dict(EMBEDDED, text_length=9), "text_length = 8"), ("grow", dict(EMBEDDED, encoder_width=(12,)), "a width for each"),
     ("grow", dict(autoencoder="x", latent_stride=5), "does not fit")])
 def test_unfit_tokens_are_refused_before_anything_is_built(stage, changes, words, capsys):
     with pytest.raises(UserError):
@@ -971,6 +971,15 @@ def test_a_core_of_one_shell_grows_in_another_and_the_report_is_true():
                     "8 x 8 to 16 x 16 tokens; added within what is kept: 4 tensors (KV merge by 2, blocks 1, as the mean)")
     kept, said = models.carry_over(start, old, "")
     assert len(kept) == len(net.state_dict()) and said == f"{len(kept)} tensors kept, 0 new, 0 unused"
+
+
+def test_sizes_and_speeds_are_told_by_one_command(capsys):
+    for name in ("base-tiny/grow", "pixart-sigma-1k-kv-tiny/defrost"):
+        models.speed(name, "cpu")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["base-tiny/grow"] * 2 + ["pixart-sigma-1k-kv-tiny/defrost"] * 2
+    count = sum(p.numel() for p in on_meta(load_config("base-tiny", "grow")).parameters())
+    assert f"{count / 1e6:.1f}M  forward" in lines[0] and "training step" in lines[1] and all(" TFLOP/s" in line for line in lines)
 
 
 @pytest.mark.parametrize("changes, words", [(dict(text_length=9), "core.text.position is (18, 32) there, (9, 32) here"), (dict(depth=3), "core.blocks.2.table is only here")])
