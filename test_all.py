@@ -158,7 +158,7 @@ def test_every_key_is_documented_and_read():
 @pytest.mark.parametrize("flags, words", [
     (["--stage", "growth"], "did you mean 'grow'"), (["--wdith", "32"], "did you mean 'width'"), (["--lr", "1", "--lr", "2"], "twice"),
     (["--lr"], "lr takes a float"), (["lr", "1"], "write --KEY VALUE"), (["--resolution", "48", "--data", "nowhere"], "take 32 or 64"), (["--data", "nowhere"], "no folder"),
-    (["--sampler", "dpm"], "take one of ddpm, ddim"), (["--dtype", "fp64"], "take one of auto")])
+    (["--sampler", "euler"], "take one of ddpm, ddim, dpm, heun"), (["--dtype", "fp64"], "take one of auto")])
 def test_bad_flags_are_one_line_that_says_how_to_mend_them(flags, words, tmp_path):
     stage = [] if "--stage" in flags else ["--stage", "scratch"]
     said = run("train.py", *stage, *flags, "--out", tmp_path, code=2)
@@ -872,7 +872,7 @@ def test_unfit_sizes_name_the_nearest_good_ones(capsys):
     ("grow", dict(kv_merge=3, kv_merge_layers="0-1"), "does not divide a grid of 8 x 8"), ("grow", dict(kv_merge=2, kv_merge_layers="1-2"), "up to 0-1"),
     ("grow", dict(kv_merge=2), "up to 0-1"), ("grow", dict(shell="patch", patch=5), "take 30"), ("grow", dict(shell="patch", kv_merge=3, kv_merge_layers="0"), "take 30"),
     ("grow", dict(EMBEDDED, text_length=9), "text_length = 8"), ("grow", dict(EMBEDDED, encoder_width=(12,)), "a width for each"),
-    ("grow", dict(autoencoder="x", latent_stride=5), "does not fit")])
+    ("grow", dict(autoencoder="x", latent_stride=5), "take 80 or 160")])
 def test_unfit_tokens_are_refused_before_anything_is_built(stage, changes, words, capsys):
     with pytest.raises(UserError):
         models.build(tiny(stage, **changes))
