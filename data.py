@@ -398,6 +398,20 @@ def tokenize(captions, length, vocab):
     return torch.from_numpy(tokens)
 
 
+def is_frozen(encoder):
+    """Does `encoder` name frozen networks? Else captions are tokens, which the core embeds by itself."""
+    return encoder != "words" and not encoder.startswith("sentencepiece:")
+
+
+def encoder_parts(encoder):
+    """"t5-xxl:128,clip-h:77" -> [("t5-xxl", 128), ("clip-h", 77)]."""
+    parts = [part.strip().partition(":")[::2] for part in encoder.split(",")]
+    for name, tokens in parts:
+        if not tokens.isdigit() or int(tokens) < 1:
+            raise UserError(f"encoder = {encoder}: say how many tokens, as in {name}:128")
+    return [(name, int(tokens)) for name, tokens in parts]
+
+
 def encode_captions(captions, config):
     """What the model reads: (B, L) tokens. A null caption is all zeros."""
     return tokenize(captions, config["text_length"], config["text_vocab"])
