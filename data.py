@@ -364,7 +364,7 @@ def open_data(config):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Captions -> tokens, and steps -> batches
+# Captions -> tokens, images <-> numbers
 
 
 def words(caption):
@@ -397,6 +397,88 @@ def to_tensor(images):
 def to_uint8(x):
     """x (B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8, rounded and clamped."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Images <-> latents
+
+
+class Blocks:
+    """
+    A lossless stand-in for an autoencoder: each block of stride x stride pixels becomes 3 stride^2 channels. It compresses
+    nothing, but takes `scenes` through the whole path of latents offline (autoencoder = "blocks"). Of stride 1 it is the identity.
+    """
+
+    def __init__(self, stride, scale):
+        self.stride, self.scale = stride, scale
+
+    def encode(self, x):
+        return torch.nn.functional.pixel_unshuffle(x, self.stride) * self.scale    # (B, 3, H, W) -> (B, 3 s^2, H/s, W/s)
+
+    def decode(self, latents):
+        return torch.nn.functional.pixel_shuffle(latents / self.scale, self.stride).clamp(-1, 1)
+
+
+class Autoencoder:
+    """
+    A frozen AutoencoderKL of diffusers (Rombach et al. 2022; SDXL's is the usual one), in float32 whatever the model's precision,
+    because SDXL's overflows in fp16. Pictures larger than it was trained at go through it in overlapping tiles, so that memory
+    stays bounded. Latents are the mean of its posterior, not a draw: its spread is far below the noise of the first step.
+    """
+
+    def __init__(self, vae, scale):
+        self.vae, self.scale = vae, scale
+        vae.enable_tiling()
+
+    @torch.no_grad()
+    def encode(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return self.vae.encode(x.float()).latent_dist.mode() * self.scale      # (B, 3, H, W) -> (B, c, H/s, W/s)
+
+    @torch.no_grad()
+    def decode(self, latents):
+        with torch.autocast(latents.device.type, enabled=False):
+            return self.vae.decode(latents.float() / self.scale).sample.clamp(-1, 1)
+
+
+@functools.lru_cache(2)
+def read_autoencoder(folder, device):
+    """The AutoencoderKL in a local folder, as diffusers' save_pretrained leaves it. Nothing is downloaded."""
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        raise UserError(f"no autoencoder in {folder!r}: put a diffusers AutoencoderKL there (config.json and its weights), or set autoencoder = \"\"")
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError:
+        raise UserError("latents need diffusers: pip install diffusers")
+    try:
+        vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)   # else it asks for accelerate
+    except Exception as e:                                     # diffusers raises many kinds
+        raise UserError(f"{folder!r} does not open as an AutoencoderKL ({type(e).__name__}: {str(e)[:200]}): take another folder")
+    return vae.float().eval().requires_grad_(False).to(device)
+
+
+def open_autoencoder(config, device="cpu"):
+    """
+    An object with encode: x (B, 3, H, W) in [-1, 1] -> latents (B, latent_channels, H / latent_stride, W / latent_stride),
+    scaled by latent_scale to a variance near 1; and with decode, its inverse. For a model of pixels both are the identity.
+    """
+    c = config
+    if not c["autoencoder"]:
+        return Blocks(1, 1.0)
+    if c["autoencoder"] == "blocks":
+        own, opened = {"latent_channels": 3 * c["latent_stride"] ** 2}, Blocks(c["latent_stride"], c["latent_scale"])
+    else:
+        vae = read_autoencoder(c["autoencoder"], str(device))
+        own = {"latent_channels": vae.config.latent_channels, "latent_stride": 2 ** (len(vae.config.block_out_channels) - 1),
+               "latent_scale": vae.config.scaling_factor}
+        opened = Autoencoder(vae, c["latent_scale"])
+    if wrong := [f"{k} = {v}" for k, v in own.items() if c[k] != v]:
+        raise UserError(f"the autoencoder {c['autoencoder']!r} has other latents than this config: set {', '.join(wrong)}")
+    return opened
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Steps -> batches
 
 
 class Batches(torch.utils.data.Dataset):

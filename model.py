@@ -381,8 +381,10 @@ def check_sizes(config):
 
 
 def image_shape(config):
-    """(C, H, W) of what the denoiser works on."""
-    return 3, config["resolution"], config["resolution"]
+    """(C, H, W) of what the denoiser works on: pixels, or latents of an autoencoder. `resolution` counts pixels either way."""
+    c = config
+    side = c["resolution"] // (c["latent_stride"] if c["autoencoder"] else 1)
+    return c["latent_channels"] if c["autoencoder"] else 3, side, side
 
 
 def build(config):
