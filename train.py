@@ -28,7 +28,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import Batches, Scenes, UserError, grid, load_config, nearest, open_data, to_uint8, write_png
+from data import Batches, Scenes, UserError, grid, load_config, loader, nearest, open_data, to_uint8, write_png
 from eval import HELD_OUT, evaluate, report
 from model import FORMAT, build, check_sizes, diffusion_loss, ema_weights, noise, read_checkpoint
 from sample import SAMPLERS, sample
@@ -44,8 +44,8 @@ STAGES = {
     "finetune": ("pretrain",  "core.",  False,  True),
 }
 SHELL_KEYS = ("shell", "resolution", "channels", "residual_blocks", "entry_channels")
-CORE_KEYS = ("width", "depth", "heads", "mlp_ratio", "grid", "text_vocab", "text_length")
-FREE_KEYS = ("steps", "workers", "log_every", "sample_every", "save_every", "eval_n", "guidance", "sampler", "sample_steps", "micro")
+CORE_KEYS = ("width", "depth", "heads", "mlp_ratio", "grid", "text_vocab", "text_length", "encoder", "encoder_id")
+FREE_KEYS = ("steps", "workers", "log_every", "sample_every", "save_every", "eval_n", "guidance", "sampler", "sample_steps", "micro", "encoder_weights")
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)                   # until the loop there is nothing to save
 DTYPES = {"auto": torch.bfloat16 if torch.cuda.is_available() else torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -80,6 +80,7 @@ file = os.path.join(run, "last.pt")
 # ---- data: looked at before anything is trained -----------------------------------------------------------------------------
 data = open_data(config)
 batches = Batches(data, config, filtered=only_large)
+config |= batches.identity                                     # which data and which encoder: told apart when a run goes on
 
 # ---- the run that this one starts from, made or finished first where need be ------------------------------------------------
 parent = core_file or (source and os.path.join(out, name, source))
@@ -135,9 +136,7 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = DTYPES[config["dtype"]]
 torch.backends.cudnn.deterministic = True                      # a run repeats itself on a GPU too
 torch.manual_seed(config["seed"])                              # first weights only; all else draws from (seed, step, sample)
-print(f"data {data.name}: {len(batches.usable)} of {len(data)} images are used" + (f" (at least {config['resolution']} px)" if only_large else ""))
-for reason, files in sorted(getattr(data, "skipped", {}).items()):
-    print(f"  skipped {len(files)}: {reason}, such as {files[0]}")
+print(batches.summary())
 
 # ---- model: grow, freeze ----------------------------------------------------------------------------------------------------
 model = build(config)
@@ -247,15 +246,14 @@ def stop(signum, _):
 
 for signum in (signal.SIGINT, signal.SIGTERM):
     signal.signal(signum, stop)
-loader = iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(first, config["steps"]), num_workers=config["workers"],
-                                          multiprocessing_context="fork" if config["workers"] else None))
+prepared = loader(batches, first)
 log = open(os.path.join(run, "log.jsonl"), "a", buffering=1)
 bar = tqdm(range(first, config["steps"]), desc=stage, initial=first, total=config["steps"], disable=None)
 micro = config["micro"] or config["batch"]
 losses, times, bad_in_a_row, waited = [], [], 0, 0.0            # times: seconds per step, previews and checkpoints left out
 for step in bar:
     tick = time.perf_counter()
-    x, text, size = (part.to(device) for part in next(loader)) # (B, C, H, W), (B, L), (B, 6)
+    x, text, size = (part.to(device) for part in next(prepared)) # (B, C, H, W), (B, L), (B, 6)
     waited += time.perf_counter() - tick
 
     # noise levels spread evenly over [0, 1], one per image, shifted together: less variance than independent draws
