@@ -414,6 +414,7 @@ SAMPLE = np.dtype([("file", "<i4"), ("offset", "<i8"), ("length", "<i8"), ("widt
 RAW, LONG, FILE = ("caption", "captions", "text"), ("long_caption", "long_captions"), ("file", "file_name", "filename", "image", "path", "key")
 LISTS = ("captions.jsonl", "captions.csv")
 LONGEST = 8000                                                 # characters of a caption that are kept
+MOST = 1000                                                    # captions of an image, of each kind
 CHUNK = 256                                                    # files of a folder that a worker takes at a time
 
 
@@ -446,7 +447,7 @@ class Found:
             width, height = header(blob)
         except Unfit as e:
             return self.bad.append((name, str(e)))
-        raw, long = ([c for c in dict.fromkeys(map(self.clean, part)) if c] for part in texts)
+        raw, long = ([c for c in dict.fromkeys(map(self.clean, part[:MOST])) if c] for part in texts)
         if not raw and not long:
             self.counts["empty" if any(texts) else "missing"] += 1
         self.rows.append((len(self.files) - 1, offset, len(blob), width, height, zlib.crc32(blob), 0, len(raw), len(long)))
@@ -533,23 +534,28 @@ def scan_shard(root, name, _):
     return found
 
 
-def read_lists(root, file):
-    """{name: (raw, long)} of captions.jsonl or captions.csv; several rows of one file add up. Names are relative to the list."""
-    given, broken = {}, 0
+def read_list(root, file, given):
+    """
+    Add the rows of captions.jsonl or captions.csv to given, {name: (raw, long)}. Names are relative to the list, and several rows of one
+    name add up. Returns the rows that could not be read, for bad.tsv.
+    """
+    def parse(line):
+        try:
+            fields = json.loads(line)
+            return fields if isinstance(fields, dict) else {}
+        except (ValueError, RecursionError):                   # no JSON, or built to exhaust the stack
+            return {}
+    broken = []
     with open(os.path.join(root, file), encoding="utf-8", errors="replace", newline="") as f:
-        for row in csv.DictReader(f) if file.endswith(".csv") else f:
-            try:
-                fields = row if isinstance(row, dict) else json.loads(row) if row.strip() else None
-            except (ValueError, RecursionError):
-                fields = ()
-            name = next((fields[k] for k in FILE if isinstance(fields.get(k), str)), None) if isinstance(fields, dict) else None
-            broken += name is None and fields is not None
-            if name is not None:
-                raw, long = given.setdefault(os.path.normpath(os.path.join(os.path.dirname(file), name)), ([], []))
-                more = texts_of(fields)
-                raw += more[0]
-                long += more[1]
-    return given, [(file, "row without a file, not skipped")] * broken
+        csv.field_size_limit(LARGEST)
+        for fields in csv.DictReader(f, strict=False) if file.endswith(".csv") else (parse(line) for line in f if line.strip()):
+            name = next((fields[k] for k in FILE if isinstance(fields.get(k), str)), None)
+            if name is None:
+                broken.append((file, "row without a file, not skipped"))
+                continue
+            for old, new in zip(given.setdefault(os.path.normpath(os.path.join(os.path.dirname(file), name)), ([], [])), texts_of(fields)):
+                old += new
+    return broken
 
 
 def walk(path):
@@ -569,9 +575,7 @@ def walk(path):
     shards, files = ends(".tar"), ends(IMAGES)
     for name in names:
         if os.path.basename(name) in LISTS:
-            more, broken = read_lists(path, name)
-            given |= more
-            bad += broken
+            bad += read_list(path, name, given)
     stems = {os.path.splitext(f)[0]: f for f in reversed(files)}                   # the first image of a name owns its .txt
     given = {stems.get(name, name): texts for name, texts in given.items()}        # a list may leave the ending out
     known = set(files)
@@ -585,16 +589,18 @@ def walk(path):
     return path, shards, [f for f in files if f not in twice], given, bad
 
 
-def scan(path, workers=0):
+def scan(path, workers=None):
     """
-    (arrays, report, bad) of all images under `path`. The same files give the same arrays, whatever the number of workers.
-    report: {"found", "used", "skipped": {reason: count}, "captions": {...}}; bad: every (name, reason), found = used + skipped.
+    (Indexed, bad) of all images under `path`, in memory; bad is every (name, reason). The same files give the same arrays, whatever the
+    number of workers. head["report"] is {"found", "used", "skipped": {reason: count}, "captions": {...}}, with found = used + skipped.
     """
     root, shards, files, given, bad = walk(path)
     pillow()                                                   # said once if it is not there
     chunks = [files[k:k + CHUNK] for k in range(0, len(files), CHUNK)]
     jobs = [(scan_shard, root, s, None) for s in shards] + [(scan_files, root, c, {n: given[n] for n in c if n in given}) for c in chunks]
-    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) if workers > 1 and len(jobs) > 1 else None
+    workers = min(len(jobs), workers or (os.cpu_count() if len(jobs) > 8 else 1))
+    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), signal.signal,
+                                                  (signal.SIGINT, signal.SIG_IGN)) if workers > 1 else None
     parts, bar = [], tqdm(total=len(jobs), desc="index", unit="shard" if shards else "chunk", disable=None)
     try:
         for part in (pool.map if pool else map)(run_job, jobs):
@@ -609,10 +615,17 @@ def scan(path, workers=0):
     arrays, more = merge(root, parts)
     bad = sorted(bad + [b for p in parts for b in p.bad] + more)
     counts = sum((p.counts for p in parts), Counter())
-    skipped = Counter(re.sub(r" at byte \d+", " shard", reason) for _, reason in bad if not reason.endswith("not skipped"))
+    skipped = Counter(reason_of(why) for _, why in bad if not why.endswith("not skipped"))
     used = len(arrays["samples"])
-    return arrays, {"found": used + skipped.total(), "used": used, "skipped": dict(sorted(skipped.items())),
-                    "captions": {k: counts[k] for k in ("missing", "empty", "truncated", "replaced")}}, bad
+    report = {"found": used + skipped.total(), "used": used, "skipped": dict(sorted(skipped.items())),
+              "captions": {k: counts[k] for k in ("missing", "empty", "truncated", "replaced")}}
+    such = {reason_of(why): ascii(name) for name, why in reversed(bad)}
+    return Indexed(arrays, {"fingerprint": fingerprint(arrays), "counts": {k: len(a) for k, a in arrays.items()}, "report": report, "such": such}, root), bad
+
+
+def reason_of(why):
+    """The reason that tables count, less what differs from file to file."""
+    return re.sub(r" at byte \d+", " shard", why)
 
 
 def run_job(job):
@@ -640,8 +653,9 @@ def merge(root, parts):
     return arrays, more
 
 
-def require(path, report, bad, allow=()):
+def require(data, bad, allow=()):
     """Raise UserError where training would not be what was meant: a shard cut short, images without captions, no image at all."""
+    path, report = data.root, data.head["report"]
     mute = report["captions"]["missing"] + report["captions"]["empty"]
     for name, reason in bad:
         if reason.startswith("incomplete") and "incomplete" not in allow:
@@ -684,24 +698,18 @@ def fingerprint(arrays):
     return digest.hexdigest()[:16]
 
 
-def about(arrays, report, bad):
-    """What index.json says of the data. `such` names one file for each reason."""
-    return {"fingerprint": fingerprint(arrays), "counts": {k: len(a) for k, a in arrays.items()}, "report": report,
-            "such": {re.sub(r" at byte \d+", " shard", reason): name for name, reason in bad}}
-
-
-def write_index(folder, root, arrays, report, bad):
+def write_index(folder, data, bad):
     """index.json goes first when an index is made again, and comes last: without it the other files are nothing."""
     os.makedirs(folder, exist_ok=True)
     file = os.path.join(folder, "index.json")
     if os.path.exists(file):
         os.remove(file)
-    for key, array in arrays.items():
-        replace(os.path.join(folder, key + ".npy"), lambda f: np.save(f, array, allow_pickle=False))
+    for key in ARRAYS:
+        replace(os.path.join(folder, key + ".npy"), lambda f: np.save(f, getattr(data, key), allow_pickle=False))
     lines = "name\treason\n" + "".join(f"{json.dumps(name)[1:-1]}\t{reason}\n" for name, reason in bad)       # a name may hold a newline
     replace(os.path.join(folder, "bad.tsv"), lambda f: f.write(lines.encode()))
-    inside = os.path.realpath(folder).startswith(os.path.realpath(root) + os.sep)
-    head = {"format": INDEX_FORMAT, "root": os.path.relpath(root, folder) if inside else os.path.abspath(root)} | about(arrays, report, bad)
+    inside = os.path.realpath(folder).startswith(os.path.realpath(data.root) + os.sep)                        # then both may be moved together
+    head = {"format": INDEX_FORMAT, "root": os.path.relpath(data.root, folder) if inside else os.path.abspath(data.root)} | data.head
     replace(file, lambda f: f.write(json.dumps(head, indent=1).encode()))
 
 
@@ -756,7 +764,7 @@ class Indexed:
 
     def __init__(self, arrays, head, root, folder=None):
         self.__dict__.update(arrays)                           # samples, sizes, names, name_ends, captions, caption_ends
-        self.head, self.root, self.folder, self.name = head, root, folder, os.path.abspath(root)
+        self.head, self.root, self.folder, self.name = head, os.path.normpath(root), folder, os.path.abspath(root)
         self.unreadable, self.kept = set(), {}
         self.fingerprint = head.get("fingerprint", "")
 
@@ -787,6 +795,14 @@ class Indexed:
 
     def file(self, k):
         return os.fsdecode(bytes(self.names[self.name_ends[k]:self.name_ends[k + 1]]))
+
+    def table(self):
+        """Found, used, skipped by reason, captions that are odd: lines of text."""
+        report, such = self.head["report"], self.head["such"]
+        rows = [("found", report["found"], ""), ("used", report["used"], "")]
+        rows += [("skipped", count, f"{reason}, such as {such[reason]}") for reason, count in report["skipped"].items()]
+        rows += [("captions", count, reason) for reason, count in report["captions"].items() if count]
+        return [f"  {what:8s} {count:9d}  {why}".rstrip() for what, count, why in rows]
 
     def where(self, i):
         """Name of image i: its file; of one in a shard also the member's, which stands in the 512 bytes before it."""
@@ -845,9 +861,9 @@ def open_data(config):
     for folder in (path, index_folder(path)):
         if os.path.exists(os.path.join(folder, "index.json")):
             return read_index(folder)
-    arrays, report, bad = scan(path)
-    require(path, report, bad)
-    return Indexed(arrays, about(arrays, report, bad), path if os.path.isdir(path) else os.path.dirname(path) or ".")
+    data, bad = scan(path)
+    require(data, bad)
+    return data
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1411,11 +1427,7 @@ class Batches(torch.utils.data.Dataset):
                  (f"; {self.removed:.1%} are smaller than {c['aspects'] or c['resolution']} px and left out (--upscale True keeps them)" if self.removed else "")]
         if len(self.sizes) > 1:
             lines.append("  buckets " + ", ".join(f"{h}x{w}: {len(m)}" for (h, w), m in zip(self.sizes, self.members) if len(m)))
-        if isinstance(self.data, Indexed):
-            report, such = self.data.head["report"], self.data.head["such"]
-            lines += [f"  skipped {count}: {reason}, such as {such.get(reason)}" for reason, count in report["skipped"].items()]
-            lines += [f"  captions {reason}: {count}" for reason, count in report["captions"].items() if count]
-        return "\n".join(lines)
+        return "\n".join(lines + (self.data.table() if isinstance(self.data, Indexed) else []))
 
 
 def loader(batches, first=0):
@@ -1486,39 +1498,25 @@ def sheet(images, captions, columns=4, cell=256):
 # python data.py index|embed|vocabulary|show|stats|check
 
 
-def told(report, bad):
-    """The table that index and check end with."""
-    print(f"found    {report['found']:9d}\nused     {report['used']:9d}")
-    for reason, count in report["skipped"].items():
-        such = [name for name, why in bad if re.sub(r" at byte \d+", " shard", why) == reason][:3]
-        print(f"skipped  {count:9d}  {reason}: {', '.join(map(ascii, such))}{' ...' if count > 3 else ''}")
-    for reason, count in report["captions"].items():
-        print(f"captions {count:9d}  {reason}")
-
-
 def index(args, config):
     """Scan, tell, and write the index beside the data or to --to."""
-    begin = time.perf_counter()
-    arrays, report, bad = scan(args.path, config["workers"] or os.cpu_count())
-    told(report, bad)
+    begin, folder = time.perf_counter(), args.to or index_folder(args.path)
+    data, bad = scan(args.path, config["workers"])
+    report = data.head["report"]
+    print("\n".join(data.table()))
     if args.json:
         named = report | {"captions": {k: report["captions"][k] for k in ("missing", "empty", "truncated")}}
         replace(args.json, lambda f: f.write(json.dumps(named).encode()))
-    require(args.path, report, bad, args.allow.split(","))
-    folder = args.to or index_folder(args.path)
-    write_index(folder, args.path if os.path.isdir(args.path) else os.path.dirname(args.path) or ".", arrays, report, bad)
-    print(f"{folder}: {report['used']} images indexed in {time.perf_counter() - begin:.1f} s; bad.tsv there names what was not. "
+    require(data, bad, args.allow.split(","))
+    write_index(folder, data, bad)
+    print(f"{folder}: {len(data)} images indexed in {time.perf_counter() - begin:.1f} s; bad.tsv there names what was not. "
           f"Train on it: python train.py --data {args.to or args.path}")
 
 
 def check(args, config):
     """The same table without writing anything, and how many images each resolution would keep."""
-    if args.path == "scenes":
-        data, report = Scenes(config), None
-    else:
-        arrays, report, bad = scan(args.path, config["workers"] or os.cpu_count())
-        told(report, bad)
-        data = Indexed(arrays, {}, args.path if os.path.isdir(args.path) else os.path.dirname(args.path))
+    data = Scenes(config) if args.path == "scenes" else scan(args.path, config["workers"])[0]
+    print("\n".join(data.table()) if isinstance(data, Indexed) else f"{len(data)} scenes")
     if not len(data):
         return
     lengths = np.array([len(words(data.caption(i))) for i in range(min(len(data), 10000))])
@@ -1530,8 +1528,9 @@ def check(args, config):
 
 def show(args, config):
     """A contact sheet of step 0's batch after all transforms, captions beneath; without pillow they go to the terminal alone."""
-    data = open_data(config)
-    batches = Batches(data, config | {"autoencoder": ""}, filtered=not config["upscale"] and config["resolution"] > 0 and args.path != "scenes")
+    data, config = open_data(config), config | {"encoder": "words", "autoencoder": ""}
+    usable = len(Batches(data, config | {"batch": 1}, filtered=True).usable)
+    batches = Batches(data, config | {"batch": min(config["batch"], usable)}, filtered=True)
     rows = [(i, *batches.sample(epoch, i)) for epoch, i in batches.pairs(0)]
     for i, image, caption, size, _ in rows:
         print(f"{i:8d}  {size[1]}x{size[0]} px, crop at {size[3]},{size[2]}  {caption or '(null caption)'}")
