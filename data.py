@@ -418,15 +418,22 @@ MOST = 1000                                                    # captions of an 
 CHUNK = 256                                                    # files of a folder that a worker takes at a time
 
 
-def read_part(path, offset=0, length=None):
-    """Bytes of a file, at most `length`, read in place: nothing is unpacked, and workers may share the open file."""
-    if length is None:
-        status = os.stat(path)
-        if not stat.S_ISREG(status.st_mode):                   # a pipe would wait for ever
+def read_whole(path):
+    """Bytes of a regular file that is not too large. OSError for anything else, such as a pipe, which would wait for ever."""
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(f"{path} is no regular file")
         if status.st_size > LARGEST:
             raise Unfit("too large")
-        length = status.st_size
+        return os.read(file, status.st_size)
+    finally:
+        os.close(file)
+
+
+def read_part(path, offset, length):
+    """Bytes of a file, read in place: nothing is unpacked, and workers may share the open file."""
     return os.pread(shared_file(path).fileno(), length, offset)
 
 
@@ -478,28 +485,28 @@ def sidecars(found, name, text, fields):
     return [text] if text is not None else raw, long
 
 
-def scan_files(root, names, given):
-    """Some files of a folder -> Found. given: {name: (raw, long)} from captions.jsonl or .csv; else each has a .txt or .json beside it."""
+def scan_files(root, names, given, beside):
+    """Some files of a folder -> Found. given: {name: (raw, long)} from captions.jsonl or .csv; else captions are in the files named in `beside`."""
     found = Found()
-
-    def beside(name, end):
-        try:
-            return read_part(os.path.join(root, os.path.splitext(name)[0] + end))
-        except (OSError, Unfit):
-            return None
     for name in names:
+        stem, parts = os.path.join(root, os.path.splitext(name)[0]), []
         try:
-            blob = read_part(os.path.join(root, name))
+            blob = read_whole(os.path.join(root, name))
         except (OSError, Unfit) as e:                          # no permission, a loop of links, gone since it was listed; or too large
             found.bad.append((name, str(e) if isinstance(e, Unfit) else "unreadable"))
             continue
+        for end in (".txt", ".json"):
+            try:
+                parts.append(read_whole(stem + end) if os.path.splitext(name)[0] + end in beside else None)
+            except (OSError, Unfit):
+                parts.append(None)
         found.files.append(name)
         found.sizes.append(len(blob))
-        found.add(name, blob, 0, given.get(name) or sidecars(found, name, beside(name, ".txt"), beside(name, ".json")))
+        found.add(name, blob, 0, given.get(name) or sidecars(found, name, *parts))
     return found
 
 
-def scan_shard(root, name, _):
+def scan_shard(root, name):
     """A tar shard -> Found. Members of one key (the name up to its last dot) belong together, in whatever order they come."""
     found, path = Found(), os.path.join(root, name)
     members, size, end = {}, os.path.getsize(path), 0
@@ -559,17 +566,18 @@ def read_list(root, file, given):
 
 
 def walk(path):
-    """(root, shards, files, given, bad): all that lies under a folder, in the order of the names; or one tar file."""
+    """(root, shards, images, given, sidecars, bad): all that lies under a folder, in the order of the names; or one tar file."""
     if os.path.isfile(path) and path.lower().endswith(".tar"):
-        return os.path.dirname(path) or ".", [os.path.basename(path)], [], {}, []
+        return os.path.dirname(path) or ".", [os.path.basename(path)], [], {}, set(), []
     if not os.path.isdir(path):
         raise UserError(f"no folder {path!r}: give a folder with images ({' '.join(IMAGES)}) or .tar shards, or one .tar")
     names, bad, given = [], [], {}
     unreadable = lambda e: bad.append((os.path.relpath(e.filename, path), "unreadable"))
     for folder, folders, files in os.walk(path, onerror=unreadable):
-        bad += [(os.path.relpath(os.path.join(folder, f), path), "linked folder") for f in folders if os.path.islink(os.path.join(folder, f))]
-        folders[:] = sorted(f for f in folders if not f.endswith(INDEX))
-        names += [os.path.normpath(os.path.relpath(os.path.join(folder, f), path)) for f in files]
+        here = "" if folder == path else os.path.relpath(folder, path) + os.sep
+        bad += [(here + f, "linked folder") for f in folders if os.path.islink(os.path.join(folder, f))]
+        folders[:] = [f for f in folders if not f.endswith(INDEX)]
+        names += [here + f for f in files]
     names.sort(key=os.fsencode)
     ends = lambda kinds: [n for n in names if n.lower().endswith(kinds)]
     shards, files = ends(".tar"), ends(IMAGES)
@@ -586,7 +594,7 @@ def walk(path):
     twice = {n for n, reason in bad if reason == "same key"}
     if not shards and not files:
         raise UserError(f"nothing to use under {path!r}: looked for images ({' '.join(IMAGES)}) and .tar shards")
-    return path, shards, [f for f in files if f not in twice], given, bad
+    return path, shards, [f for f in files if f not in twice], given, set(ends((".txt", ".json"))), bad
 
 
 def scan(path, workers=None):
@@ -594,10 +602,13 @@ def scan(path, workers=None):
     (Indexed, bad) of all images under `path`, in memory; bad is every (name, reason). The same files give the same arrays, whatever the
     number of workers. head["report"] is {"found", "used", "skipped": {reason: count}, "captions": {...}}, with found = used + skipped.
     """
-    root, shards, files, given, bad = walk(path)
+    root, shards, files, given, beside, bad = walk(path)
     pillow()                                                   # said once if it is not there
     chunks = [files[k:k + CHUNK] for k in range(0, len(files), CHUNK)]
-    jobs = [(scan_shard, root, s, None) for s in shards] + [(scan_files, root, c, {n: given[n] for n in c if n in given}) for c in chunks]
+    jobs = [(scan_shard, root, s) for s in shards]
+    for chunk in chunks:
+        stems = {os.path.splitext(n)[0] for n in chunk}
+        jobs.append((scan_files, root, chunk, {n: given[n] for n in chunk if n in given}, {s + end for s in stems for end in (".txt", ".json")} & beside))
     workers = min(len(jobs), workers or (os.cpu_count() if len(jobs) > 8 else 1))
     pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), signal.signal,
                                                   (signal.SIGINT, signal.SIG_IGN)) if workers > 1 else None
