@@ -87,24 +87,37 @@ def parse_value(key, text, default):
     return value
 
 
+def read_configs(file=CONFIGS):
+    parser = configparser.ConfigParser(inline_comment_prefixes="#", interpolation=None)
+    parser.read(file)
+    return parser
+
+
+def default_config(file=CONFIGS):
+    """The values of [DEFAULT]. A checkpoint older than a key takes them, so they leave a model as it was before the key came."""
+    return {k: ast.literal_eval(v) for k, v in read_configs(file).defaults().items()}
+
+
 def load_config(name="toy", stage="pretrain", flags=(), file=CONFIGS):
     """
     Resolve a section of configs.txt. Later wins: [DEFAULT], the sections that `name` inherits, [name], then the same with the
     stage, [name.stage], then flags (a list of (key, text)). A stage other than pretrain starts from [name.grow]. Returns a dict.
     """
-    parser = configparser.ConfigParser(inline_comment_prefixes="#", interpolation=None)
-    parser.read(file)
-    defaults = {k: ast.literal_eval(v) for k, v in parser.defaults().items()}
+    parser, defaults = read_configs(file), default_config(file)
     names = [s for s in parser.sections() if "." not in s]
     if name not in names:
         raise UserError(f"no config {name!r} in {os.path.basename(file)}: {nearest(name, names)}")
-    chain = [name]                                             # [toy], or [small, toy] where small inherits toy
-    while parent := ast.literal_eval(parser[chain[-1]]["inherits"]):
-        if parent not in names or parent in chain:
-            raise UserError(f"config {chain[-1]!r} inherits {parent!r}: name another one of {', '.join(names)}")
-        chain.append(parent)
+
+    def lineage(name, below=()):
+        """The sections that `name` inherits, the first parent's first, and its own last."""
+        parents = ast.literal_eval(parser[name]["inherits"]).replace(",", " ").split()
+        for parent in parents:
+            if parent not in names or parent in (*below, name):
+                raise UserError(f"config {name!r} inherits {parent!r}: name another one of {', '.join(names)}")
+        return [s for parent in parents for s in lineage(parent, (*below, name))] + [name]
+    chain = lineage(name)                                      # [toy], or [toy, small] where small inherits toy
     stages = ["pretrain"] if stage == "pretrain" else dict.fromkeys(["grow", stage])
-    sections = chain[::-1] + [f"{s}.{part}" for part in stages for s in chain[::-1]]
+    sections = chain + [f"{s}.{part}" for part in stages for s in chain]
     pairs = [(k, v) for s in sections if s in parser for k, v in parser._sections[s].items()] + list(flags)
     config = dict(defaults)
     for key, text in pairs:
@@ -112,20 +125,19 @@ def load_config(name="toy", stage="pretrain", flags=(), file=CONFIGS):
             raise UserError(f"unknown key {key!r}: {nearest(key, sorted(defaults))}")
         config[key] = parse_value(key, text, defaults[key])
     for key, value in config.items():
-        least = {"seed": 0, "workers": 0, "micro": 0, "warmup": 0, "log_every": 0, "sample_every": 0, "text_vocab": 2, "eval_n": 2, "encoder_width": 0}.get(key, 1)
+        least = {"seed": 0, "workers": 0, "micro": 0, "warmup": 0, "log_every": 0, "sample_every": 0,
+                 "eval_every": 0, "text_vocab": 2, "eval_n": 2, "encoder_width": 0, "kv_merge": 0}.get(key, 1)
         numbers = value if type(value) is tuple else [value] if type(value) is int else [least]
         if not numbers or min(numbers) < least and not (key == "eval_n" and value == 0):
             raise UserError(f"{key} = {value}: {key} must be at least {least}")
-        if key in ("base", "scene_small", "scene_large") and value <= 0:
+        if key in ("base", "scene_small", "scene_large", "latent_scale") and value <= 0:
             raise UserError(f"{key} = {value}: {key} must be above 0")
-        if key in ("lr", "weight_decay", "clip", "warmup", "guidance") and config[key] < 0:
+        if key in ("lr", "weight_decay", "clip", "warmup", "guidance", "ema_power") and config[key] < 0:
             raise UserError(f"{key} = {config[key]}: {key} must not be negative")
         if key in ("caption_dropout", "long_captions", "jitter", "ema", "beta1", "beta2") and not 0 <= config[key] <= 1:
             raise UserError(f"{key} = {config[key]}: {key} must lie in [0, 1]")
         if key == "resize" and value not in ("crop", "stretch"):
             raise UserError(f"resize = {value}: take crop or stretch")
-    if is_frozen(config.get("encoder", "words")) and (tokens := sum(n for _, n in encoder_parts(config["encoder"]))) != config["text_length"]:
-        raise UserError(f"text_length = {config['text_length']}: the tokens of encoder = {config['encoder']} are {tokens}: set text_length to that")
     return config
 
 
@@ -955,12 +967,12 @@ def encode_captions(captions, config):
 # Frozen text encoders, and the caches that keep what they made
 
 ENCODERS = {
-    # name     class in transformers  layer  what to put under encoder_weights; -1 is the last layer after its norm
-    "t5-xxl": ("T5EncoderModel",      -1,    "google/t5-v1_1-xxl"),
-    "byt5":   ("T5EncoderModel",      -1,    "google/byt5-base"),
-    "clip-h": ("CLIPTextModel",       -1,    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
-    "clip-l": ("CLIPTextModel",       -2,    "openai/clip-vit-large-patch14"),         # SDXL reads the last but one layer (Sec. 2.1)
-    "clip-g": ("CLIPTextModel",       -2,    "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"),
+    # name         class in transformers  layer  what to put under encoder_weights; layer -1 is the last one after its norm
+    "t5-xxl":     ("T5EncoderModel",      -1,    "google/t5-v1_1-xxl"),
+    "byt5":       ("T5EncoderModel",      -1,    "google/byt5-xxl"),
+    "clip-h":     ("CLIPTextModel",       -1,    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+    "clip-l":     ("CLIPTextModel",       -2,    "openai/clip-vit-large-patch14"),         # SDXL reads the last but one layer (Sec. 2.1)
+    "openclip-g": ("CLIPTextModel",       -2,    "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"),
 }
 TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -1297,9 +1309,10 @@ def bucket_sizes(config):
     sides in steps of 64 px up to twice the resolution, with the largest short side whose area stays within resolution^2 (of these
     SDXL's table, Appendix I, and PixArt's are made). Raises UserError where a side is no whole number of tokens.
     """
-    side, grid, aspects = config["resolution"], config["grid"], config["aspects"]
+    side, aspects = config["resolution"], config["aspects"]
     if not aspects:
         return [(side, side)]
+    token = config["patch"] * (config["latent_stride"] if config["autoencoder"] else 1) if config["shell"] == "patch" else side / config["grid"]
     if rule := re.fullmatch(r"every (\d+)", aspects):
         step = max(1, int(rule[1]))
         pairs = [(side * side // long // step * step, long) for long in range(side, 2 * side + 1, step)]
@@ -1309,8 +1322,8 @@ def bucket_sizes(config):
     else:
         raise UserError(f"aspects = {aspects!r}: write HxW,HxW,... or every N, such as 1024x1024,768x1376,1376x768 or every 64")
     for h, w in sizes:
-        if not h * w or h * grid % side or w * grid % side:
-            raise UserError(f"aspects = {aspects!r}: {h}x{w} at resolution {side} and grid {grid} must be multiples of {side / grid:g} px")
+        if not h * w or h % token or w % token:
+            raise UserError(f"aspects = {aspects!r}: {h}x{w} must be multiples of a token, {token:g} px at resolution {side}")
     return sizes
 
 
@@ -1439,26 +1452,6 @@ class Batches(torch.utils.data.Dataset):
         if len(self.sizes) > 1:
             lines.append("  buckets " + ", ".join(f"{h}x{w}: {len(m)}" for (h, w), m in zip(self.sizes, self.members) if len(m)))
         return "\n".join(lines + (self.data.table() if isinstance(self.data, Indexed) else []))
-
-
-def loader(batches, first=0):
-    """
-    The batches of steps `first` and on, in order, prepared by `workers` processes. A worker that is killed ends the run with its name and
-    status 3 instead of a hang.
-    """
-    c = batches.config
-    made = iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(first, c["steps"]), num_workers=c["workers"],
-                                            multiprocessing_context="fork" if c["workers"] else None))
-    if c["workers"]:                                           # else torch raises from wherever the main process happens to be
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield from made
-    except RuntimeError as e:
-        if "DataLoader worker" not in str(e):
-            raise
-        print(f"error: {str(e).strip()}, for lack of memory most likely: take fewer --workers or a smaller --batch, and go on from the last checkpoint",
-              file=sys.stderr)
-        sys.exit(3)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (Batches, COLOURS, CONTRAST, GROUNDS, IMAGES, SHAPES, Scenes, UserError, describe, distance, open_data, texture_wave, to_tensor,
-                  to_uint8, tokenize)
+from data import (Batches, COLOURS, CONTRAST, GROUNDS, IMAGES, SHAPES, Scenes, UserError, describe, distance, open_autoencoder, open_data,
+                  texture_wave, to_tensor, to_uint8, tokenize)
 from model import diffusion_loss, load, noise, read_checkpoint
 from sample import SAMPLERS, free_name, sample
 
@@ -640,7 +640,7 @@ def held_out(config, n):
 
 @torch.no_grad()
 def evaluate(model, config, n, guidance=None, steps=None, sampler=None, seed=0, metrics=("questions", "fd", "mmd"), bar=True,
-             networks=RANDOM):
+             networks=RANDOM, poll=lambda: None):
     """
     {metric: value} of n images for n held-out captions, against n other real images. `mmd_random` is the unbiased estimate of
     the squared MMD with the cubic kernel over all images (see mmd). CLIP among the networks adds the CLIP score.
@@ -651,7 +651,7 @@ def evaluate(model, config, n, guidance=None, steps=None, sampler=None, seed=0, 
         result["zeroshot"] = zeroshot(model, config, world, n, seed)
     if set(metrics) <= {"zeroshot"}:
         return result
-    images = to_uint8(sample(model, config, captions, seed, 0, steps, guidance, sampler, bar=bar))
+    images = to_uint8(sample(model, config, captions, seed, 0, steps, guidance, sampler, bar=bar, poll=poll))
     if scenes and {"questions", "counting"} & set(metrics):
         seen = [look(image, world.cycles) for image in images]
         result |= {"questions": with_chance(world, scenes, seen)} if "questions" in metrics else {}
@@ -674,10 +674,10 @@ def zeroshot(model, config, world, n, seed=0, draws=16):
     "mean", "chance"}, "colour": ...}. All captions meet the same `draws` noises, at times spread evenly over [0, 1].
     """
     right, device = {"shape": {}, "colour": {}}, next(model.parameters()).device
-    times = ((torch.arange(draws) + 0.5) / draws).to(device)
+    times, autoencoder = ((torch.arange(draws) + 0.5) / draws).to(device), open_autoencoder(config, device)
     single = (i for i in itertools.count() if len(world.scene(i)["groups"]) == 1)
     for i in tqdm(itertools.islice(single, n), "zero-shot", total=n, leave=False, disable=None):
-        x, scene = to_tensor(world.image(i, config["resolution"])[None]).to(device), world.scene(i)
+        x, scene = autoencoder.encode(to_tensor(world.image(i, config["resolution"])[None]).to(device)), world.scene(i)
         eps = noise([(seed, i, k) for k in range(draws)], x.shape[1:], device)     # (draws, 3, H, W)
         for kind, options in (("shape", world.shapes), ("colour", world.colours)):
             captions = [describe(dict(scene, groups=[dict(scene["groups"][0], **{kind: o})])) for o in options]

@@ -1,10 +1,11 @@
 """
 The model that grows:  v = shell.decode(core(shell.encode(z)))          (Greedy Growing, arXiv 2405.16759, Sec. 3)
 
-    core     what growing keeps: text encoding, time encoding, transformer blocks on a fixed grid of tokens
-    shell    what growing throws away and replaces: it carries pixels to the core's grid and back
+    core     what growing keeps: text encoding, time encoding, transformer blocks on a grid of tokens
+    shell    what growing throws away and replaces: it carries pixels, or latents, to the core's grid and back
              shallow   entry convolution, one residual block, [core], one residual block, upsampling head   (Sec. 3.2)
              unet      several resolutions of residual blocks, with skips, above the same grid              (Sec. 3.3)
+             patch     each patch is a token: with it the core is a DiT, as in PixArt-Sigma                 (poster)
 
     from model import load
     model, config = load("out/toy/grow")                     # EMA weights, ready to denoise
@@ -13,9 +14,10 @@ Notable features:
 - adaLN-single: one network under core.time makes the shifts, scales and gates of every block, so that "the time encoding
   stays trainable while the core is frozen" (Sec. 3.3) is a single prefix of parameter names;
 - the branches of every transformer block and the last convolution start at exactly zero, set by one function that runs last;
-- no dropout, and positions on the grid are a formula.
+- no dropout, no buffers: positions on the grid are a formula of its sides, so a model takes any grid, and a larger one interpolates.
 
-Letters: B images, C = 3 channels, H W pixels, h w token grid, N = h*w tokens, L caption tokens, D width.
+Letters: B images, C channels (3, or the latents'), H W pixels or latents, h w token grid, N = h*w tokens, L caption tokens,
+E width of their embeddings, D width of the core, r ratio of the KV merge.
 """
 import hashlib
 import math
@@ -25,8 +27,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import UserError
-from kernels import attention
+from data import UserError, default_config
+from kernels import attention, kv_merge
 
 # ---------------------------------------------------------------------------------------------------------------
 # Noise: schedule, draws, loss. z = alpha x + sigma eps, v = alpha eps - sigma x, logsnr = log(alpha^2 / sigma^2).
@@ -67,7 +69,7 @@ WEIGHTINGS = {"v": lambda logsnr: torch.ones_like(logsnr),     # v itself
 
 
 def diffusion_loss(model, x, text, t, eps, config, size=None):
-    """Weighted squared error per image, (B,). x and eps (B, C, H, W), text (B, L), t (B,), size (B, 6) or None."""
+    """Weighted squared error per image, (B,). x and eps (B, C, H, W), text (B, L) or (B, L, E), t (B,), size (B, 6) or None."""
     logsnr = logsnr_at(t, config)                                                  # (B,)
     alpha, sigma = alpha_sigma(logsnr)                                             # (B, 1, 1, 1)
     v = model(alpha * x + sigma * eps, logsnr, text, size)                         # (B, C, H, W)
@@ -107,29 +109,97 @@ class TextEncoding(nn.Module):
         return text, mask, self.pool_out(pooled)                                   # (B, L, D), (B, L), (B, D)
 
 
-class TimeEncoding(nn.Module):
-    """logsnr -> embedding (sinusoids, then a shallow MLP, Sec. 3.1); and the modulation of all blocks (PixArt, adaLN-single)."""
+def encoder_spans(config):
+    """[(tokens, width), ...] of the encoders in "t5-xxl:128,clip-h:77"; none where the core embeds words by itself."""
+    names, widths = config["encoder"], config["encoder_width"]
+    if names == "words" or names.startswith("sentencepiece:"):
+        return []
+    try:
+        spans = [(int(part.split(":")[1]), width) for part, width in zip(names.split(","), widths, strict=True)]
+    except (IndexError, ValueError):
+        raise UserError(f"encoder = {names!r}, encoder_width = {widths}: give NAME:TOKENS and a width for each, as in t5-xxl:128,clip-h:77 and (4096, 1024)")
+    if config["text_length"] != sum(tokens for tokens, _ in spans):
+        raise UserError(f"text_length = {config['text_length']}: the encoders {names} give text_length = {sum(tokens for tokens, _ in spans)}")
+    return spans
 
-    def __init__(self, width):
+
+class EmbeddedText(nn.Module):
+    """
+    Embeddings of pretrained encoders, one after the other along L, each projected from its own width into the core's
+    (Sec. 4); and their mean into one vector. A row of zeros is no token: the null caption has none, and is only biases.
+    """
+
+    def __init__(self, spans, width):
         super().__init__()
-        self.register_buffer("frequency", torch.logspace(-4, 2, 64, base=2.0), persistent=False)   # radians per unit of logsnr
+        self.spans = spans
+        self.projections = nn.ModuleList(nn.Linear(e, width) for _, e in spans)
+        self.norm_out = nn.LayerNorm(width)
+        self.pool_out = nn.Linear(width, width)
+
+    def forward(self, embeddings):
+        mask = embeddings.any(-1)                                                  # (B, L), True where a token is
+        real = mask[..., None].float()                                             # (B, L, 1)
+        parts = zip(self.projections, self.spans, embeddings.split([n for n, _ in self.spans], 1))
+        text = torch.cat([project(part[..., :e]) for project, (_, e), part in parts], 1)
+        text = self.norm_out(text)                                                 # (B, L, D)
+        pooled = (text * real).sum(1) / real.sum(1).clamp(min=1)
+        return text, mask, self.pool_out(pooled)                                   # (B, L, D), (B, L), (B, D)
+
+
+def sinusoids(x, frequencies):
+    """(B,) -> (B, 2 * len(frequencies))."""
+    angle = x[:, None] * frequencies                                               # radians
+    return torch.cat([angle.sin(), angle.cos()], 1)
+
+
+class TimeEncoding(nn.Module):
+    """
+    logsnr -> embedding (sinusoids, then a shallow MLP, Sec. 3.1); and the modulation of all blocks (PixArt, adaLN-single). With
+    `sizes`, six numbers of the original size, the crop and the target size are added in the same way (SDXL, Sec. 2.2), from zero.
+    It lives here because a core that grows meets new sizes, as it meets new noise levels.
+    """
+
+    def __init__(self, width, sizes):
+        super().__init__()
         self.mlp = nn.Sequential(nn.Linear(128, width), nn.SiLU(), nn.Linear(width, width))
         self.modulation = nn.Linear(width, 6 * width)
+        self.size_in = nn.Linear(6 * 128, width) if sizes else None
+        self.size_out = nn.Linear(width, width) if sizes else None
 
-    def forward(self, logsnr):
-        angle = logsnr[:, None] * self.frequency                                   # (B, 64)
-        return self.mlp(torch.cat([angle.sin(), angle.cos()], 1))                  # (B, D)
+    def forward(self, logsnr, size=None):
+        time = sinusoids(logsnr, torch.logspace(-4, 2, 64, base=2.0, device=logsnr.device))        # radians per unit of logsnr
+        embedding = self.mlp(time)                                                 # (B, D)
+        if self.size_in is not None and size is not None:
+            pixels = torch.logspace(-14, 0, 64, base=2.0, device=size.device)      # radians per pixel
+            sizes = sinusoids(size.flatten(), pixels).unflatten(0, (-1, 6)).flatten(1)             # (B, 6) -> (B, 6 * 128)
+            embedding = embedding + self.size_out(F.silu(self.size_in(sizes)))
+        return embedding
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, width, heads):
+    """
+    With r > 1, keys and values of r x r neighbours are merged into one, by a depthwise convolution and a LayerNorm that they share
+    (PixArt-Sigma; kernels.kv_merge): attention costs r^2 times less, and queries stay as many.
+    """
+
+    def __init__(self, width, heads, r=1, merge_norm=True):
         super().__init__()
-        self.heads = heads
+        self.heads, self.r = heads, r
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
+        if r > 1:
+            self.merge = nn.Conv2d(width, width, r, stride=r, groups=width)        # these two only hold the parameters
+            self.merge_norm = nn.LayerNorm(width) if merge_norm else None
 
-    def forward(self, x):
+    def merged(self, k, v, grid):
+        norm = (self.merge_norm.weight, self.merge_norm.bias) if self.merge_norm else (None, None)
+        k, v = kv_merge(k.flatten(2), v.flatten(2), self.merge.weight, self.merge.bias, *norm, grid, self.r)
+        return k.unflatten(2, (self.heads, -1)), v.unflatten(2, (self.heads, -1))  # each (B, N/r^2, heads, D/heads)
+
+    def forward(self, x, grid):
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)          # each (B, N, heads, D/heads)
+        if self.r > 1:
+            k, v = self.merged(k, v, grid)
         return self.out(attention(q, k, v).flatten(2))                             # (B, N, D)
 
 
@@ -155,29 +225,39 @@ class Block(nn.Module):
     PixArt-alpha, Sec. 2.3); cross-attention needs none of it.
     """
 
-    def __init__(self, width, heads, mlp_ratio):
+    def __init__(self, width, heads, mlp_ratio, r=1, merge_norm=True):
         super().__init__()
         self.table = nn.Parameter(torch.empty(6, width))       # this block's own offset to the shared modulation
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
-        self.self_attention = SelfAttention(width, heads)
+        self.self_attention = SelfAttention(width, heads, r, merge_norm)
         self.cross_attention = CrossAttention(width, heads)
         self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), nn.GELU(), nn.Linear(mlp_ratio * width, width))
 
-    def forward(self, x, modulation, text, mask):
+    def forward(self, x, modulation, text, mask, grid):
         shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + self.table).unsqueeze(2).unbind(1)   # (B, 1, D)
-        x = x + gate1 * self.self_attention((1 + scale1) * self.norm(x) + shift1)  # (B, N, D)
+        x = x + gate1 * self.self_attention((1 + scale1) * self.norm(x) + shift1, grid)    # (B, N, D)
         x = x + self.cross_attention(self.norm(x), text, mask)
         return x + gate2 * self.mlp((1 + scale2) * self.norm(x) + shift2)
 
 
-def positions(h, w, width):
+def positions(h, w, width, device=None):
     """2-D sine-cosine positions, (h*w, D), over a square of 16 x 16 units whatever the grid: they interpolate by themselves."""
-    frequency = 100.0 ** (-torch.arange(width // 4) / (width // 4))                # (D/4,)
-    y = 16 * (torch.arange(h) + 0.5)[:, None] / h * frequency                      # (h, D/4)
-    x = 16 * (torch.arange(w) + 0.5)[:, None] / w * frequency                      # (w, D/4)
+    frequency = 100.0 ** (-torch.arange(width // 4, device=device) / (width // 4)) # (D/4,)
+    y = 16 * (torch.arange(h, device=device) + 0.5)[:, None] / h * frequency       # (h, D/4)
+    x = 16 * (torch.arange(w, device=device) + 0.5)[:, None] / w * frequency       # (w, D/4)
     y = torch.cat([y.sin(), y.cos()], 1)[:, None].expand(h, w, -1)                 # (h, w, D/2)
     x = torch.cat([x.sin(), x.cos()], 1)[None].expand(h, w, -1)                    # (h, w, D/2)
     return torch.cat([y, x], 2).flatten(0, 1)
+
+
+def merged_layers(config):
+    """Numbers of the blocks that merge keys and values: range(14, 28) for "14-27"."""
+    if config["kv_merge"] < 2:
+        return range(0)
+    first, _, last = config["kv_merge_layers"].partition("-")
+    if not first.isdigit() or not (last or first).isdigit() or not int(first) <= int(last or first) < config["depth"]:
+        raise UserError(f"kv_merge_layers = {config['kv_merge_layers']!r}: blocks are numbered from 0, so take something up to 0-{config['depth'] - 1}")
+    return range(int(first), int(last or first) + 1)
 
 
 class Core(nn.Module):
@@ -185,27 +265,29 @@ class Core(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        c, width = config, config["width"]
-        self.text = TextEncoding(c["text_vocab"], c["text_length"], width)
-        self.time = TimeEncoding(width)
-        self.blocks = nn.ModuleList(Block(width, c["heads"], c["mlp_ratio"]) for _ in range(c["depth"]))
-        self.register_buffer("positions", positions(c["grid"], c["grid"], width), persistent=False)
+        c, width, spans, layers = config, config["width"], encoder_spans(config), merged_layers(config)
+        self.text = EmbeddedText(spans, width) if spans else TextEncoding(c["text_vocab"], c["text_length"], width)
+        self.time = TimeEncoding(width, c["size_condition"])
+        ratios = [c["kv_merge"] if i in layers else 1 for i in range(c["depth"])]
+        self.blocks = nn.ModuleList(Block(width, c["heads"], c["mlp_ratio"], r, c["kv_merge_norm"]) for r in ratios)
 
-    def condition(self, logsnr, tokens):
-        """One vector of time and pooled caption for shell and blocks, the caption's tokens, and their mask."""
-        text, mask, pooled = self.text(tokens)                                     # (B, L, D), (B, L), (B, D)
-        return F.silu(self.time(logsnr) + pooled), text, mask
+    def condition(self, logsnr, text, size=None):
+        """One vector of time, size and pooled caption for shell and blocks, the caption's tokens, and their mask."""
+        text, mask, pooled = self.text(text)                                       # (B, L, D), (B, L), (B, D)
+        return F.silu(self.time(logsnr, size) + pooled), text, mask
 
     def forward(self, features, condition, text, mask):
-        x = features.flatten(2).transpose(1, 2) + self.positions                   # (B, D, h, w) -> (B, N, D)
+        h, w = features.shape[2:]
+        x = features.flatten(2).transpose(1, 2)                                    # (B, D, h, w) -> (B, N, D)
+        x = x + positions(h, w, x.shape[2], x.device)
         modulation = self.time.modulation(condition).unflatten(1, (6, -1))         # (B, 6, D)
         for block in self.blocks:
-            x = block(x, modulation, text, mask)
-        return x.transpose(1, 2).unflatten(2, features.shape[2:])                  # (B, D, h, w)
+            x = block(x, modulation, text, mask, (h, w))
+        return x.transpose(1, 2).unflatten(2, (h, w))                              # (B, D, h, w)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Shells: encode carries pixels to the core's grid, decode carries them back
+# Shells: encode carries an image to the core's grid, decode carries it back
 
 
 def group_norm(channels):
@@ -231,24 +313,24 @@ class ResidualBlock(nn.Module):
         return self.skip(x) + self.conv2(F.silu(y))
 
 
-def entry(channels, stride):
-    """Pixels to `channels` at 1/stride of the size. A kernel of 2 stride - 1 reaches from one centre to just before the next."""
+def entry(c_in, channels, stride):
+    """An image to `channels` at 1/stride of the size. A kernel of 2 stride - 1 reaches from one centre to just before the next."""
     size = max(3, 2 * stride - 1)
-    return nn.Conv2d(3, channels, size, stride=stride, padding=size // 2)
+    return nn.Conv2d(c_in, channels, size, stride=stride, padding=size // 2)
 
 
 class Head(nn.Module):
-    """Back to pixels in steps of two: one subpixel step by 4 was found to be worse (Sec. 3.2)."""
+    """Back to an image in steps of two: one subpixel step by 4 was found to be worse (Sec. 3.2)."""
 
-    def __init__(self, channels, stride):
+    def __init__(self, channels, c_out, stride):
         super().__init__()
         doublings = int(math.log2(stride))
         widths = [max(16, channels // 2 ** i) for i in range(doublings + 1)]
         self.up = nn.Sequential(*(nn.Sequential(nn.Conv2d(a, 4 * b, 1), nn.PixelShuffle(2)) for a, b in zip(widths, widths[1:])))
-        self.norm, self.conv = group_norm(widths[-1]), nn.Conv2d(widths[-1], 3, 3, padding=1)
+        self.norm, self.conv = group_norm(widths[-1]), nn.Conv2d(widths[-1], c_out, 3, padding=1)
 
     def forward(self, x):
-        return self.conv(F.silu(self.norm(self.up(x))))                            # (B, c, h, w) -> (B, 3, H, W)
+        return self.conv(F.silu(self.norm(self.up(x))))                            # (B, c, h, w) -> (B, C, H, W)
 
 
 class Shallow(nn.Module):
@@ -257,11 +339,12 @@ class Shallow(nn.Module):
     def __init__(self, config):
         super().__init__()
         width, channels = config["width"], config["entry_channels"]
-        stride = config["resolution"] // config["grid"]
-        self.entry = entry(channels, stride)
+        c_image, side, _ = image_shape(config)
+        stride = side // config["grid"]
+        self.entry = entry(c_image, channels, stride)
         self.encoder = ResidualBlock(channels, width, width)
         self.decoder = ResidualBlock(width, channels, width)
-        self.head = Head(channels, stride)
+        self.head = Head(channels, c_image, stride)
 
     def encode(self, z, condition):
         return self.encoder(self.entry(z), condition), []                          # (B, D, h, w), no skips
@@ -280,17 +363,18 @@ class UNet(nn.Module):
         super().__init__()
         width, blocks = config["width"], config["residual_blocks"]
         levels = list(config["channels"])
-        stride = config["resolution"] // (config["grid"] * 2 ** len(levels))
+        c_image, side, _ = image_shape(config)
+        stride = side // (config["grid"] * 2 ** len(levels))
         pairs = list(zip(levels, levels[1:] + [width]))                            # (this level, the next coarser one)
         stack = lambda first, c: nn.ModuleList([ResidualBlock(first, c, width)] + [ResidualBlock(c, c, width) for _ in range(blocks - 1)])
-        self.entry = entry(levels[0], stride)
+        self.entry = entry(c_image, levels[0], stride)
         self.encoders = nn.ModuleList(stack(c, c) for c in levels)
         self.downs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairs)
         self.into_core = stack(width, width)
         self.from_core = stack(width, width)
         self.ups = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in reversed(pairs))
         self.decoders = nn.ModuleList(stack(2 * c, c) for c in reversed(levels))
-        self.head = Head(levels[0], stride)
+        self.head = Head(levels[0], c_image, stride)
 
     def encode(self, z, condition):
         x, skips = self.entry(z), []                                               # (B, c0, H/stride, W/stride)
@@ -315,21 +399,47 @@ class UNet(nn.Module):
         return self.head(x)                                                        # (B, C, H, W)
 
 
-SHELLS = {"shallow": Shallow, "unet": UNet}
+class Patch(nn.Module):
+    """
+    DiT (Peebles and Xie 2023): patches of patch x patch become tokens by one linear map, and a second one makes them patches
+    again. The grid follows the image. The last norm is shifted and scaled as the blocks are (adaLN-single, PixArt-alpha).
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        width, channels, self.patch = config["width"], image_shape(config)[0], config["patch"]
+        self.entry = nn.Conv2d(channels, width, self.patch, stride=self.patch)
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.table = nn.Parameter(torch.empty(2, width))
+        self.head = nn.Linear(width, channels * self.patch ** 2)
+
+    def encode(self, z, condition):
+        return self.entry(z), []                                                   # (B, D, h, w), no skips
+
+    def decode(self, features, skips, condition):
+        shift, scale = (condition[:, None] + self.table)[:, :, None, None].unbind(1)               # (B, 1, 1, D)
+        x = (1 + scale) * self.norm(features.permute(0, 2, 3, 1)) + shift          # (B, h, w, D)
+        return F.pixel_shuffle(self.head(x).permute(0, 3, 1, 2), self.patch)       # (B, C p^2, h, w) -> (B, C, H, W)
+
+
+SHELLS = {"shallow": Shallow, "unet": UNet, "patch": Patch}
 
 # ---------------------------------------------------------------------------------------------------------------
 # The model
 
 
 class Denoiser(nn.Module):
-    """v = shell.decode(core(shell.encode(z))). z (B, C, H, W), logsnr (B,), text (B, L), size (B, 6) or None -> v (B, C, H, W)."""
+    """
+    v = shell.decode(core(shell.encode(z))). z (B, C, H, W), logsnr (B,), text (B, L) tokens or (B, L, E) embeddings, size (B, 6) in
+    pixels (original height, width, crop top, left, target height, width) or None -> v (B, C, H, W).
+    """
 
     def __init__(self, core, shell):
         super().__init__()
         self.core, self.shell = core, shell
 
     def forward(self, z, logsnr, text, size=None):
-        condition, text, mask = self.core.condition(logsnr, text)                  # (B, D), (B, L, D), (B, L)
+        condition, text, mask = self.core.condition(logsnr, text, size)            # (B, D), (B, L, D), (B, L)
         features, skips = self.shell.encode(z, condition)                          # (B, D, h, w)
         features = self.core(features, condition, text, mask)                      # (B, D, h, w)
         return self.shell.decode(features, skips, condition)                       # (B, C, H, W)
@@ -346,13 +456,17 @@ def initialise(model):
         time.modulation, block.table                   0: the gates of self-attention and MLP are shut
         cross_attention.out                            0: with the gates, a block is the identity
         residual block: condition                      0: no shift, no scale
-        head.conv                                      0: the model says v = 0
+        head, head.conv                                0: the model says v = 0
+        time.size_out                                  0: sizes change nothing
+        self_attention.merge                           1 / r^2: the mean of the merged tokens
     """
     for name, p in model.named_parameters():
         if "norm" in name:
             nn.init.constant_(p, 1.0 if name.endswith("weight") else 0.0)
         elif p.ndim < 2 or name.endswith("table") or any(k in name for k in ZERO):
             nn.init.zeros_(p)
+        elif ".merge." in name:
+            nn.init.constant_(p, 1 / p[0].numel())
         elif "text.embed" in name or "text.position" in name:
             nn.init.normal_(p, std=1.0 if "embed" in name else 0.5)
         else:
@@ -360,24 +474,7 @@ def initialise(model):
     return model
 
 
-ZERO = ("time.modulation.weight", "cross_attention.out.weight", "condition.weight", "head.conv.weight")
-
-
-def check_sizes(config):
-    """Raise UserError, naming the nearest good sizes, before any file is opened."""
-    c = config
-    if c["shell"] not in SHELLS or c["weighting"] not in WEIGHTINGS:
-        raise UserError(f"shell = {c['shell']}, weighting = {c['weighting']}: take one of {', '.join(SHELLS)} and of {', '.join(WEIGHTINGS)}")
-    levels = len(c["channels"]) if c["shell"] == "unet" else 0
-    unit, res = c["grid"] * 2 ** levels, c["resolution"]
-    if res % unit or (res // unit) & (res // unit - 1):                            # unit times a power of two
-        below = unit * 2 ** max(0, math.floor(math.log2(res / unit)))
-        raise UserError(f"resolution = {res} does not fit grid {c['grid']} under a {c['shell']} shell of {levels} levels: "
-                        f"take {below} or {2 * below}")
-    if c["width"] % c["heads"] or c["width"] % 4:
-        good = [w for w in range(max(c["width"] - 256, 4), c["width"] + 257) if w % c["heads"] == 0 and w % 4 == 0]
-        raise UserError(f"width = {c['width']} is no multiple of heads = {c['heads']} and of 4: "
-                        f"take width = {min(good, key=lambda w: abs(w - c['width']))}")
+ZERO = ("time.modulation.weight", "cross_attention.out.weight", "time.size_out.weight", "condition.weight", "head.conv.weight", "shell.head.weight")
 
 
 def image_shape(config):
@@ -387,38 +484,132 @@ def image_shape(config):
     return c["latent_channels"] if c["autoencoder"] else 3, side, side
 
 
+def token_size(config):
+    """Pixels per token and side. A model takes every image whose sides are multiples of it, times the KV merge's ratio."""
+    latent = config["latent_stride"] if config["autoencoder"] else 1
+    return config["patch"] * latent if config["shell"] == "patch" else config["resolution"] // config["grid"]
+
+
+def token_grid(config):
+    """Tokens along one side of a square image of the config's resolution."""
+    return config["resolution"] // token_size(config)
+
+
+def check_sizes(config):
+    """Raise UserError, naming the nearest good sizes, before any file is opened."""
+    c = config
+    if c["shell"] not in SHELLS or c["weighting"] not in WEIGHTINGS:
+        raise UserError(f"shell = {c['shell']}, weighting = {c['weighting']}: take one of {', '.join(SHELLS)} and of {', '.join(WEIGHTINGS)}")
+    latent = c["latent_stride"] if c["autoencoder"] else 1
+    levels = len(c["channels"]) if c["shell"] == "unet" else 0
+    merge = c["kv_merge"] if merged_layers(c) else 1
+    res, unit = c["resolution"], latent * (c["patch"] * merge if c["shell"] == "patch" else c["grid"] * 2 ** levels)
+    if c["shell"] == "patch" and res % unit:
+        raise UserError(f"resolution = {res} is no multiple of {unit} px (latent_stride {latent} x patch {c['patch']} x kv_merge {merge}): "
+                        f"take {max(1, round(res / unit)) * unit}")
+    if c["shell"] != "patch" and (res % unit or (res // unit) & (res // unit - 1)):                # unit times a power of two
+        below = unit * 2 ** max(0, math.floor(math.log2(res / unit)))
+        raise UserError(f"resolution = {res} does not fit grid {c['grid']} under a {c['shell']} shell of {levels} levels: "
+                        f"take {below} or {2 * below}")
+    if token_grid(c) % merge:
+        raise UserError(f"kv_merge = {merge} does not divide a grid of {token_grid(c)} x {token_grid(c)} tokens: take grid = {max(1, round(c['grid'] / merge)) * merge}")
+    if c["width"] % c["heads"] or c["width"] % 4:
+        good = [w for w in range(max(c["width"] - 256, 4), c["width"] + 257) if w % c["heads"] == 0 and w % 4 == 0]
+        raise UserError(f"width = {c['width']} is no multiple of heads = {c['heads']} and of 4: "
+                        f"take width = {min(good, key=lambda w: abs(w - c['width']))}")
+
+
 def build(config):
     """A freshly initialised model for this config."""
     check_sizes(config)
     return initialise(Denoiser(Core(config), SHELLS[config["shell"]](config)))
 
 
+def example(config, batch=1, device="cpu"):
+    """(z, logsnr, text) of the shapes that a model of this config takes: to count with, on the meta device for instance."""
+    spans, length = encoder_spans(config), config["text_length"]
+    text = torch.zeros(batch, length, max(e for _, e in spans), device=device) if spans else torch.zeros(batch, length, dtype=torch.long, device=device)
+    return torch.zeros(batch, *image_shape(config), device=device), torch.zeros(batch, device=device), text
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Checkpoints: a file describes itself
 
-FORMAT = 1
+FORMAT = 2
+
+
+def read_shards(folder):
+    """{"part/name": tensor}, whole, of a sharded checkpoint: what torch's distributed checkpoint wrote as safetensors, so nothing to unpickle."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load as load_shards
+    reader = HuggingFaceStorageReader(folder)
+    tensors = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in reader.read_metadata().state_dict_metadata.items()}
+    load_shards(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def open_checkpoint(file, shards=True):
+    """
+    (state, None), or (None, why not). Nothing in a file is executed (weights_only) and nothing broken gets through. state: "format",
+    "stage", "name", "config", "step", "parents", and the tensors by name under "model", "ema" (of what was trained) and "moments".
+    Of a sharded one the tensors are left out where `shards` is False: training reads them straight into its own.
+    """
+    try:
+        if os.path.isdir(file):                                # sharded: a folder
+            state = torch.load(os.path.join(file, "about.pt"), weights_only=True)
+            for key, value in read_shards(file).items() if shards else ():
+                part, name = key.split("/", 1)
+                state.setdefault(part, {})[name] = value
+        else:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        if state["format"] != FORMAT:
+            return None, f"{file!r} is a checkpoint of format {state['format']} and this code reads {FORMAT}: train it again"
+        parts = {} if os.path.isdir(file) and not shards else {**state["model"], **state["ema"]}
+    except Exception as e:                                     # of many kinds: cut off, not a checkpoint, not allowed to be loaded
+        return None, f"{file!r} is no complete checkpoint ({type(e).__name__}): take another, or train again with --fresh"
+    for name, value in parts.items():
+        if not torch.isfinite(value).all():
+            return None, f"{file!r} has values that are not finite in {name}: take an earlier checkpoint"
+    return state, None
 
 
 def read_checkpoint(path):
-    """The dict in a run's last.pt, or in a file. Nothing in it is executed (weights_only), nothing broken gets through."""
-    file = os.path.join(path, "last.pt") if os.path.isdir(path) else path
-    if not os.path.isfile(file):
+    """The state in a run's last.pt, or in a file (see open_checkpoint)."""
+    file = os.path.join(path, "last.pt") if os.path.isdir(path) and not os.path.exists(os.path.join(path, "about.pt")) else path
+    if not os.path.exists(file):
         raise UserError(f"no checkpoint {file!r}: `python train.py --stage grow` makes out/toy/grow/last.pt")
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as e:
-        raise UserError(f"{file!r} is no complete checkpoint ({type(e).__name__}): take another, or train again with --fresh")
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{file!r} is not a checkpoint of format {FORMAT}: train it again with this code")
-    for name, value in [*state["model"].items(), *state["ema"].items()]:
-        if not torch.isfinite(value).all():
-            raise UserError(f"{file!r} has values that are not finite in {name}: take an earlier checkpoint")
+    state, broken = open_checkpoint(file)
+    if broken:
+        raise UserError(broken)
+    state["config"] = {**default_config(), **state["config"]}
     return state
 
 
 def ema_weights(state):
     """Weights by name: the EMA where there is one, the plain weight where a tensor was frozen."""
     return {**state["model"], **state["ema"]}
+
+
+def carry_over(start, config, keeps):
+    """
+    What a new model of `config` takes from the checkpoint `start`: {name: tensor} of all under the prefix `keeps`, and one line of
+    text that says what was kept, interpolated, added and left. Raises UserError unless everything under it fits. Growing a core,
+    continuing at a larger size and switching the KV merge on are all this one function.
+    """
+    with torch.device("meta"):                                                     # shapes alone, no memory
+        new = build(config).state_dict()
+    old, then = ema_weights(start), start["config"]
+    kept = {k: v for k, v in old.items() if k.startswith(keeps) and k in new}
+    wrong = [f"{k} is {tuple(v.shape)} there, {tuple(new[k].shape)} here" for k, v in kept.items() if v.shape != new[k].shape]
+    added = [k for k in new if k.startswith(keeps) and k not in old]
+    wrong += [f"{k} is only here" for k in added if ".merge" not in k and ".size_" not in k]
+    if wrong:
+        raise UserError(f"this model cannot take over the weights ({', '.join(wrong[:3])}): use the settings of their run, or train another")
+    said = f"{len(kept)} tensors kept, {len(new) - len(kept)} new, {len(old) - len(kept)} unused"
+    if token_grid(then) != token_grid(config):
+        said += "; positions interpolated by their formula from {0} x {0} to {1} x {1} tokens".format(token_grid(then), token_grid(config))
+    if added:
+        said += f"; added within what is kept: {len(added)} tensors" + f" (KV merge by {config['kv_merge']}, blocks {config['kv_merge_layers']}, as the mean)" * any(".merge" in k for k in added)
+    return kept, said
 
 
 def load(path, device="cpu"):
