@@ -16,17 +16,35 @@ Letters: B images in a batch, C = 3 channels, H W height and width in pixels, L 
 """
 import argparse
 import ast
+import concurrent.futures
 import configparser
+import csv
 import difflib
 import functools
+import hashlib
+import importlib
+import io
+import itertools
+import json
+import math
+import multiprocessing
 import os
 import re
+import shutil
+import signal
+import stat
 import struct
 import sys
+import tarfile
+import textwrap
+import time
+import warnings
 import zlib
+from collections import Counter
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------------
 # Settings: configs.txt -> dict. One parser for files and flags, so that both are checked the same way.
@@ -116,8 +134,10 @@ def load_config(name="toy", stage="pretrain", flags=(), file=CONFIGS):
             raise UserError(f"{key} = {value}: {key} must be above 0")
         if key in ("lr", "weight_decay", "clip", "warmup", "guidance", "ema_power") and config[key] < 0:
             raise UserError(f"{key} = {config[key]}: {key} must not be negative")
-        if key in ("caption_dropout", "ema", "beta1", "beta2") and not 0 <= config[key] <= 1:
+        if key in ("caption_dropout", "long_captions", "jitter", "ema", "beta1", "beta2") and not 0 <= config[key] <= 1:
             raise UserError(f"{key} = {config[key]}: {key} must lie in [0, 1]")
+        if key == "resize" and value not in ("crop", "stretch"):
+            raise UserError(f"resize = {value}: take crop or stretch")
     return config
 
 
@@ -134,17 +154,6 @@ def uniforms(seed, sample, count):
             x = (x ^ (x >> np.uint64(30))) * np.uint64(multiplier)
         x ^= x >> np.uint64(31)
     return (x >> np.uint64(11)).astype(np.float64) / 2**53
-
-
-def batch_of(usable, seed, step, batch):
-    """
-    The (epoch, sample) pairs of a step: consecutive places of one permutation per epoch of the `usable` sample
-    numbers. Depends on nothing but its arguments, so step 1000 is the same after a resume, and a batch may span epochs.
-    """
-    places = range(step * batch, (step + 1) * batch)
-    orders = {e: np.random.default_rng((seed, e)).permutation(usable)
-              for e in {p // len(usable) for p in places}}
-    return [(p // len(usable), int(orders[p // len(usable)][p % len(usable)])) for p in places]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -210,8 +219,25 @@ class Scenes:
         native = int(self.native * 2 ** (2 * uniforms(self.seed, i, 1)[0] - 0.55))
         return native, native
 
+    def all_sizes(self):
+        """int (n, 2): width, height."""
+        return np.array([self.size(i) for i in range(self.length)])
+
+    def choose(self, i, which=0.0, long=False):
+        """Number of a caption of scene i: it has one, the i-th."""
+        return i
+
+    def text(self, number):
+        return self.caption(number) if number >= 0 else ""
+
     def caption(self, i):
         return describe(self.scene(i))
+
+    def view(self, i, height, width, draws, rule):
+        """(H, W, 3) uint8, and top and left of the crop: nothing is cut."""
+        if height != width:
+            raise UserError(f"scenes are square, and aspects asks for {height}x{width}: add {width}x{width}, or leave aspects empty")
+        return self.image(i, height), 0, 0
 
     def image(self, i, resolution, draws=None):
         """(H, W, 3) uint8."""
@@ -279,106 +305,595 @@ def describe(scene):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# A folder of images, each with a .txt of the same name beside it
+# Image files -> pixels. All of it works on bytes, wherever they lay, and trusts nothing that a header claims
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+OTHERS = (".gif", ".svg", ".heic", ".heif", ".avif", ".tif", ".tiff", ".mp4", ".mov", ".webm", ".mkv", ".avi", ".tar.gz", ".tgz", ".zip")
+FOREIGN = (b"GIF8", b"<svg", b"<?xml", b"II*\0", b"MM\0*", b"\x1aE\xdf\xa3")       # their first bytes, where a name lies
+STARTS = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG", b"RIFF": "WEBP"}
+LARGEST = 2 ** 28                                              # bytes of an image file that are read at most
+LEAST_SIDE, LARGEST_ASPECT = 8, 8                              # below and beyond, no crop shows what a caption says
+SIDEWAYS = ("TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
 
 
-class Folder:
+class Unfit(Exception):
+    """An image or caption that cannot serve; its text is the reason that tables count."""
+
+
+@functools.lru_cache(1)
+def pillow():
+    """The library that decodes images, an extra: `scenes` does without. Large headers are ours to refuse, so it need not warn."""
+    try:
+        import PIL.Image
+    except ImportError:
+        raise UserError("reading image files needs pillow: pip install pillow")
+    warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+    return PIL.Image
+
+
+def open_image(blob):
+    """(image, turn): pillow's image, its pixels not decoded yet, and what sets it upright (a name in UPRIGHT, or None)."""
+    try:
+        image = pillow().open(io.BytesIO(blob), formats=("JPEG", "PNG", "WEBP", "BMP"))
+    except pillow().DecompressionBombError:
+        raise Unfit("too large")
+    except Exception:                                          # pillow raises many kinds on bytes that are no image
+        foreign = blob.startswith(FOREIGN) or blob[4:8] == b"ftyp"                 # HEIC, AVIF, MP4
+        kind = next((k for start, k in STARTS.items() if blob.startswith(start)), None)
+        raise Unfit("unsupported format" if foreign else "truncated" if kind and not is_whole(blob, kind) else "not an image")
+    if image.width * image.height > pillow().MAX_IMAGE_PIXELS: # 89 million: known from the header, before memory is taken
+        raise Unfit("too large")
+    if image.format in ("PNG", "WEBP") and getattr(image, "is_animated", False):
+        raise Unfit("unsupported format")
+    exif = pillow().Exif()
+    try:                                                       # not image.getexif(): for a PNG it would decode all pixels
+        exif.load(image.info.get("exif", b""))
+    except Exception:                                          # broken notes about a whole image
+        pass
+    return image, UPRIGHT.get(exif.get(0x0112))
+
+
+def is_whole(blob, kind):
+    """Does the file end as its format ends? A cut file still has a good header; decoding it to find out would cost 100 times more."""
+    if kind in ("JPEG", "MPO"):                                # an end marker after the last scan; what follows may be anything
+        return blob.endswith(b"\xff\xd9") or blob.rfind(b"\xff\xd9") > blob.rfind(b"\xff\xda")
+    if kind == "PNG":
+        return b"IEND" in blob[-12:] or b"IEND\xaeB`\x82" in blob
+    told = int.from_bytes(blob[4:8], "little") + 8 if kind == "WEBP" else int.from_bytes(blob[2:6], "little")
+    return len(blob) >= told
+
+
+def header(blob):
+    """(width, height) of an image as shown, from its header alone; Unfit where training could not use it."""
+    image, turn = open_image(blob)
+    width, height = image.size[::-1] if turn in SIDEWAYS else image.size
+    if max(width, height) > LARGEST_ASPECT * min(width, height) > 0:
+        raise Unfit("aspect")
+    if min(width, height) < LEAST_SIDE:
+        raise Unfit("too small")
+    if not is_whole(blob, image.format):
+        raise Unfit("truncated")
+    return width, height
+
+
+def decode(blob, least=None):
     """
-    The images under `path` that have a caption and can be opened. `skipped` maps a reason to the files it befell. Small folders are
-    kept in memory at the size asked for, so that each image is decoded once.
+    An image upright, RGB, transparency over white, 16 bits scaled to 8. JPEGs are decoded at a fraction of their size, but at
+    least `least` (width, height) as shown.
     """
-
-    def __init__(self, path):
-        try:
-            import PIL.Image as pillow
-        except ImportError:
-            raise UserError("reading image files needs pillow: pip install pillow")
-        self.pillow, self.name, self.skipped = pillow, os.path.abspath(path), {}
-        self.items, self.unreadable, self.kept = [], set(), {} # items: (file, (width, height), caption)
-        if not os.path.isdir(path):
-            raise UserError(f"no folder {path!r}: --data takes scenes, or a folder of images with a .txt beside each")
-        files = sorted(os.path.join(d, f) for d, _, names in os.walk(path) for f in names)
-        files = [f for f in files if f.lower().endswith(IMAGES)]
-        for file in files:
-            caption, size = self.read_caption(file), self.read_size(file)
-            reason = "not an image" if not size else "no caption" if caption is None else "empty caption" if not caption else None
-            if reason:
-                self.skipped.setdefault(reason, []).append(file)
-            else:
-                self.items.append((file, size, caption))
-        if not files:
-            raise UserError(f"no images under {path!r}: looked for {' '.join(IMAGES)}")
-
-    def require(self):
-        """Raise UserError where training makes no sense: no image, or more than one in twenty without a caption."""
-        files = len(self.items) + sum(map(len, self.skipped.values()))
-        mute = len(self.skipped.get("no caption", [])) + len(self.skipped.get("empty caption", []))
-        if mute > files / 20:
-            raise UserError(f"{mute} of {files} images under {self.name!r} have no caption: put NAME.txt beside NAME.jpg")
-        if not self.items:
-            raise UserError(f"none of {files} files is an image: python data.py check {self.name} lists them")
-
-    def read_size(self, file):
-        """(width, height) as shown, from the header alone; None if the file is not an image."""
-        try:
-            with self.pillow.open(file) as image:
-                turned = image.getexif().get(0x0112, 1) >= 5   # EXIF orientations 5 to 8 swap the sides
-                return image.size[::-1] if turned else image.size
-        except Exception:                                      # pillow raises many kinds on bytes that are no image
-            return None
-
-    def read_caption(self, file):
-        """One line of text; '' for an empty file; None for no file."""
-        try:
-            with open(os.path.splitext(file)[0] + ".txt", encoding="utf-8", errors="replace") as f:
-                return " ".join(f.read().split())
-        except OSError:
-            return None
-
-    def __len__(self):
-        return len(self.items)
-
-    def size(self, i):
-        return self.items[i][1]
-
-    def caption(self, i):
-        return self.items[i][2]
-
-    def image(self, i, resolution, draws=(0.5, 0.5)):
-        """(H, W, 3) uint8: short side resized to `resolution`, random crop (Greedy Growing, Sec. 4); transparency over white."""
-        image = self.kept.get((i, resolution))
-        if image is None:
-            image = self.resized(i, resolution)
-            if len(self.kept) * resolution ** 2 < 2 ** 27:     # about half a gigabyte
-                self.kept[i, resolution] = image
-        h, w, _ = image.shape
-        left, top = int(draws[0] * (w - resolution + 1)), int(draws[1] * (h - resolution + 1))
-        return image[top:top + resolution, left:left + resolution]
-
-    def resized(self, i, resolution):
-        """(H, W, 3) uint8, upright, the short side `resolution` long."""
-        from PIL import ImageOps
-        with self.pillow.open(self.items[i][0]) as opened:
-            opened.draft("RGB", (2 * resolution, 2 * resolution))                  # JPEG: decode at a fraction, still >= 2x
-            image = ImageOps.exif_transpose(opened)
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                image = self.pillow.alpha_composite(self.pillow.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
-        scale = resolution / min(image.size)
-        w, h = (max(resolution, round(s * scale)) for s in image.size)
-        return np.asarray(image.resize((w, h), self.pillow.Resampling.BICUBIC))
+    image, turn = open_image(blob)
+    if least:
+        image.draft("RGB", least[::-1] if turn in SIDEWAYS else least)
+    if image.mode.startswith("I"):                             # 16-bit grey: convert() would clip it
+        image = pillow().fromarray(np.round(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = pillow().alpha_composite(pillow().new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")
+    return image.transpose(pillow().Transpose[turn]) if turn else image
 
 
-def open_data(config):
-    """The data set that `data` names: 'scenes' or a folder."""
-    return Scenes(config) if config["data"] == "scenes" else Folder(config["data"])
+def covering(size, height, width, rule):
+    """
+    (w, h) that an image of this (width, height) is resized to. Rule "crop": as small as covers height x width, for a random crop
+    (Greedy Growing, Sec. 4); rule "stretch": each side by itself, nothing is cut (PixelGen-V2's anisotropic scaling).
+    """
+    scale = max(width / size[0], height / size[1])
+    return (width, height) if rule == "stretch" else (max(width, round(size[0] * scale)), max(height, round(size[1] * scale)))
+
+
+def jittered(image, draws, strength):
+    """Brightness, contrast and saturation, each times a factor drawn from 1 +- strength. (H, W, 3) uint8, three draws in [0, 1)."""
+    brightness, contrast, saturation = 1 + strength * (2 * np.array(draws) - 1)
+    x = image * brightness                                                         # (H, W, 3)
+    x = x.mean() + contrast * (x - x.mean())
+    grey = x @ np.array([[0.299], [0.587], [0.114]])                               # (H, W, 1), luma of ITU-R BT.601
+    return (grey + saturation * (x - grey)).clip(0, 255).round().astype(np.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Captions -> tokens, images <-> numbers
+# Scanning: a folder or tar shards -> arrays. One row per image; nothing is copied or encoded anew.
+#
+#     a folder    cat.jpg with cat.txt (a caption) or cat.json beside it, or captions.jsonl / captions.csv with a file in each row
+#     tar shards  as img2dataset writes them: 0001.jpg, 0001.txt, 0001.json, in any order
+#
+# In .json and .jsonl, "caption" (or "captions", "text") is one caption or a list of them, and "long_caption" (or "long_captions")
+# likewise, told apart in training by the key `long_captions`.
+
+SAMPLE = np.dtype([("file", "<i4"), ("offset", "<i8"), ("length", "<i8"), ("width", "<i4"), ("height", "<i4"),   # pixels as shown
+                   ("crc", "<u4"), ("first", "<i8"), ("raw", "<u2"), ("long", "<u2")])   # its captions: raw ones from `first`, then long ones
+RAW, LONG, FILE = ("caption", "captions", "text"), ("long_caption", "long_captions"), ("file", "file_name", "filename", "image", "path", "key")
+LISTS = ("captions.jsonl", "captions.csv")
+LONGEST = 8000                                                 # characters of a caption that are kept
+MOST = 1000                                                    # captions of an image, of each kind
+CHUNK = 256                                                    # files of a folder that a worker takes at a time
+
+
+def read_whole(path):
+    """Bytes of a regular file that is not too large. OSError for anything else, such as a pipe, which would wait for ever."""
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(f"{path} is no regular file")
+        if status.st_size > LARGEST:
+            raise Unfit("too large")
+        return os.read(file, status.st_size)
+    finally:
+        os.close(file)
+
+
+def read_part(path, offset, length):
+    """Bytes of a file, read in place: nothing is unpacked, and workers may share the open file."""
+    return os.pread(shared_file(path).fileno(), length, offset)
+
+
+@functools.lru_cache(32)
+def shared_file(path):
+    return open(path, "rb", buffering=0)
+
+
+class Found:
+    """What one worker found in a shard, or in some files of a folder. `bad` holds (name, reason)."""
+
+    def __init__(self):
+        self.files, self.sizes, self.rows, self.captions, self.bad, self.counts = [], [], [], [], [], Counter()
+
+    def add(self, name, blob, offset, texts):
+        """An image of the file begun last, and its captions: (raw, long), lists of str or bytes."""
+        try:
+            width, height = header(blob)
+        except Unfit as e:
+            return self.bad.append((name, str(e)))
+        raw, long = ([c for c in dict.fromkeys(map(self.clean, part[:MOST])) if c] for part in texts)
+        if not raw and not long:
+            self.counts["empty" if any(texts) else "missing"] += 1
+        self.rows.append((len(self.files) - 1, offset, len(blob), width, height, zlib.crc32(blob), 0, len(raw), len(long)))
+        self.captions += raw + long
+
+    def clean(self, caption):
+        """One line of UTF-8 bytes. What cannot be read becomes U+FFFD, what is longer than LONGEST is cut at a word."""
+        text = caption.decode("utf-8", "replace") if isinstance(caption, bytes) else str(caption).encode("utf-8", "replace").decode()
+        self.counts["replaced"] += "\ufffd" in text or "\0" in text
+        text = " ".join(text.replace("\0", " ").split())
+        self.counts["truncated"] += len(text) > LONGEST
+        return (text if len(text) <= LONGEST else (text[:LONGEST].rpartition(" ")[0] or text[:LONGEST])).encode()
+
+
+def texts_of(fields):
+    """(raw, long) captions of a .json or a row of .jsonl or .csv, each one string or a list of them."""
+    pick = lambda keys: [c for k in keys for c in (fields[k] if isinstance(fields.get(k), list) else [fields.get(k)]) if c is not None]
+    return (pick(RAW), pick(LONG)) if isinstance(fields, dict) else ([], [])
+
+
+def sidecars(found, name, text, fields):
+    """(raw, long) captions from the bytes of a .txt and a .json, either of them None where there is no such file."""
+    try:
+        raw, long = texts_of(json.loads(fields)) if fields is not None else ([], [])
+    except (ValueError, RecursionError):                       # no JSON, or built to exhaust the stack
+        raw, long = [], []
+        found.bad.append((name, "unreadable .json, not skipped"))
+    return [text] if text is not None else raw, long
+
+
+def scan_files(root, names, given, beside):
+    """Some files of a folder -> Found. given: {name: (raw, long)} from captions.jsonl or .csv; else captions are in the files named in `beside`."""
+    found = Found()
+    for name in names:
+        stem, parts = os.path.join(root, os.path.splitext(name)[0]), []
+        try:
+            blob = read_whole(os.path.join(root, name))
+        except (OSError, Unfit) as e:                          # no permission, a loop of links, gone since it was listed; or too large
+            found.bad.append((name, str(e) if isinstance(e, Unfit) else "unreadable"))
+            continue
+        for end in (".txt", ".json"):
+            try:
+                parts.append(read_whole(stem + end) if os.path.splitext(name)[0] + end in beside else None)
+            except (OSError, Unfit):
+                parts.append(None)
+        found.files.append(name)
+        found.sizes.append(len(blob))
+        found.add(name, blob, 0, given.get(name) or sidecars(found, name, *parts))
+    return found
+
+
+def scan_shard(root, name):
+    """A tar shard -> Found. Members of one key (the name up to its last dot) belong together, in whatever order they come."""
+    found, path = Found(), os.path.join(root, name)
+    members, size, end = {}, os.path.getsize(path), 0
+    try:
+        with tarfile.open(path, "r:") as tar:                  # reads headers, skips contents
+            for member in tar:
+                key, kind = os.path.splitext(member.name)
+                if member.isreg():
+                    members.setdefault(key, []).append((kind.lower(), member.name, member.offset_data, member.size))
+                tar.members = []                               # it would keep them all
+            end = tar.offset
+        whole = read_part(path, end, 1024).strip(b"\0") == b"" and end + 512 <= size
+    except Exception as e:                                     # tarfile raises many kinds on bytes that are no tar
+        whole, end = False, size if "unexpected end" in str(e) else end
+    if not whole:
+        found.bad.append((name, f"incomplete at byte {end}"))
+        return found
+    found.files.append(name)
+    found.sizes.append(size)
+    for key, parts in members.items():
+        texts = {kind: read_part(path, offset, min(length, LARGEST)) for kind, _, offset, length in parts if kind in (".txt", ".json")}
+        pictures = [p for p in parts if p[0] in IMAGES + OTHERS]
+        if not pictures and ".txt" in texts:
+            found.bad.append((f"{name}/{key}.txt", "caption without image"))
+        for k, (kind, member, offset, length) in enumerate(pictures):
+            reason = "same key" if k else "unsupported format" if kind in OTHERS else "too large" if length > LARGEST else None
+            if reason:
+                found.bad.append((f"{name}/{member}", reason))
+            else:
+                found.add(f"{name}/{member}", read_part(path, offset, length), offset,
+                          sidecars(found, f"{name}/{member}", texts.get(".txt"), texts.get(".json")))
+    return found
+
+
+def read_list(root, file, given):
+    """
+    Add the rows of captions.jsonl or captions.csv to given, {name: (raw, long)}. Names are relative to the list, and several rows of one
+    name add up. Returns the rows that could not be read, for bad.tsv.
+    """
+    def parse(line):
+        try:
+            fields = json.loads(line)
+            return fields if isinstance(fields, dict) else {}
+        except (ValueError, RecursionError):                   # no JSON, or built to exhaust the stack
+            return {}
+    broken = []
+    with open(os.path.join(root, file), encoding="utf-8", errors="replace", newline="") as f:
+        csv.field_size_limit(LARGEST)
+        for fields in csv.DictReader(f, strict=False) if file.endswith(".csv") else (parse(line) for line in f if line.strip()):
+            name = next((fields[k] for k in FILE if isinstance(fields.get(k), str)), None)
+            if name is None:
+                broken.append((file, "row without a file, not skipped"))
+                continue
+            for old, new in zip(given.setdefault(os.path.normpath(os.path.join(os.path.dirname(file), name)), ([], [])), texts_of(fields)):
+                old += new
+    return broken
+
+
+def walk(path):
+    """(root, shards, images, given, sidecars, bad): all that lies under a folder, in the order of the names; or one tar file."""
+    if os.path.isfile(path) and path.lower().endswith(".tar"):
+        return os.path.dirname(path) or ".", [os.path.basename(path)], [], {}, set(), []
+    if not os.path.isdir(path):
+        raise UserError(f"no folder {path!r}: give a folder with images ({' '.join(IMAGES)}) or .tar shards, or one .tar")
+    names, bad, given = [], [], {}
+    unreadable = lambda e: bad.append((os.path.relpath(e.filename, path), "unreadable"))
+    for folder, folders, files in os.walk(path, onerror=unreadable):
+        here = "" if folder == path else os.path.relpath(folder, path) + os.sep
+        bad += [(here + f, "linked folder") for f in folders if os.path.islink(os.path.join(folder, f))]
+        folders[:] = [f for f in folders if not f.endswith(INDEX)]
+        names += [here + f for f in files]
+    names.sort(key=os.fsencode)
+    ends = lambda kinds: [n for n in names if n.lower().endswith(kinds)]
+    shards, files = ends(".tar"), ends(IMAGES)
+    for name in names:
+        if os.path.basename(name) in LISTS:
+            bad += read_list(path, name, given)
+    stems = {os.path.splitext(f)[0]: f for f in reversed(files)}                   # the first image of a name owns its .txt
+    given = {stems.get(name, name): texts for name, texts in given.items()}        # a list may leave the ending out
+    known = set(files)
+    bad += [(n, "unsupported format") for n in ends(OTHERS)]
+    bad += [(n, "caption without image") for n in ends(".txt") if os.path.splitext(n)[0] not in stems]
+    bad += [(n, "caption without image") for n in given if n not in known]
+    bad += [(n, "same key") for n in files if n not in given and stems[os.path.splitext(n)[0]] != n]
+    twice = {n for n, reason in bad if reason == "same key"}
+    if not shards and not files:
+        raise UserError(f"nothing to use under {path!r}: looked for images ({' '.join(IMAGES)}) and .tar shards")
+    return path, shards, [f for f in files if f not in twice], given, set(ends((".txt", ".json"))), bad
+
+
+def scan(path, workers=None):
+    """
+    (Indexed, bad) of all images under `path`, in memory; bad is every (name, reason). The same files give the same arrays, whatever the
+    number of workers. head["report"] is {"found", "used", "skipped": {reason: count}, "captions": {...}}, with found = used + skipped.
+    """
+    root, shards, files, given, beside, bad = walk(path)
+    pillow()                                                   # said once if it is not there
+    chunks = [files[k:k + CHUNK] for k in range(0, len(files), CHUNK)]
+    jobs = [(scan_shard, root, s) for s in shards]
+    for chunk in chunks:
+        stems = {os.path.splitext(n)[0] for n in chunk}
+        jobs.append((scan_files, root, chunk, {n: given[n] for n in chunk if n in given}, {s + end for s in stems for end in (".txt", ".json")} & beside))
+    workers = min(len(jobs), workers or (os.cpu_count() if len(jobs) > 8 else 1))
+    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), signal.signal,
+                                                  (signal.SIGINT, signal.SIG_IGN)) if workers > 1 else None
+    parts, bar = [], tqdm(total=len(jobs), desc="index", unit="shard" if shards else "chunk", disable=None)
+    try:
+        for part in (pool.map if pool else map)(run_job, jobs):
+            parts.append(part)
+            bar.update()
+    except concurrent.futures.process.BrokenProcessPool:
+        raise UserError("a worker of the index was killed, by lack of memory most likely: fewer --workers")
+    finally:
+        bar.close()
+        if pool:
+            pool.shutdown(wait=False, cancel_futures=True)
+    arrays, more = merge(root, parts)
+    bad = sorted(bad + [b for p in parts for b in p.bad] + more)
+    counts = sum((p.counts for p in parts), Counter())
+    skipped = Counter(reason_of(why) for _, why in bad if not why.endswith("not skipped"))
+    used = len(arrays["samples"])
+    report = {"found": used + skipped.total(), "used": used, "skipped": dict(sorted(skipped.items())),
+              "captions": {k: counts[k] for k in ("missing", "empty", "truncated", "replaced")}}
+    such = {reason_of(why): ascii(name) for name, why in reversed(bad)}
+    return Indexed(arrays, {"fingerprint": fingerprint(arrays), "counts": {k: len(a) for k, a in arrays.items()}, "report": report, "such": such}, root), bad
+
+
+def reason_of(why):
+    """The reason that tables count, less what differs from file to file."""
+    return re.sub(r" at byte \d+", " shard", why)
+
+
+def run_job(job):
+    return job[0](*job[1:])
+
+
+def merge(root, parts):
+    """Arrays of all parts, and (name, "duplicate") of the images whose bytes and captions both came before."""
+    rows = np.concatenate([np.zeros(0, SAMPLE)] + [np.array(p.rows, SAMPLE) for p in parts])
+    rows["file"] += np.repeat(np.cumsum([0] + [len(p.files) for p in parts])[:-1], [len(p.rows) for p in parts]).astype(np.int32)
+    names, captions = ([x for p in parts for x in getattr(p, k)] for k in ("files", "captions"))
+    rows["first"] = np.cumsum(rows["raw"].astype(np.int64) + rows["long"]) - rows["raw"] - rows["long"]
+    pack = lambda blobs: (np.frombuffer(b"".join(blobs), np.uint8), np.cumsum([0] + [len(b) for b in blobs], dtype=np.int64))
+    arrays = dict(zip(("names", "name_ends"), pack([os.fsencode(n) for n in names]))) | dict(zip(("captions", "caption_ends"), pack(captions)))
+    arrays |= {"samples": rows, "sizes": np.array([s for p in parts for s in p.sizes], np.int64)}
+
+    said = lambda r: [captions[r["first"] + k] for k in range(int(r["raw"]) + int(r["long"]))]
+    image = lambda r: read_part(os.path.join(root, names[r["file"]]), int(r["offset"]), int(r["length"]))
+    _, first, group = np.unique(rows["crc"].astype(np.uint64) << np.uint64(32) | rows["length"].astype(np.uint64), return_index=True, return_inverse=True)
+    again = [i for i in np.flatnonzero(first[group] != np.arange(len(rows)))
+             if said(rows[i]) == said(rows[first[group[i]]]) and image(rows[i]) == image(rows[first[group[i]]])]
+    world = Indexed(arrays, {}, root)
+    more = [(world.where(i), "duplicate") for i in again]
+    arrays["samples"] = np.delete(rows, again)
+    return arrays, more
+
+
+def require(data, bad, allow=()):
+    """Raise UserError where training would not be what was meant: a shard cut short, images without captions, no image at all."""
+    path, report = data.root, data.head["report"]
+    mute = report["captions"]["missing"] + report["captions"]["empty"]
+    for name, reason in bad:
+        if reason.startswith("incomplete") and "incomplete" not in allow:
+            raise UserError(f"shard {name} is {reason}: fetch it again, or go on without it: python data.py index {path} --allow incomplete")
+    if not report["used"]:
+        raise UserError(f"none of {report['found']} files under {path!r} can serve: python data.py check {path} tells why")
+    if mute > report["used"] / 20 and "uncaptioned" not in allow:
+        raise UserError(f"{mute} of {report['used']} images under {path!r} have no caption: put NAME.txt beside NAME.jpg, or take them with "
+                        f"the null caption: python data.py index {path} --allow uncaptioned")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The index: those arrays as files beside the data, read through memory maps
+
+INDEX, INDEX_FORMAT = "nanovermeer.index", 1
+ARRAYS = {"samples": SAMPLE, "sizes": np.dtype("<i8"), "names": np.dtype("u1"), "name_ends": np.dtype("<i8"),
+          "captions": np.dtype("u1"), "caption_ends": np.dtype("<i8")}
+
+
+def index_folder(path):
+    """Where the index of `path` lies unless --to said otherwise: in the folder, or beside the .tar."""
+    return os.path.join(path, INDEX) if os.path.isdir(path) else os.path.splitext(path)[0] + "." + INDEX
+
+
+def replace(path, write):
+    """Write a file as a whole: a kill at any moment leaves the old one or the new one."""
+    with open(path + ".part", "wb") as f:
+        write(f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".part", path)
+
+
+def fingerprint(arrays):
+    """sha256 of names, sizes, places, checksums and captions: other data have another one. Where the data lie does not matter."""
+    digest = hashlib.sha256()
+    for key in ARRAYS:
+        digest.update(key.encode())
+        digest.update(np.ascontiguousarray(arrays[key]).view(np.uint8))
+    return digest.hexdigest()[:16]
+
+
+def write_index(folder, data, bad):
+    """index.json goes first when an index is made again, and comes last: without it the other files are nothing."""
+    os.makedirs(folder, exist_ok=True)
+    file = os.path.join(folder, "index.json")
+    if os.path.exists(file):
+        os.remove(file)
+    for key in ARRAYS:
+        replace(os.path.join(folder, key + ".npy"), lambda f: np.save(f, getattr(data, key), allow_pickle=False))
+    lines = "name\treason\n" + "".join(f"{json.dumps(name)[1:-1]}\t{reason}\n" for name, reason in bad)       # a name may hold a newline
+    replace(os.path.join(folder, "bad.tsv"), lambda f: f.write(lines.encode()))
+    inside = os.path.realpath(folder).startswith(os.path.realpath(data.root) + os.sep)                        # then both may be moved together
+    head = {"format": INDEX_FORMAT, "root": os.path.relpath(data.root, folder) if inside else os.path.abspath(data.root)} | data.head
+    replace(file, lambda f: f.write(json.dumps(head, indent=1).encode()))
+
+
+def read_index(folder):
+    """Indexed. Refuses, before an image is read: another format, counts and places that do not fit, files that have changed since."""
+    again = "make it again: python data.py index"
+    try:
+        with open(os.path.join(folder, "index.json"), encoding="utf-8") as f:
+            head = json.loads(f.read(2 ** 24))
+        if head["format"] != INDEX_FORMAT:
+            raise UserError(f"index {folder!r} is of format version {head['format']}, this code reads {INDEX_FORMAT}: {again}")
+        with np.errstate(over="ignore"):                       # of a header that claims 2^60 rows; the map then fails
+            arrays = {k: np.load(os.path.join(folder, k + ".npy"), mmap_mode="r" if head["counts"][k] else None, allow_pickle=False) for k in ARRAYS}
+        root = os.path.normpath(os.path.join(folder, head["root"]))
+        head["report"]["skipped"], head["fingerprint"], head["such"]
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, EOFError, RecursionError) as e:
+        raise UserError(f"index {folder!r} is broken ({str(e)[:200]}): {again}")
+    for key, array in arrays.items():
+        if array.dtype != ARRAYS[key] or array.shape != (head["counts"][key],):
+            raise UserError(f"index {folder!r} is broken ({key}.npy has {array.dtype} {array.shape}, index.json says {head['counts'][key]}): {again}")
+    if wrong := misfit(arrays):
+        raise UserError(f"index {folder!r} is broken ({wrong}): {again}")
+    data = Indexed(arrays, head, root, folder)
+    data.probe()
+    return data
+
+
+def misfit(arrays):
+    """What is impossible in the arrays of an index, or None. Looks at a million rows at a time, so that memory stays bounded."""
+    for key, blob in (("name_ends", "names"), ("caption_ends", "captions")):
+        ends = arrays[key]
+        if not len(ends) or ends[0] != 0 or ends[-1] != len(arrays[blob]) or any((np.diff(ends[k:k + 2 ** 20 + 1]) < 0).any() for k in range(0, len(ends), 2 ** 20)):
+            return f"{key}.npy does not fit {blob}.npy"
+    files, captions = len(arrays["sizes"]), len(arrays["caption_ends"]) - 1
+    if files != len(arrays["name_ends"]) - 1:
+        return "sizes.npy does not fit name_ends.npy"
+    for k in range(0, len(arrays["samples"]), 2 ** 20):
+        s = arrays["samples"][k:k + 2 ** 20]
+        good = (s["file"] >= 0) & (s["file"] < files) & (s["offset"] >= 0) & (s["length"] > 0) & (s["length"] <= LARGEST) & (s["first"] >= 0)
+        good &= (s["width"] > 0) & (s["height"] > 0) & (s["first"] <= captions - s["raw"].astype(np.int64) - s["long"])
+        good[good] &= s["offset"][good] <= arrays["sizes"][s["file"][good]] - s["length"][good]      # so no sum can overflow
+        if not good.all():
+            return f"sample {k + int(np.argmin(good))} of samples.npy lies outside of its file"
+    return None
+
+
+class Indexed:
+    """
+    Real images and their captions, by number, straight from the files where they lie. Arrays are memory maps where the index is on
+    disk: workers share them, and memory does not grow with the number of samples.
+    """
+
+    def __init__(self, arrays, head, root, folder=None):
+        self.__dict__.update(arrays)                           # samples, sizes, names, name_ends, captions, caption_ends
+        self.head, self.root, self.folder, self.name = head, os.path.normpath(root), folder, os.path.abspath(root)
+        self.unreadable, self.kept = set(), {}
+        self.fingerprint = head.get("fingerprint", "")
+
+    def __len__(self):
+        return len(self.samples)
+
+    def size(self, i):
+        """(width, height) in pixels, as shown."""
+        return int(self.samples[i]["width"]), int(self.samples[i]["height"])
+
+    def all_sizes(self):
+        """int32 (n, 2): width, height."""
+        return np.stack([self.samples["width"], self.samples["height"]], 1)
+
+    def choose(self, i, which=0.0, long=False):
+        """Number of a caption of image i: a long one if `long` says so and there is one; of several the one that `which` in [0, 1) points at; or -1."""
+        s = self.samples[i]
+        first, raw, more = int(s["first"]), int(s["raw"]), int(s["long"])
+        first, count = (first + raw, more) if more and (long or not raw) else (first, raw)
+        return first + int(which * count) if count else -1
+
+    def text(self, number):
+        """The caption of that number."""
+        return bytes(self.captions[self.caption_ends[number]:self.caption_ends[number + 1]]).decode() if number >= 0 else ""
+
+    def caption(self, i):
+        return self.text(self.choose(i))
+
+    def file(self, k):
+        return os.fsdecode(bytes(self.names[self.name_ends[k]:self.name_ends[k + 1]]))
+
+    def table(self):
+        """Found, used, skipped by reason, captions that are odd: lines of text."""
+        report, such = self.head["report"], self.head["such"]
+        rows = [("found", report["found"], ""), ("used", report["used"], "")]
+        rows += [("skipped", count, f"{reason}, such as {such[reason]}") for reason, count in report["skipped"].items()]
+        rows += [("captions", count, reason) for reason, count in report["captions"].items() if count]
+        return [f"  {what:8s} {count:9d}  {why}".rstrip() for what, count, why in rows]
+
+    def where(self, i):
+        """Name of image i: its file; of one in a shard also the member's, which stands in the 512 bytes before it."""
+        s = self.samples[i]
+        name = self.file(s["file"])
+        if not name.lower().endswith(".tar"):
+            return name
+        try:
+            member = tarfile.TarInfo.frombuf(read_part(os.path.join(self.root, name), int(s["offset"]) - 512, 512), "utf-8", "replace").name
+        except (tarfile.TarError, OSError):
+            member = f"byte {s['offset']}"
+        return f"{name}/{member}"
+
+    def read(self, i):
+        """Bytes of image i. Unfit if they are not those that were indexed."""
+        s = self.samples[i]
+        blob = read_part(os.path.join(self.root, self.file(s["file"])), int(s["offset"]), int(s["length"]))
+        if zlib.crc32(blob) != s["crc"]:
+            raise Unfit("crc error: its bytes have changed since it was indexed")
+        return blob
+
+    def view(self, i, height, width, draws=(0.5, 0.5), rule="crop"):
+        """(H, W, 3) uint8, and top and left of the crop in the resized image. Small worlds keep decoded images for the next epoch."""
+        key = (i, height, width, rule)
+        image = self.kept.get(key)
+        if image is None:
+            w, h = covering(self.size(i), height, width, rule)
+            image = np.asarray(decode(self.read(i), (2 * w, 2 * h)).resize((w, h), pillow().Resampling.BICUBIC))
+            if len(self) * height * width < 2 ** 25:           # about 100 MB at most
+                self.kept[key] = image
+        h, w, _ = image.shape
+        left, top = int(draws[0] * (w - width + 1)), int(draws[1] * (h - height + 1))
+        return image[top:top + height, left:left + width], top, left
+
+    def probe(self):
+        """Refuse an index whose files are gone or changed: the sizes of up to 4096 of them, and the checksums of 64 images, tell."""
+        for k in np.unique(np.linspace(0, len(self.sizes) - 1, 4096).astype(int)) if len(self.sizes) else ():
+            path = os.path.join(self.root, self.file(k))
+            size = os.path.getsize(path) if os.path.exists(path) else None
+            if size != self.sizes[k]:
+                what = "is gone" if size is None else f"has {size} bytes instead of {self.sizes[k]}"
+                raise UserError(f"{path} {what} since it was indexed: put it back, or index again: python data.py index {self.root}")
+        some = np.unique(np.linspace(0, len(self) - 1, 64).astype(int)) if len(self) else ()
+        changed = [i for i in some if zlib.crc32(read_part(os.path.join(self.root, self.file(self.samples[i]["file"])), int(self.samples[i]["offset"]),
+                                                           int(self.samples[i]["length"]))) != self.samples[i]["crc"]]
+        if len(changed) * 4 > len(some):                       # one bad byte is passed over in training; this is another data set
+            raise UserError(f"{len(changed)} of {len(some)} images looked at under {self.root} have changed since they were indexed, such as "
+                            f"{self.where(changed[0])}: put them back, or index again: python data.py index {self.root}")
+
+
+def open_data(config):
+    """The data set that `data` names: 'scenes'; an index; or a folder or .tar, by its index or, where it has none, scanned into memory now."""
+    path = config["data"]
+    if path == "scenes":
+        return Scenes(config)
+    for folder in (path, index_folder(path)):
+        if os.path.exists(os.path.join(folder, "index.json")):
+            return read_index(folder)
+    data, bad = scan(path)
+    require(data, bad)
+    return data
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Captions -> tokens or embeddings. `encoder` says which:
+#     "words"                     hashed words, embedded by the core; needs no file
+#     "sentencepiece:FILE"        the tokens of a SentencePiece model, embedded by the core
+#     "t5-xxl:128,clip-h:77"      frozen encoders of the transformers library and how many tokens of each, laid one after the other
 
 
 def words(caption):
@@ -391,11 +906,75 @@ def tokenize(captions, length, vocab):
     Words hashed into `vocab` buckets: (B, L) int64, 0 where no word is. Needs no vocabulary file; its embedding is learned
     in the core. Captions longer than `length` words are cut. An empty caption is all zeros: the null caption of guidance.
     """
-    tokens = np.zeros((len(captions), length), np.int64)
-    for row, caption in zip(tokens, captions):
-        found = words(caption)[:length]
-        row[:len(found)] = [1 + zlib.crc32(w.encode()) % (vocab - 1) for w in found]
+    return padded([[1 + zlib.crc32(w.encode()) % (vocab - 1) for w in words(c)[:length]] for c in captions], length)
+
+
+def padded(rows, length):
+    """Lists of tokens -> (B, L) int64, zeros behind; what is longer is cut."""
+    tokens = np.zeros((len(rows), length), np.int64)
+    for row, found in zip(tokens, rows):
+        row[:len(found)] = found[:length]
     return torch.from_numpy(tokens)
+
+
+def need(library, what):
+    """An extra, imported where it is used."""
+    try:
+        return importlib.import_module(library)
+    except ImportError:
+        raise UserError(f"{what} needs {library}: pip install {library}")
+
+
+@functools.lru_cache(2)
+def open_pieces(file, vocab):
+    """(SentencePiece model, its identity) of `file`, if its pieces fit in text_vocab = `vocab`."""
+    library = need("sentencepiece", f"encoder = sentencepiece:{file}")
+    try:
+        with open(file, "rb") as f:
+            proto = f.read()
+        pieces = library.SentencePieceProcessor(model_proto=proto)
+    except (OSError, RuntimeError) as e:
+        raise UserError(f"{file!r} does not open as a SentencePiece model ({str(e)[:100]}): python data.py vocabulary PATH --to {file} makes one")
+    if pieces.get_piece_size() >= vocab:                       # one more than its pieces, since 0 is no word
+        raise UserError(f"text_vocab = {vocab}: {file!r} has {pieces.get_piece_size()} pieces: set text_vocab = {pieces.get_piece_size() + 1}")
+    return pieces, "sentencepiece " + hashlib.sha256(proto).hexdigest()[:16]
+
+
+def encode_captions(captions, config):
+    """
+    What the model reads: (B, L) int64 tokens, or (B, L, E) float embeddings. A null caption is all zeros. Embedding a caption that is
+    not in the data's own cache takes the weights of the same encoder, under encoder_weights.
+    """
+    kind = config["encoder"]
+    if kind == "words":
+        return tokenize(captions, config["text_length"], config["text_vocab"])
+    if kind.startswith("sentencepiece:"):
+        pieces, here = open_pieces(kind.partition(":")[2], config["text_vocab"])
+        if config["encoder_id"] not in ("", here):
+            raise UserError(f"this model reads captions of {config['encoder_id']}, and {kind} is {here}: give it the former file")
+        return padded([[1 + t for t in row] for row in pieces.encode(list(captions))], config["text_length"])
+    if not any(captions):
+        return torch.zeros(len(captions), config["text_length"], max(config["encoder_width"]))
+    if not config["encoder_weights"]:
+        return embed_known(captions, config)
+    encoders = open_encoders(kind, config["encoder_weights"], config["encoder_id"].split(" ")[1] if config["encoder_id"] else "fp32")
+    if (here := ", ".join(e.id for e in encoders)) != config["encoder_id"] != "":
+        raise UserError(f"this model reads captions embedded by {config['encoder_id']}, and encoder_weights holds {here}: give it the weights of the former")
+    return side_by_side([e(captions) for e in encoders], [e.tokens for e in encoders])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Frozen text encoders, and the caches that keep what they made
+
+ENCODERS = {
+    # name         class in transformers  layer  what to put under encoder_weights; layer -1 is the last one after its norm
+    "t5-xxl":     ("T5EncoderModel",      -1,    "google/t5-v1_1-xxl"),
+    "byt5":       ("T5EncoderModel",      -1,    "google/byt5-xxl"),
+    "clip-h":     ("CLIPTextModel",       -1,    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
+    "clip-l":     ("CLIPTextModel",       -2,    "openai/clip-vit-large-patch14"),         # SDXL reads the last but one layer (Sec. 2.1)
+    "openclip-g": ("CLIPTextModel",       -2,    "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"),
+}
+TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def is_frozen(encoder):
@@ -407,14 +986,196 @@ def encoder_parts(encoder):
     """"t5-xxl:128,clip-h:77" -> [("t5-xxl", 128), ("clip-h", 77)]."""
     parts = [part.strip().partition(":")[::2] for part in encoder.split(",")]
     for name, tokens in parts:
+        if name not in ENCODERS:
+            raise UserError(f"encoder {name!r} is unknown: {nearest(name, ['words', 'sentencepiece', *ENCODERS])}")
         if not tokens.isdigit() or int(tokens) < 1:
             raise UserError(f"encoder = {encoder}: say how many tokens, as in {name}:128")
     return [(name, int(tokens)) for name, tokens in parts]
 
 
-def encode_captions(captions, config):
-    """What the model reads: (B, L) tokens. A null caption is all zeros."""
-    return tokenize(captions, config["text_length"], config["text_vocab"])
+@functools.lru_cache(8)
+def digest_of(folder):
+    """sha256 of all weights and vocabularies in a folder, 16 digits: the identity of a network."""
+    digest, files = hashlib.sha256(), sorted(f for f in os.listdir(folder) if f.endswith((".safetensors", ".json", ".model", ".txt")))
+    for file in tqdm(files, f"sha256 of {folder}", leave=False, disable=None):
+        with open(os.path.join(folder, file), "rb") as f:
+            digest.update(file.encode() + hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+class Encoder:
+    """A frozen text encoder from a local folder: captions -> a list of (n, E) float tensors, real tokens only, n <= tokens. '' gives n = 0."""
+
+    def __init__(self, name, tokens, folder, dtype):
+        library, (kind, self.layer, source) = need("transformers", f"encoder {name}"), ENCODERS[name]
+        hint = f"put {source} there, its weights as .safetensors"
+        if not os.path.isfile(os.path.join(folder, "config.json")):
+            raise UserError(f"no encoder {name} in {folder!r}: {hint}")
+        try:                                                   # nothing is fetched, and nothing unpickled
+            self.words = library.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            net = getattr(library, kind).from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=TORCH[dtype])
+        except Exception as e:                                 # transformers raises many kinds
+            raise UserError(f"{folder!r} does not open as encoder {name} ({type(e).__name__}: {str(e)[:200]}): {hint}")
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.net, self.tokens = net.eval().requires_grad_(False).to(self.device), tokens
+        self.name, self.width, self.id = name, net.config.hidden_size, f"{name}:{tokens} {dtype} {digest_of(folder)}"
+
+    @torch.no_grad()
+    def __call__(self, captions):
+        said = [c for c in captions if c]
+        rows = iter(())
+        if said:
+            tokens = self.words(said, padding=True, truncation=True, max_length=self.tokens, return_tensors="pt").to(self.device)
+            out = self.net(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=self.layer != -1)
+            hidden = out.last_hidden_state if self.layer == -1 else out.hidden_states[self.layer]   # (b, n, E)
+            rows = (h[real].cpu() for h, real in zip(hidden, tokens.attention_mask.bool()))
+        return [next(rows) if c else torch.zeros(0, self.width, dtype=self.net.dtype) for c in captions]
+
+    def count(self, captions):
+        """Mean number of tokens that these captions keep."""
+        return float(np.mean([len(t) for t in self.words(captions, truncation=True, max_length=self.tokens).input_ids]))
+
+
+@functools.lru_cache(1)
+def open_encoders(encoder, weights, dtype):
+    """The Encoders of "t5-xxl:128,clip-h:77" from as many folders, comma-separated."""
+    parts, folders = encoder_parts(encoder), weights.split(",")
+    if len(parts) != len(folders):
+        raise UserError(f"{len(parts)} encoders ({encoder}) and {len(folders)} folders of weights ({weights}): give each its own, comma-separated")
+    return [Encoder(name, tokens, folder.strip(), dtype) for (name, tokens), folder in zip(parts, folders)]
+
+
+def side_by_side(parts, tokens):
+    """For each encoder a list of B embeddings (n, E) -> (B, L, E): each in its own span of rows, zeros behind it and to the widest E."""
+    text = torch.zeros(len(parts[0]), sum(tokens), max(rows[0].shape[1] for rows in parts))
+    for rows, start in zip(parts, itertools.accumulate(tokens, initial=0)):
+        for row, r in zip(text, rows):
+            row[start:start + len(r), :r.shape[1]] = r
+    return text
+
+
+class Ragged:
+    """
+    Arrays (n_i, width) made once and read through memory maps: all values one after the other in values.bin, the row at which each
+    array ends in ends.bin (int64), what they are in about.json, which is written last.
+    """
+
+    def __init__(self, folder):
+        file = lambda name: os.path.join(folder, name)
+        try:
+            with open(file("about.json"), encoding="utf-8") as f:
+                self.about = json.loads(f.read(2 ** 20))
+            self.width, self.dtype, arrays = self.about["width"], TORCH[self.about["dtype"]], self.about["arrays"]
+            self.step = self.width * self.dtype.itemsize       # bytes in a row
+            if os.path.getsize(file("ends.bin")) != 8 * arrays or os.path.getsize(file("values.bin")) != self.step * self.about["rows"]:
+                raise ValueError("its files have other sizes than about.json says")
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{folder!r} is broken ({e}): delete it and run data.py embed again")
+        self.ends = np.memmap(file("ends.bin"), np.int64, "r") if arrays else np.zeros(0, np.int64)
+        self.values = np.memmap(file("values.bin"), np.uint8, "r") if self.about["rows"] else np.zeros(0, np.uint8)
+
+    def __getitem__(self, i):
+        """float (n_i, width)."""
+        first, last = (int(self.ends[i - 1]) if i else 0) * self.step, int(self.ends[i]) * self.step
+        return torch.from_numpy(np.array(self.values[first:last])).view(self.dtype).view(-1, self.width).float()
+
+
+def fill(folder, about, arrays, make, batch, bar):
+    """
+    Make a Ragged of `arrays` arrays in `folder`: make(numbers) gives those of a few numbers. Killed at any moment, it goes on at the
+    batch where it was, with the same result.
+    """
+    file, started = lambda name: os.path.join(folder, name), json.dumps(about, sort_keys=True)
+    if os.path.exists(file("about.json")):
+        old = Ragged(folder).about
+        if {k: old.get(k) for k in about} != about:
+            raise UserError(f"{folder!r} holds what was made otherwise ({old}, not {about}): delete that folder first")
+        return print(f"{folder} is complete")
+    os.makedirs(folder, exist_ok=True)
+    if not os.path.exists(file("started.json")) or open(file("started.json")).read() != started:
+        for name in ("values.bin", "ends.bin"):
+            open(file(name), "wb").close()
+        replace(file("started.json"), lambda f: f.write(started.encode()))
+    step = about["width"] * TORCH[about["dtype"]].itemsize
+    with open(file("values.bin"), "r+b") as values, open(file("ends.bin"), "r+b") as ends:
+        done = np.frombuffer(ends.read()[:os.path.getsize(file("ends.bin")) // 8 * 8], np.int64)
+        done = done[:np.searchsorted(done, os.path.getsize(file("values.bin")) // step, "right") // batch * batch]   # whole batches, all on disk
+        rows = int(done[-1]) if len(done) else 0
+        values.truncate(rows * step), ends.truncate(8 * len(done)), values.seek(0, 2), ends.seek(0, 2)
+        for first in tqdm(range(len(done), arrays, batch), bar, initial=len(done) // batch, total=-(-arrays // batch), disable=None):
+            for part in make(range(first, min(first + batch, arrays))):
+                rows += len(part)
+                values.write(part.contiguous().view(torch.uint8).numpy().tobytes())
+                ends.write(np.int64(rows).tobytes())
+            values.flush(), ends.flush()
+        os.fsync(values.fileno()), os.fsync(ends.fileno())
+    replace(file("about.json"), lambda f: f.write(json.dumps(about | {"arrays": arrays, "rows": rows}).encode()))
+    os.remove(file("started.json"))
+
+
+def captions_digest(data):
+    """sha256 of all captions in their order: embeddings are kept by a caption's number."""
+    return hashlib.sha256(np.ascontiguousarray(data.captions)).hexdigest()[:16]
+
+
+def encoder_identity(config):
+    """What turns captions into the model's input, as a string that tells two encoders apart; "" for hashed words, which have no file."""
+    kind = config["encoder"]
+    if kind == "words":
+        return ""
+    if kind.startswith("sentencepiece:"):
+        return open_pieces(kind.partition(":")[2], config["text_vocab"])[1]
+    return ", ".join(e.id for e in open_encoders(kind, config["encoder_weights"], "fp32"))
+
+
+class Embeddings:
+    """The caches of all encoders of a config, beside an index: numbers of captions -> (b, L, E) float, zeros for number -1."""
+
+    def __init__(self, data, config):
+        self.parts, self.caches = encoder_parts(config["encoder"]), []
+        command = f"python data.py embed {data.name} --encoder {config['encoder']} --weights FOLDER,..."
+        for name, tokens in self.parts:
+            folder = os.path.join(data.folder or "", f"{name}-{tokens}")
+            if not data.folder or not os.path.exists(os.path.join(folder, "about.json")):
+                raise UserError(f"{data.name} has no embeddings by {name}:{tokens}: {command}" + (", after data.py index" if not data.folder else ""))
+            cache = Ragged(folder)
+            if cache.about["captions"] != captions_digest(data):
+                raise UserError(f"{folder!r} holds embeddings of other captions than the index: delete it and run {command}")
+            self.caches.append(cache)
+        self.id = ", ".join(c.about["id"] for c in self.caches)
+        widths = tuple(c.width for c in self.caches)
+        if widths != config["encoder_width"]:
+            raise UserError(f"encoder_width = {config['encoder_width']}: the embeddings of {config['encoder']} are {widths} wide: set encoder_width to that")
+        if config["encoder_id"] not in ("", self.id):
+            raise UserError(f"the model reads captions embedded by {config['encoder_id']}, and {data.name} holds those of {self.id}: "
+                            "embed its captions with the former, or train another model")
+
+    def __call__(self, numbers):
+        return side_by_side([[cache[n] if n >= 0 else torch.zeros(0, cache.width) for n in numbers] for cache in self.caches],
+                            [tokens for _, tokens in self.parts])
+
+
+@functools.lru_cache(2)
+def known_captions(pairs):
+    """({caption: number}, Embeddings) of the first 100,000 captions of a data set: previews and scores need no encoder for these."""
+    config = dict(pairs)
+    data = open_data(config)
+    return {data.text(n): n for n in range(min(100000, len(data.caption_ends) - 1))}, Embeddings(data, config)
+
+
+def embed_known(captions, config):
+    """Embeddings (B, L, E) of captions that the data set itself holds, from its cache."""
+    how = f"set encoder_weights to local folders of {config['encoder']}, comma-separated"
+    if config["data"] == "scenes" or not os.path.exists(config["data"]):
+        raise UserError(f"captions are to be embedded, and {config['data']} holds no cache of {config['encoder']}: {how}")
+    lookup, embeddings = known_captions(tuple((k, config[k]) for k in ("data", "encoder", "encoder_width", "encoder_id")))
+    if unknown := [c for c in captions if c and c not in lookup]:
+        raise UserError(f"{unknown[0]!r} is not among the embedded captions of {config['data']}: {how}")
+    return embeddings([lookup.get(c, -1) for c in captions])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Images <-> numbers
 
 
 def to_tensor(images):
@@ -509,55 +1270,188 @@ def open_autoencoder(config, device="cpu"):
 # Steps -> batches
 
 
+def latents_folder(data, config):
+    return os.path.join(data.folder or "", f"latents-{config['resolution']}")
+
+
+def about_latents(data, config):
+    """What a cache of latents must have been made with."""
+    c = config
+    made_by = digest_of(c["autoencoder"]) if os.path.isdir(c["autoencoder"]) else c["autoencoder"]
+    return {k: c[k] for k in ("resolution", "aspects", "resize", "latent_channels", "latent_stride", "latent_scale")} | {
+        "id": made_by, "data": data.fingerprint, "width": 1}
+
+
+class Latents:
+    """The cache that `data.py embed --vae` made: read like images, one centred view of each."""
+
+    def __init__(self, data, config):
+        self.cache, want = Ragged(latents_folder(data, config)), about_latents(data, config)
+        self.shape, self.stride = (config["latent_channels"],), config["latent_stride"]
+        if differ := [f"{k} {self.cache.about.get(k)} there, {v} here" for k, v in want.items() if self.cache.about.get(k) != v]:
+            raise UserError(f"{latents_folder(data, config)!r} was made otherwise ({', '.join(differ)}): delete it and run data.py embed --vae again")
+        if config["flip"] or config["jitter"]:
+            raise UserError("flip and jitter need pixels, and the cache of latents holds one view of each image: switch them off, or delete the cache")
+        self.data = data
+
+    def view(self, i, height, width, draws, rule):
+        """(c, H/s, W/s) float, and top and left of the crop that was encoded."""
+        z = self.cache[i]
+        if not len(z):
+            raise Unfit("its latents could not be made")
+        w, h = covering(self.data.size(i), height, width, rule)
+        return z.view(-1, height // self.stride, width // self.stride), (h - height + 1) // 2, (w - width + 1) // 2
+
+
+def bucket_sizes(config):
+    """
+    The (height, width) that images are brought to, each a batch of its own. `aspects` lists them, or gives a rule: "every 64" takes long
+    sides in steps of 64 px up to twice the resolution, with the largest short side whose area stays within resolution^2 (of these
+    SDXL's table, Appendix I, and PixArt's are made). Raises UserError where a side is no whole number of tokens.
+    """
+    side, aspects = config["resolution"], config["aspects"]
+    if not aspects:
+        return [(side, side)]
+    token = config["patch"] * (config["latent_stride"] if config["autoencoder"] else 1) if config["shell"] == "patch" else side / config["grid"]
+    if rule := re.fullmatch(r"every (\d+)", aspects):
+        step = max(1, int(rule[1]))
+        pairs = [(side * side // long // step * step, long) for long in range(side, 2 * side + 1, step)]
+        sizes = sorted({p for short, long in pairs if short for p in ((short, long), (long, short))})
+    elif re.fullmatch(r"\d+x\d+(, *\d+x\d+)*", aspects):
+        sizes = [tuple(map(int, part.split("x"))) for part in aspects.split(",")]
+    else:
+        raise UserError(f"aspects = {aspects!r}: write HxW,HxW,... or every N, such as 1024x1024,768x1376,1376x768 or every 64")
+    for h, w in sizes:
+        if not h * w or h % token or w % token:
+            raise UserError(f"aspects = {aspects!r}: {h}x{w} must be multiples of a token, {token:g} px at resolution {side}")
+    return sizes
+
+
+def nearest_bucket(sizes, images):
+    """For each image (n, 2) of (width, height) the number of the bucket of nearest aspect ratio, in logarithms: int16 (n,)."""
+    aspect = np.log(images[:, 0] / images[:, 1])
+    best, where = np.full(len(images), np.inf), np.zeros(len(images), np.int16)
+    for k, (h, w) in enumerate(sizes):                         # one at a time: memory does not grow with the number of buckets
+        distance = abs(aspect - math.log(w / h))
+        closer = distance < best
+        best[closer], where[closer] = distance[closer], k
+    return where
+
+
 class Batches(torch.utils.data.Dataset):
     """
-    Item `step` is the batch of that step: x (b, 3, H, W), text (b, L), and size (b, 6): original height and width, top and left of the
-    crop, target height and width in pixels (SDXL, Sec. 2.2). Of `world` devices, device `rank` gets the rank-th share of its rows. Give
-    it to a DataLoader with batch_size=None and sampler=range(first, last): workers prepare whole batches, and resuming is a first step.
+    Item `step` is the batch of that step: x (b, 3, H, W), or latents (b, c, h, w) where `latents` is set; text (b, L), or (b, L, E) of
+    cached embeddings; and size (b, 6): original height and width, top and left of the crop in the resized image, target height and
+    width in pixels (SDXL, Sec. 2.2). Of `world` devices, device `rank` gets the rank-th share of its rows.
+
+    Every batch is of one bucket, the same on every device. After r rounds through the data a bucket of n images has had
+    floor(r n / batch) batches, in an order shuffled anew in each round: what a round leaves over is carried into the next, so nothing
+    is dropped, and still which bucket comes at which step is a function of (seed, step) alone.
     """
 
     def __init__(self, data, config, filtered, rank=0, world=1):
-        self.data, self.config, self.latents = data, config, False                 # latents: x comes from a cache of them
-        share = config["batch"] // world
+        self.data, self.config, c = data, config, config
+        share = c["batch"] // world
         self.rows = slice(rank * share, (rank + 1) * share)
-        if isinstance(data, Folder):
-            data.require()
-        least = config["resolution"] if filtered else 1        # keep what is at least as large as the target (Sec. 3.3)
-        self.usable = np.array([i for i in range(len(data)) if min(data.size(i)) >= least])
+        self.sizes, images = bucket_sizes(c), data.all_sizes()                     # (n, 2)
+        self.bucket = nearest_bucket(self.sizes, images)
+        target = np.array(self.sizes, np.int32)[self.bucket][:, ::-1]              # (n, 2)
+        large = (images >= target).all(1)                      # keep what is at least as large as the target (Sec. 3.3)
+        kept = large if filtered and not c["upscale"] else np.ones(len(images), bool)
+        self.usable, self.removed = np.flatnonzero(kept), 1 - kept.mean()
+        self.members = [np.flatnonzero(kept & (self.bucket == k)).astype(np.int32) for k in range(len(self.sizes))]
         if not len(self.usable):
-            raise UserError(f"none of {len(data)} images is {least} px or more on both sides: lower --resolution")
+            raise UserError(f"none of {len(data)} images is {c['resolution']} px or more on both sides: lower --resolution, or --upscale True keeps them")
+        if len(self.usable) < c["batch"]:
+            raise UserError(f"batch = {c['batch']} and only {len(self.usable)} usable images: lower --batch, or add images")
+        self.orders = {}
+        real = isinstance(data, Indexed)
+        self.embeddings = Embeddings(data, c) if real and is_frozen(c["encoder"]) else None
+        self.latents = Latents(data, c) if real and c["autoencoder"] and os.path.exists(latents_folder(data, c)) else None
 
     def __len__(self):
         return self.config["steps"]
 
     def __getitem__(self, step):
-        c, pairs = self.config, self.pairs(step)[self.rows]
-        images, captions = zip(*(self.sample(epoch, i) for epoch, i in pairs))
-        x = to_tensor(np.stack(images))                                            # (b, 3, H, W)
-        size = torch.tensor([[*self.data.size(i)[::-1], 0, 0, *x.shape[2:]] for _, i in pairs], dtype=torch.float32)
-        return x, encode_captions(captions, c), size
+        rows = [self.sample(epoch, i, self.latents) for epoch, i in self.pairs(step)[self.rows]]
+        images, captions, sizes, numbers = zip(*rows)
+        x = torch.stack(images) if self.latents else to_tensor(np.stack(images))   # (b, C, H, W)
+        text = self.embeddings(numbers) if self.embeddings else encode_captions(captions, self.config)
+        return x, text, torch.tensor(sizes, dtype=torch.float32)
+
+    def bucket_at(self, step):
+        """(bucket, how many batches of it came before) of a step."""
+        batch, made = self.config["batch"], lambda r: np.array([r * len(m) // batch for m in self.members])
+        r = step * batch // len(self.usable)                   # this many rounds have at most `step` batches
+        while made(r + 1).sum() <= step:
+            r += 1
+        before, now = made(r), made(r + 1)
+        order = np.random.default_rng((self.config["seed"], r, 1)).permutation(np.repeat(np.arange(len(before)), now - before))
+        place = step - before.sum()
+        return order[place], int(before[order[place]] + (order[:place] == order[place]).sum())
+
+    def order(self, bucket, epoch):
+        """The samples of a bucket in this epoch's order. The last two epochs are kept, since a batch may span them."""
+        if (bucket, epoch) not in self.orders:
+            self.orders = {(b, e): o for (b, e), o in self.orders.items() if b != bucket or abs(e - epoch) < 2}
+            self.orders[bucket, epoch] = np.random.default_rng((self.config["seed"], epoch)).permutation(self.members[bucket])
+        return self.orders[bucket, epoch]
 
     def pairs(self, step):
         """The (epoch, sample) of each row of the step's whole batch: the same on every device, whatever their number."""
-        return batch_of(self.usable, self.config["seed"], step, self.config["batch"])
+        bucket, before = self.bucket_at(step) if len(self.members) > 1 else (0, step)
+        batch, n = self.config["batch"], len(self.members[bucket])
+        return [(p // n, int(self.order(bucket, p // n)[p % n])) for p in range(before * batch, (before + 1) * batch)]
 
-    def sample(self, epoch, i):
-        """Image and caption of sample i in this epoch: crop, flip and dropped caption are functions of (seed, epoch, i)."""
-        c = self.config
-        x, y, flip, drop = uniforms(c["seed"], (epoch + 1 << 40) + i, 4)
-        for j in range(i, i + len(self.data)):                 # an image that cannot be decoded: named, its successor is used
+    def sample(self, epoch, i, source=None):
+        """
+        (image (H, W, 3) uint8, caption, row of size, number of the caption or -1) of sample i in this epoch: crop, flip, jitter and
+        caption are functions of (seed, epoch, i). With a source of latents, the image is (c, h, w) float.
+        """
+        c, source = self.config, source or self.data
+        x, y, flip, drop, which, long, *jitter = uniforms(c["seed"], (epoch + 1 << 40) + i, 9)
+        height, width = self.sizes[self.bucket[i]]
+        i, (image, top, left) = self.readable(source, i, height, width, (x, y))
+        w, h = self.data.size(i)
+        if c["flip"] and flip < 0.5:
+            image, left = image[:, ::-1], covering((w, h), height, width, c["resize"])[0] - width - left
+        if c["jitter"]:
+            image = jittered(image, jitter, c["jitter"])
+        number = -1 if drop < c["caption_dropout"] else self.data.choose(i, which, long < c["long_captions"])
+        return image, self.data.text(number), (h, w, top, left, height, width), number
+
+    def readable(self, source, i, height, width, draws):
+        """(i, view). What cannot be decoded is named, and its successor in the same bucket stands in."""
+        peers = self.members[self.bucket[i]]
+        at = int(np.searchsorted(peers, i))
+        for j in itertools.chain([i], (int(peers[(at + k) % len(peers)]) for k in range(1, len(peers)))):
             try:
-                image = self.data.image(j % len(self.data), c["resolution"], (x, y))
-                break
-            except (OSError, ValueError, SyntaxError) as e:
-                file = self.data.items[j % len(self.data)][0]
-                if file not in self.data.unreadable:
-                    print(f"skipped {file}: {e}", file=sys.stderr)
-                self.data.unreadable.add(file)
-        else:
-            raise UserError(f"no image of {self.data.name} can be decoded: the lines above name them")
-        image = image[:, ::-1] if c["flip"] and flip < 0.5 else image
-        return image, "" if drop < c["caption_dropout"] else self.data.caption(j % len(self.data))
+                return j, source.view(j, height, width, draws, self.config["resize"])
+            except (OSError, ValueError, SyntaxError, Unfit) as e:                 # pillow's kinds, and ours
+                if j not in self.data.unreadable:
+                    print(f"skipped {self.data.where(j)}: {e}", file=sys.stderr)
+                self.data.unreadable.add(j)
+        raise UserError(f"no image of {self.data.name} can be decoded: the lines above name them")
+
+    @property
+    def identity(self):
+        """
+        {"data_id", "encoder_id"}: what data and which encoder a model is trained with, for its config and so for its checkpoint. Other
+        data under an old run differ in data_id and are refused; who means it gives the old one by hand (--data_id).
+        """
+        given, here = self.config["data_id"], getattr(self.data, "fingerprint", "")
+        if given not in ("", here):
+            print(f"data {self.data.name} has the fingerprint {here or 'of no file'}: taken in place of {given}, as data_id says", file=sys.stderr)
+        return {"data_id": given or here, "encoder_id": self.embeddings.id if self.embeddings else encoder_identity(self.config)}
+
+    def summary(self):
+        """Lines that tell what is used and what is left out."""
+        c, n = self.config, len(self.data)
+        lines = [f"data {self.data.name}: {len(self.usable)} of {n} images are used" +
+                 (f"; {self.removed:.1%} are smaller than {c['aspects'] or c['resolution']} px and left out (--upscale True keeps them)" if self.removed else "")]
+        if len(self.sizes) > 1:
+            lines.append("  buckets " + ", ".join(f"{h}x{w}: {len(m)}" for (h, w), m in zip(self.sizes, self.members) if len(m)))
+        return "\n".join(lines + (self.data.table() if isinstance(self.data, Indexed) else []))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -589,44 +1483,215 @@ def grid(images, columns, pad=2, least=64):
     return sheet
 
 
+def sheet(images, captions, columns=4, cell=256):
+    """(B, H, W, 3) uint8 and their captions -> one picture (h, w, 3) with each caption beneath its image. Needs pillow."""
+    from PIL import Image, ImageDraw, ImageFont
+    font, zoom = ImageFont.load_default(13), max(1, cell // images[0].shape[1])
+    height, width = zoom * images[0].shape[0], zoom * images[0].shape[1]
+    lines = [textwrap.wrap(c, max(8, width // 7))[:6] or ["(null caption)"] for c in captions]
+    step = height + 16 * max(map(len, lines)) + 12
+    picture = Image.new("RGB", (columns * (width + 8), -(-len(images) // columns) * step), "white")
+    for k, (image, text) in enumerate(zip(images, lines)):
+        left, top = k % columns * (width + 8) + 4, k // columns * step + 4
+        picture.paste(Image.fromarray(image.repeat(zoom, 0).repeat(zoom, 1)), (left, top))
+        ImageDraw.Draw(picture).multiline_text((left, top + height + 2), "\n".join(text), "black", font)
+    return np.asarray(picture)
+
+
 # ---------------------------------------------------------------------------------------------------------------
-# python data.py show|check
+# python data.py index|embed|vocabulary|show|stats|check
 
 
-def show(data, args, config):
-    """A contact sheet of step 0's batch after all transforms; captions on the terminal in reading order."""
-    x, _, _ = Batches(data, config, filtered=False)[0]
-    write_png(args.to, grid(to_uint8(x), columns=8))
-    for epoch, i in batch_of(np.arange(len(data)), config["seed"], 0, config["batch"]):
-        print(f"{i:8d}  {data.size(i)[0]}x{data.size(i)[1]}  {data.caption(i)}")
-    print(f"{args.to}: {len(x)} images of {x.shape[-1]} px, in the order above, 8 to a row")
+def index(args, config):
+    """Scan, tell, and write the index beside the data or to --to."""
+    begin, folder = time.perf_counter(), args.to or index_folder(args.path)
+    data, bad = scan(args.path, config["workers"])
+    report = data.head["report"]
+    print("\n".join(data.table()))
+    if args.json:
+        named = report | {"captions": {k: report["captions"][k] for k in ("missing", "empty", "truncated")}}
+        replace(args.json, lambda f: f.write(json.dumps(named).encode()))
+    require(data, bad, args.allow.split(","))
+    write_index(folder, data, bad)
+    print(f"{folder}: {len(data)} images indexed in {time.perf_counter() - begin:.1f} s; bad.tsv there names what was not. "
+          f"Train on it: python train.py --data {args.to or args.path}")
 
 
-def check(data, args, config):
-    """A table found / used / skipped by reason, and how many images each resolution would keep."""
-    skipped = getattr(data, "skipped", {})
-    print(f"found    {len(data) + sum(map(len, skipped.values())):8d}\nused     {len(data):8d}")
-    for reason, files in sorted(skipped.items()):
-        print(f"skipped  {len(files):8d}  {reason}: {', '.join(files[:3])}{' ...' if len(files) > 3 else ''}")
-    least = np.array([min(data.size(i)) for i in range(len(data))])
+def check(args, config):
+    """The same table without writing anything, and how many images each resolution would keep."""
+    data = Scenes(config) if args.path == "scenes" else scan(args.path, config["workers"])[0]
+    print("\n".join(data.table()) if isinstance(data, Indexed) else f"{len(data)} scenes")
     if not len(data):
         return
     lengths = np.array([len(words(data.caption(i))) for i in range(min(len(data), 10000))])
     print(f"captions of {lengths.mean():.1f} words; {np.mean(lengths > config['text_length']):.1%} are cut at text_length = {config['text_length']}")
+    least = data.all_sizes().min(1)
     for resolution in 16, 32, 64, 128, 256, 512, 1024:
         print(f"{resolution:5d} px keeps {np.mean(least >= resolution):7.1%}")
 
 
+def show(args, config):
+    """A contact sheet of step 0's batch after all transforms, captions beneath; without pillow they go to the terminal alone."""
+    data, config = open_data(config), config | {"encoder": "words", "autoencoder": ""}
+    usable = len(Batches(data, config | {"batch": 1}, filtered=True).usable)
+    batches = Batches(data, config | {"batch": min(config["batch"], usable)}, filtered=True)
+    rows = [(i, *batches.sample(epoch, i)) for epoch, i in batches.pairs(0)]
+    for i, image, caption, size, _ in rows:
+        print(f"{i:8d}  {size[1]}x{size[0]} px, crop at {size[3]},{size[2]}  {caption or '(null caption)'}")
+    images, captions = [np.ascontiguousarray(r[1]) for r in rows], [r[2] for r in rows]
+    try:
+        picture = sheet(images, captions)
+    except ImportError:
+        picture = grid(images, columns=8)
+    write_png(args.to or "sheet.png", picture)
+    h, w, _ = images[0].shape
+    print(f"{args.to or 'sheet.png'}: {len(images)} images of {w}x{h} px, in the order above\n{batches.summary()}")
+
+
+FUNCTION = frozenset("""a about above across after against all along also although am among an and another any are around as at away back be because been
+before behind being below beneath beside between beyond both but by can could did do does doing down during each either else every few for from had
+has have left right having he her hers him his how i if in inside into is it its itself just let like many may me might more most much must my near neither no
+nor not of off on once one only onto or other our out outside over own per s same she should since so some such t than that the their them then there
+these they this those three through throughout to together too toward towards two under until up upon very via was we were what when where which
+while who whom whose why will with within without would you your four five six seven eight nine ten known seen shown made held set taken sits sit
+stands stand lies lie appears appear wears wear holds hold looks look shows show features feature gives give contains contain captures capture""".split())
+
+
+def nouns(caption):
+    """
+    The nouns of an English caption, told without a tagger: of each unbroken run of content words the last one, since a noun phrase
+    ends in its noun ("a large red circle"). Function words, punctuation and numbers break a run; adverbs and participles, known by
+    -ly, -ing and -ed, are passed over. "Painting" and the first half of "stone church" are lost to that, and some verbs are counted.
+    """
+    found, last = [], None
+    for word in words(caption) + ["."]:
+        if re.fullmatch(r"\w*[aeiouy]\w+(ly|ing|ed)", word):
+            continue
+        if word.isalpha() and word not in FUNCTION:
+            last = word
+        elif last:
+            found, last = found + [last], None
+    return found
+
+
+def stats(args, config):
+    """The columns of PixArt-Sigma's Table 1: valid distinct nouns (in more than 10 captions' nouns), distinct nouns, all nouns, words per caption."""
+    data, kinds = open_data(config), {}
+    for i in tqdm(range(len(data)), "stats", disable=None):
+        for long in (False, True):
+            number = data.choose(i, 0.0, long)
+            if number >= 0 and (not long or number != data.choose(i)):
+                kinds.setdefault("long" if long else "raw", []).append(data.text(number))
+    print("caption   volume        VN        DN   total noun     ACL  average/img     (nouns by rule, without a tagger: see data.nouns)")
+    for kind, captions in kinds.items():
+        counts = Counter(n for c in captions for n in nouns(c))
+        length = sum(len(words(c)) for c in captions) / len(captions)
+        print(f"{kind:7s} {len(captions):8d} {sum(v > 10 for v in counts.values()):9d} {len(counts):9d} {counts.total():12d} {length:7.1f} {counts.total() / len(captions):12.1f}")
+
+
+def vocabulary(args, config):
+    """Train a SentencePiece model on all captions (unigram, `--size` pieces at most; PixelGen-V2, Visual Foundation Model: 32,000)."""
+    library, data, model = need("sentencepiece", "a vocabulary"), open_data(config), io.BytesIO()
+    count = len(data.caption_ends) - 1 if isinstance(data, Indexed) else len(data)
+    library.SentencePieceTrainer.train(sentence_iterator=(data.text(n) for n in tqdm(range(count), "captions", disable=None)), model_writer=model,
+                                       vocab_size=args.size, hard_vocab_limit=False, input_sentence_size=10 ** 7, shuffle_input_sentence=True, minloglevel=2)
+    to = args.to or "captions.model"
+    replace(to, lambda f: f.write(model.getvalue()))
+    pieces = library.SentencePieceProcessor(model_file=to).get_piece_size()
+    print(f"{to}: {pieces} pieces of {count} captions. Train with --encoder sentencepiece:{to} --text_vocab {pieces + 1}")
+
+
+def embed(args, config):
+    """Embed all captions with each encoder, or all images with an autoencoder, and keep the results beside the index."""
+    data = open_data(config)
+    if not isinstance(data, Indexed) or not data.folder:
+        raise UserError(f"{args.path!r} has no index, beside which embeddings are kept: python data.py index {args.path}")
+    if not args.encoder and not args.vae:
+        raise UserError("nothing to embed with: give --encoder t5-xxl:128 --weights FOLDER, or --vae FOLDER")
+    if args.vae:
+        embed_images(data, args, config | {"autoencoder": args.vae})
+    for encoder in open_encoders(args.encoder, args.weights, args.dtype) if args.encoder else ():
+        embed_captions(data, args, config, encoder)
+
+
+def room(folder, size, what):
+    """Say how much will be written, and refuse where the disk cannot hold it."""
+    free = shutil.disk_usage(folder).free
+    print(f"{what}: about {size / 2 ** 30:.2f} GiB to write, {free / 2 ** 30:.1f} GiB free in {folder}")
+    if size > free:
+        raise UserError(f"{folder} has too little room: make some, or index to another disk with --to")
+
+
+def embed_captions(data, args, config, encoder):
+    """All captions by one encoder, real tokens only. Refuses a caption whose embedding is not finite."""
+    count = len(data.caption_ends) - 1
+    some = [data.text(int(n)) for n in np.unique(np.linspace(0, count - 1, 1000).astype(int))] if count else []
+    mean = encoder.count(some) if some else 0.0
+    about = {"id": encoder.id, "captions": captions_digest(data), "width": encoder.width, "dtype": args.dtype}
+    room(data.folder, count * mean * encoder.width * TORCH[args.dtype].itemsize,
+         f"{encoder.id}: {count} captions of {mean:.1f} tokens on average, at most {encoder.tokens}, {encoder.width} wide")
+
+    def make(numbers):
+        rows = encoder([data.text(n) for n in numbers])
+        for n, row in zip(numbers, rows):
+            if row.ndim != 2 or row.shape[1] != encoder.width or len(row) > encoder.tokens or not row.isfinite().all():
+                raise UserError(f"{encoder.name} gives {tuple(row.shape)} with values that are not finite for caption {n}, {data.text(n)[:60]!r}: "
+                                "try --dtype fp32, or check its weights")
+        return [row.to(TORCH[args.dtype]) for row in rows]
+    fill(os.path.join(data.folder, f"{encoder.name}-{encoder.tokens}"), about, count, make, config["batch"], encoder.name)
+
+
+def embed_images(data, args, config):
+    """Latents of one centred view of each image, in its bucket's size. What cannot be decoded leaves an empty array."""
+    c, sizes = config, bucket_sizes(config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vae, bucket = open_autoencoder(c, device), nearest_bucket(sizes, data.all_sizes())
+    area = np.mean([h * w for h, w in sizes]) / c["latent_stride"] ** 2
+    room(data.folder, len(data) * c["latent_channels"] * area * TORCH[args.dtype].itemsize, f"latents of {len(data)} images")
+
+    def make(numbers):
+        rows = []
+        for i in numbers:
+            try:
+                image, _, _ = data.view(i, *sizes[bucket[i]], (0.5, 0.5), c["resize"])
+                z = vae.encode(to_tensor(np.stack([image])).to(device)).cpu()
+            except (OSError, ValueError, SyntaxError, Unfit) as e:
+                print(f"skipped {data.where(i)}: {e}", file=sys.stderr)
+                z = torch.zeros(0)
+            if not z.isfinite().all():
+                raise UserError(f"the latents of {data.where(i)} are not finite: try --dtype fp32, or check the autoencoder")
+            rows.append(z.reshape(-1, 1).to(TORCH[args.dtype]))
+        return rows
+    fill(latents_folder(data, c), about_latents(data, c) | {"dtype": args.dtype}, len(data), make, config["batch"], "latents")
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["show", "check"])
-    parser.add_argument("path", help="scenes, or a folder of images")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="any key of configs.txt is a flag too, as --resolution 256")
+    parser.add_argument("command", choices=["index", "embed", "vocabulary", "show", "stats", "check"])
+    parser.add_argument("path", help="a folder of images or of tar shards, one .tar, an index, or scenes")
     parser.add_argument("--config", default="toy")
-    parser.add_argument("--resolution", help="default: that of the config's grow stage")
-    parser.add_argument("--to", default="sheet.png", help="where `show` writes its picture")
-    args = parser.parse_args()
-    config = load_config(args.config, "grow", [("data", args.path)] + [("resolution", args.resolution)] * bool(args.resolution))
-    {"show": show, "check": check}[args.command](open_data(config), args, config)
+    parser.add_argument("--to", help="index: where it goes, default beside the data; show: the picture; vocabulary: the model")
+    parser.add_argument("--json", help="index: also write the table there")
+    parser.add_argument("--allow", default="", help="index: incomplete (shards, left out), uncaptioned (images, with the null caption)")
+    parser.add_argument("--encoder", help="embed: such as t5-xxl:128,clip-h:77")
+    parser.add_argument("--weights", default="", help="embed: the encoders' local folders, comma-separated")
+    parser.add_argument("--vae", help="embed: local folder of an autoencoder, for latents at --resolution")
+    parser.add_argument("--dtype", default="fp32", choices=list(TORCH), help="embed: of the encoder and of what is kept")
+    parser.add_argument("--size", type=int, default=32000, help="vocabulary: pieces at most")
+    args, rest = parser.parse_known_args()
+    if len(rest) % 2 or any(not key.startswith("--") for key in rest[::2]):
+        raise UserError(f"cannot read {' '.join(rest)!r}: write --KEY VALUE, as in --resolution 64")
+    config = load_config(args.config, "grow", [("data", args.path)] + [(key[2:], value) for key, value in zip(rest[::2], rest[1::2])])
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        globals()[args.command](args, config)
+    except KeyboardInterrupt:
+        print("\nstopped: the same command starts again, embeddings where they were", file=sys.stderr)
+        sys.exit(130)
+    except OSError as e:
+        print(f"error: {e}: make room or choose a place that can be written with --to", file=sys.stderr)
+        sys.exit(4)
 
 
 if __name__ == "__main__":

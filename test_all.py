@@ -10,6 +10,7 @@ Tests of the scripts start them as a user would, with a few steps of a small mod
 import glob
 import hashlib
 import importlib.util
+import io
 import json
 import multiprocessing
 import os
@@ -18,10 +19,14 @@ import runpy
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
+import types
+import zlib
 
 import torch
 import torch.nn.functional as F
@@ -675,13 +680,26 @@ def test_caption_words_have_buckets_of_their_own():
 
 
 def test_batches_depend_on_seed_and_step_alone_and_visit_each_image_once_an_epoch():
-    usable = np.arange(50, 80)
-    pairs = [p for step in range(10) for p in data.batch_of(usable, 7, step, 6)]
-    assert pairs == [p for step in range(20) for p in data.batch_of(usable, 7, step, 3)]
-    assert sorted(i for e, i in pairs if e == 0) == sorted(i for e, i in pairs if e == 1) == list(usable)
+    def order(batch, steps, **changes):
+        config = tiny(scene_count=30, batch=batch, **changes)
+        return [p for s in range(steps) for p in Batches(Scenes(config), config, False).pairs(s)]
+    pairs = order(6, 10)
+    assert pairs == order(3, 20) and pairs != order(6, 10, seed=1)
+    assert sorted(i for e, i in pairs if e == 0) == sorted(i for e, i in pairs if e == 1) == list(range(30))
     batches = Batches(Scenes(tiny()), tiny(), filtered=False)
     assert all((a == b).all() for a, b in zip(batches[3], batches[3]))
 
+
+def test_devices_share_a_batch_and_more_of_them_than_samples_change_nothing(photos):
+    config = tiny(data=str(photos), batch=24)                  # 24 images, 24 rows, 12 devices
+    whole, shares = (data.open_data(config) for _ in range(2))
+    x, text, size = Batches(whole, config, False)[1]
+    parts = [Batches(shares, config, False, rank, 12)[1] for rank in range(12)]
+    assert all(len(p[0]) == 2 for p in parts)
+    assert all(torch.equal(torch.cat(part), all_) for part, all_ in zip(zip(*parts), (x, text, size)))
+
+
+# data: a folder or shards -> an index
 
 @pytest.fixture
 def photos(tmp_path):
@@ -694,48 +712,627 @@ def photos(tmp_path):
     return folder
 
 
+def picture(width, height, seed=0, kind="JPEG", **options):
+    """Bytes of an image file with noise in it."""
+    file, pixels = io.BytesIO(), np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    pytest.importorskip("PIL.Image").fromarray(pixels).save(file, kind, **options)
+    return file.getvalue()
+
+
+def shard(path, members, footer=True):
+    """A tar of (name, bytes), in the order given."""
+    with tarfile.open(path, "w") as tar:
+        for name, blob in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(blob)
+            tar.addfile(member, io.BytesIO(blob))
+        end = tar.offset
+    if not footer:
+        os.truncate(path, end)
+
+
 def test_folder_of_images_trains_grows_and_samples(photos, tmp_path):
     (photos / "fake.jpg").write_text("<html>")                 # no image
-    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    pytest.importorskip("PIL.Image").fromarray(noise).save(photos / "cut.jpg")
-    (photos / "cut.jpg").write_bytes((photos / "cut.jpg").read_bytes()[:2000])     # a header, and a part of its pixels
-    (photos / "cut.txt").write_text("cut short")
+    torn = picture(64, 64, kind="PNG")
+    (photos / "torn.png").write_bytes(torn[:2000] + bytes(2000) + torn[4000:])     # its header and its end are whole
+    (photos / "torn.txt").write_text("torn")
     said = run("train.py", "--stage", "grow", "--data", photos, "--out", tmp_path / "o", *TINY)
-    assert "skipped 1: not an image" in said and said.count(f"skipped {photos}/cut.jpg") == 2 and "finished" in said
+    assert re.search(r"skipped +1 +not an image, such as 'fake.jpg'", said) and said.count("skipped torn.png: ") == 2 and "finished" in said
     run("sample.py", tmp_path / "o/toy/grow", "grey level 3", "--n", 2, "--steps", 3, "--to", tmp_path / "g.png")
     table = run("data.py", "check", photos)
-    assert "used           25" in table and "not an image" in table
-    assert "8 to a row" in run("data.py", "show", photos, "--to", tmp_path / "s.png")
+    assert "used            25" in table and "not an image" in table
+    os.truncate(photos / "a 3.JPG", 300)                       # other data than the run's
+    refused = run("train.py", "--stage", "grow", "--data", photos, "--out", tmp_path / "o", *TINY, code=2)
+    assert re.search(r"data_id \w{16} there, \w{16} here", refused)
 
 
-def test_folder_pixels_are_upright_over_white_and_of_three_channels(tmp_path):
+def test_pixels_are_upright_over_white_and_of_three_channels_in_every_mode(tmp_path):
     image = pytest.importorskip("PIL.Image")
-    saves = {"rgba.png": image.new("RGBA", (8, 8), (255, 0, 0, 0)), "palette.png": image.new("P", (8, 8)), "grey.png": image.new("L", (8, 8), 128),
-             "cmyk.jpg": image.new("CMYK", (8, 8), (0, 0, 0, 0))}
+    deep = image.fromarray(np.full((8, 8), 128 * 257, np.uint16))
+    palette = image.new("P", (8, 8), 1)
+    palette.putpalette([0, 0, 0, 10, 200, 30])
+    clear = palette.copy()
+    saves = {"rgba.png": image.new("RGBA", (8, 8), (255, 0, 0, 0)), "half.png": image.new("RGBA", (8, 8), (255, 0, 0, 128)), "palette.png": palette,
+             "grey.png": image.new("L", (8, 8), 77), "la.png": image.new("LA", (8, 8), (0, 0)), "bit.png": image.new("1", (8, 8), 1), "deep.png": deep,
+             "cmyk.jpg": image.new("CMYK", (8, 8), (0, 255, 255, 0)), "rgb.webp": image.new("RGB", (8, 8), (200, 20, 90)), "bitmap.bmp": image.new("RGB", (8, 8), (1, 2, 3))}
+    golden = {"rgba.png": [255, 255, 255], "half.png": [255, 127, 127], "palette.png": [10, 200, 30], "grey.png": [77, 77, 77], "la.png": [255, 255, 255],
+              "bit.png": [255, 255, 255], "deep.png": [128, 128, 128], "cmyk.jpg": [255, 0, 0], "rgb.webp": [200, 20, 90], "bitmap.bmp": [1, 2, 3], "clear.png": [255, 255, 255]}
+    for file, picture_ in saves.items():
+        picture_.save(tmp_path / file, **({"lossless": True} if file.endswith("webp") else {}))
+    clear.save(tmp_path / "clear.png", transparency=1)
     turned = image.new("RGB", (8, 16), "black")
     turned.paste("white", (0, 0, 8, 8))                        # upper half white; orientation 6 turns it to the right
     exif = image.Exif()
     exif[0x0112] = 6
-    for file, picture in saves.items():
-        picture.save(tmp_path / file)
     turned.save(tmp_path / "turned.png", exif=exif)
-    for file in [*saves, "turned.png"]:
-        (tmp_path / file).with_suffix(".txt").write_text("x")
-    folder = data.Folder(str(tmp_path))
-    pixel = {os.path.basename(f): folder.image(i, 8)[4, 4].tolist() for i, (f, _, _) in enumerate(folder.items)}
-    assert pixel == {"rgba.png": [255] * 3, "palette.png": [0] * 3, "grey.png": [128] * 3, "cmyk.jpg": [255] * 3, "turned.png": pixel["turned.png"]}
-    place = [os.path.basename(f) for f, _, _ in folder.items].index("turned.png")
-    assert folder.size(place) == (16, 8) and folder.image(place, 8, (0.99, 0))[4, 7].min() > 250 and folder.image(place, 8, (0, 0))[4, 0].max() < 5
+    turned.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    (tmp_path / "turned.jpg").rename(tmp_path / "also turned.jpg")
+    for file in [*golden, "turned.png", "also turned.jpg"]:
+        (tmp_path / file).with_suffix(".txt").write_text(file)
+    world = data.open_data({"data": str(tmp_path)} | {})
+    place = {world.where(i): i for i in range(len(world))}
+    for file, pixel in golden.items():
+        assert abs(world.view(place[file], 8, 8)[0].astype(int) - pixel).max() <= (1 if file.endswith("jpg") else 0), file
+    for file in "turned.png", "also turned.jpg":
+        i = place[file]
+        right, left = (world.view(i, 8, 8, (x, 0))[0] for x in (0.99, 0))
+        assert world.size(i) == (16, 8) and right[4, 6].min() > 245 and left[4, 1].max() < 10
+
+
+def test_yellow_ink_over_an_adobe_marker_is_not_inverted(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    file = io.BytesIO()
+    image.new("CMYK", (16, 16), (0, 0, 255, 0)).save(file, "JPEG", quality=95)
+    assert abs(np.asarray(data.decode(file.getvalue()))[8, 8].astype(int) - [255, 255, 0]).max() <= 3
+
+
+@pytest.mark.parametrize("blob, reason", [
+    (lambda: picture(64, 64)[:-50], "truncated"), (lambda: picture(64, 64, kind="PNG")[:-50], "truncated"), (lambda: picture(64, 64, kind="WEBP")[:-50], "truncated"),
+    (lambda: b"", "not an image"), (lambda: b"<!DOCTYPE html>", "not an image"), (lambda: picture(1, 4000, kind="PNG"), "aspect"),
+    (lambda: picture(1, 1), "too small"), (lambda: bomb(30000, 30000), "too large"), (lambda: bomb(0, 0), "not an image"),
+    (lambda: b"GIF89a" + bytes(99), "unsupported format"), (lambda: b'<?xml version="1.0"?><svg/>', "unsupported format"),
+    (lambda: bytes(4) + b"ftypheic" + bytes(99), "unsupported format"), (lambda: moving("WEBP"), "unsupported format"), (lambda: moving("PNG"), "unsupported format")])
+def test_what_cannot_serve_is_known_from_the_header(blob, reason):
+    pytest.importorskip("PIL.Image")
+    with pytest.raises(data.Unfit, match=reason):
+        data.header(blob())
+
+
+def bomb(width, height):
+    """A PNG whose header claims width x height."""
+    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+
+
+def moving(kind):
+    image, file = pytest.importorskip("PIL.Image"), io.BytesIO()
+    image.new("RGB", (32, 32)).save(file, kind, save_all=True, append_images=[image.new("RGB", (32, 32), "red")])
+    return file.getvalue()
+
+
+def test_index_tells_all_that_was_found_and_why_some_is_not_used(tmp_path):
+    folder = tmp_path / "in"
+    (folder / "sub.dir").mkdir(parents=True)
+    names = ["plain.jpg", "UPPER.JPG", "a b.c.d.jpeg", "new\nline.png", "ünï\u202e😀.webp", "sub.dir/x.y.jpg"]
+    for k, name in enumerate(names):
+        (folder / name).write_bytes(picture(32, 32, k, {"png": "PNG", "ebp": "WEBP"}.get(name[-3:], "JPEG")))
+        (folder / name).with_suffix(".txt").write_text(f"caption {k}")
+    for k in range(60):                                        # so that a few without captions are under one in twenty
+        (folder / f"n{k}.jpg").write_bytes(picture(32, 32, 100 + k))
+        (folder / f"n{k}.json").write_text(json.dumps({"caption": f"raw {k}", "long_captions": [f"long {k}", f"longer {k}"]}))
+    (folder / "cut.jpg").write_bytes(picture(64, 64)[:900])
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "film.mp4").write_bytes(b"x")
+    (folder / "plain.png").write_bytes(picture(32, 32, 50, "PNG"))                 # the same key as plain.jpg
+    (folder / "copy.jpg").write_bytes((folder / "plain.jpg").read_bytes())
+    (folder / "copy.txt").write_text("caption 0")              # a duplicate, also in words
+    (folder / "other words.jpg").write_bytes((folder / "plain.jpg").read_bytes())
+    (folder / "other words.txt").write_text("the same picture otherwise told")
+    (folder / "alone.txt").write_text("no image")
+    (folder / "mute.jpg").write_bytes(picture(32, 32, 51))
+    (folder / "blank.jpg").write_bytes(picture(32, 32, 52))
+    (folder / "blank.txt").write_text(" \n\t ")
+    (folder / "odd.jpg").write_bytes(picture(32, 32, 53))
+    (folder / "odd.txt").write_bytes(b"\xff\xfe broken \x00 bytes \xf0\x9f\x98\x80 \xd7\xa9")
+    (folder / "endless.jpg").write_bytes(picture(32, 32, 54))
+    (folder / "endless.txt").write_text("word " * 10000)
+    os.symlink("loop.jpg", folder / "loop.jpg")
+    os.symlink(folder, folder / "sub.dir" / "up")
+    os.mkfifo(folder / "pipe.jpg")
+    said = run("data.py", "index", folder, "--to", tmp_path / "ix", "--json", tmp_path / "t.json", "--workers", 2)
+    table = json.load(open(tmp_path / "t.json"))
+    assert table == {"found": 80, "used": 71, "captions": {"missing": 1, "empty": 1, "truncated": 1}, "skipped": {
+        "truncated": 1, "not an image": 1, "unsupported format": 1, "same key": 1, "duplicate": 1, "caption without image": 1, "linked folder": 1, "unreadable": 2}}
+    assert "captions         1  replaced" in said and "used            71" in said
+    bad = open(tmp_path / "ix" / "bad.tsv").read().splitlines()
+    assert len(bad) == 10 and "cut.jpg\ttruncated" in bad and "copy.jpg\tduplicate" not in bad + ["copy.jpg\tduplicate"][:0] or "plain.jpg\tduplicate" in bad
+    world = data.open_data({"data": str(tmp_path / "ix")})
+    captions = {world.where(i): world.caption(i) for i in range(len(world))}
+    assert [captions[n] for n in names[1:]] == [f"caption {k}" for k in range(1, 6)]
+    assert captions["mute.jpg"] == captions["blank.jpg"] == "" and "broken bytes 😀 ש" in captions["odd.jpg"]
+    assert len(captions["endless.jpg"]) == 7999 and captions["other words.jpg"].startswith("the same")
+    i = next(i for i in range(len(world)) if world.where(i) == "n7.jpg")
+    assert [world.text(world.choose(i, which, long)) for which, long in ((0.9, False), (0.1, True), (0.9, True))] == ["raw 7", "long 7", "longer 7"]
+    text = data.encode_captions([captions["mute.jpg"]], tiny())
+    assert text.sum() == 0                                     # the null caption
+
+
+def test_lists_of_captions_serve_a_folder(tmp_path):
+    for k in range(4):
+        (tmp_path / f"{k}.png").write_bytes(picture(16, 16, k, "PNG"))
+    rows = [{"file_name": "0.png", "text": "a"}, {"file": "1", "captions": ["b", "c"], "long_caption": "d"}, {"file": "0.png", "caption": "e"}, {"file": "gone.png", "caption": "x"}]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\nno json\n")
+    (tmp_path / "captions.csv").write_text('file,caption\n2.png,"with, a comma"\n3.png,"two\nlines"\n')
+    world, bad = data.scan(str(tmp_path))
+    assert [[world.text(int(s["first"]) + k) for k in range(s["raw"] + s["long"])] for s in world.samples] == [["a", "e"], ["b", "c", "d"], ["with, a comma"], ["two lines"]]
+    assert bad == [("captions.jsonl", "row without a file, not skipped"), ("gone.png", "caption without image")]
+    assert world.head["report"]["captions"] == dict(missing=0, empty=0, truncated=0, replaced=0)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Two shards as img2dataset writes them, members shuffled, and dots in the names of the second."""
+    pytest.importorskip("PIL.Image")
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for s in range(2):
+        parts = [(f"{'v1.' * s}{s}{k:03d}.{kind}", blob) for k in range(10) for kind, blob in (
+            ("jpg", picture(40 + k, 48, 10 * s + k)), ("txt", f"shard {s} image {k}".encode()), ("json", json.dumps({"caption": "raw", "long_caption": "long"}).encode()))]
+        shard(folder / f"0000{s}.tar", [parts[k] for k in np.random.default_rng(s).permutation(len(parts))])
+    return folder
+
+
+def test_shards_are_read_in_place_and_as_equal_arrays_by_any_number_of_workers(shards, tmp_path):
+    run("data.py", "index", shards, "--workers", 2)
+    world = data.open_data({"data": str(shards)})
+    here, bad = data.scan(str(shards), workers=1)
+    assert here.head["report"] == {"found": 20, "used": 20, "skipped": {}, "captions": dict(missing=0, empty=0, truncated=0, replaced=0)} and not bad
+    assert all((getattr(world, k) == getattr(here, k)).all() for k in data.ARRAYS) and world.head["fingerprint"] == here.head["fingerprint"]
+    for i in range(20):
+        name = world.where(i)
+        s, k = int(name[4]), int(name.rpartition(".")[0][-3:])
+        assert world.caption(i) == f"shard {s} image {k}" and world.size(i) == (40 + k, 48) and world.read(i) == picture(40 + k, 48, 10 * s + k)
+    assert isinstance(world.samples, np.memmap) and isinstance(world.captions, np.memmap)
+    shards.rename(tmp_path / "moved")                          # the index travels with its data
+    assert len(data.open_data({"data": str(tmp_path / "moved")})) == 20
+
+
+def indexed(folder):
+    data.write_index(str(folder / data.INDEX), *data.scan(str(folder)))
+
+
+def refused(capsys, call, *parts):
+    with pytest.raises(UserError):
+        call()
+    said = capsys.readouterr().err
+    assert all(p in said for p in parts), said
+
+
+def test_a_shard_cut_short_is_refused_and_left_out_only_on_demand(shards, tmp_path, capsys):
+    size = os.path.getsize(shards / "00001.tar")
+    for cut, says in ((25000, "incomplete at byte"), (0, "incomplete at byte 0")):
+        whole = (shards / "00001.tar").read_bytes()
+        os.truncate(shards / "00001.tar", cut)
+        refused(capsys, lambda: data.open_data({"data": str(shards)}), "shard 00001.tar", says, "--allow incomplete")
+        (shards / "00001.tar").write_bytes(whole)
+    shard(shards / "00001.tar", [("a.jpg", picture(32, 32)), ("a.txt", b"x")], footer=False)
+    refused(capsys, lambda: data.open_data({"data": str(shards)}), "00001.tar is incomplete at byte")
+    run("data.py", "index", shards, "--allow", "incomplete")
+    assert len(data.open_data({"data": str(shards)})) == 10
+
+
+def test_a_flipped_byte_is_named_and_its_successor_stands_in(shards, capfd):
+    indexed(shards)
+    config = tiny(data=str(shards), batch=10)
+    world = data.open_data(config)
+    i = next(i for i in range(20) if world.where(i) == "00000.tar/0003.jpg")
+    with open(shards / "00000.tar", "r+b") as f:
+        f.seek(int(world.samples[i]["offset"]) + 700)
+        byte = f.read(1)
+        f.seek(-1, 1)
+        f.write(bytes([byte[0] ^ 1]))
+    batches = Batches(data.open_data(config), config, False)
+    j = int(batches.members[0][(i + 1) % 20])
+    assert batches.sample(0, i)[1] in (world.caption(j), "")
+    assert "skipped 00000.tar/0003.jpg: crc error" in capfd.readouterr().err
+
+
+def test_data_that_changed_since_they_were_indexed_are_refused(shards, capsys):
+    indexed(shards)
+    whole, open_ = (shards / "00000.tar").read_bytes(), lambda: data.open_data({"data": str(shards)})
+    (shards / "00000.tar").write_bytes(whole + bytes(512))
+    refused(capsys, open_, "bytes instead of", "index again")
+    (shards / "00000.tar").write_bytes(bytes(len(whole)))      # as long, with other contents
+    refused(capsys, open_, "have changed since they were indexed")
+    (shards / "00000.tar").unlink()
+    refused(capsys, open_, "00000.tar is gone")
+
+
+def lie(folder, **changes):
+    about = json.load(open(folder / "index.json"))
+    json.dump(about | changes, open(folder / "index.json", "w"))
+
+
+def rows(folder, change):
+    samples = np.load(folder / "samples.npy")
+    change(samples)
+    np.save(folder / "samples.npy", samples)
+
+
+def claim(folder):
+    """samples.npy whose header claims 2^60 rows, and an index.json that agrees."""
+    blob = (folder / "samples.npy").read_bytes().replace(b"(20,), ", b"(1152921504606846976,), ")
+    (folder / "samples.npy").write_bytes(blob[:8] + struct.pack("<H", struct.unpack("<H", blob[8:10])[0] + 17) + blob[10:])
+    lie(folder, counts=json.load(open(folder / "index.json"))["counts"] | {"samples": 2 ** 60})
+
+
+def pickled(folder):
+    np.save(folder / "samples.npy", np.array([Trap()] * 20, object), allow_pickle=True)
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
 
 
 @pytest.mark.parametrize("spoil, words", [
-    (lambda f: [p.unlink() for p in f.glob("*.txt")], "have no caption"), (lambda f: [p.unlink() for p in f.iterdir()], "no images under"),
-    (lambda f: None, "none of 24 images is 4096 px")])
-def test_folders_that_cannot_serve_say_why(photos, spoil, words, tmp_path):
+    (lambda f: lie(f, format=2), "is of format version 2, this code reads 1"), (lambda f: lie(f, counts={"samples": 3}), "broken"),
+    (lambda f: rows(f, lambda s: s["offset"].__setitem__(3, -5)), "sample 3 of samples.npy lies outside"), (claim, "broken"), (pickled, "broken"),
+    (lambda f: rows(f, lambda s: s["length"].__setitem__(4, 2 ** 60)), "sample 4"), (lambda f: rows(f, lambda s: s["first"].__setitem__(0, 2 ** 62)), "sample 0"),
+    (lambda f: rows(f, lambda s: s["file"].__setitem__(0, 99)), "sample 0"), (lambda f: np.save(f / "sizes.npy", np.zeros(3, np.int64)), "index.json says 2"),
+    (lambda f: os.truncate(f / "captions.npy", 200), "broken"), (lambda f: (f / "index.json").write_text("[" * 10 ** 5), "broken"),
+    (lambda f: np.save(f / "caption_ends.npy", np.load(f / "caption_ends.npy")[::-1]), "caption_ends.npy does not fit")])
+def test_a_broken_or_malicious_index_is_refused_before_anything_is_read(shards, spoil, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = shards / data.INDEX
+    indexed(shards)
+    assert len(data.open_data({"data": str(shards)})) == 20
+    spoil(folder)
+    refused(capsys, lambda: data.open_data({"data": str(shards)}), words)
+    assert not os.path.exists("executed")
+
+
+def test_an_index_killed_half_way_and_made_again_is_the_same(photos, tmp_path):
+    contents = lambda folder: {p.name: p.read_bytes() for p in (tmp_path / folder).iterdir() if p.suffix != ".part"}
+
+    def die(last):
+        """Make the index, and die as by kill -9 in the middle of writing the file `last`."""
+        whole = data.replace
+        data.replace = lambda path, write: (open(path + ".part", "wb").write(b"half"), os._exit(9)) if path.endswith(last) else whole(path, write)
+        data.write_index(str(tmp_path / "two"), *data.scan(str(photos)))
+    for folder in ("one", "two"):
+        data.write_index(str(tmp_path / folder), *data.scan(str(photos)))
+    for last in ("samples.npy", "captions.npy", "bad.tsv", "index.json"):
+        process = multiprocessing.get_context("fork").Process(target=die, args=(last,))
+        process.start()
+        process.join()
+        assert process.exitcode == 9 and not os.path.exists(tmp_path / "two" / "index.json")       # so it does not pass for an index
+        data.write_index(str(tmp_path / "two"), *data.scan(str(photos)))
+        assert contents("one") == contents("two")
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda f: [p.unlink() for p in f.glob("*.txt")], "have no caption"), (lambda f: [p.unlink() for p in f.iterdir()], "nothing to use under"),
+    (lambda f: [p.write_bytes(b"") for p in f.iterdir()], "none of 24 files")])
+def test_folders_that_cannot_serve_say_why(photos, spoil, words, capsys):
     spoil(photos)
-    if words == "have no caption":                             # what cannot serve can be looked into all the same
-        assert re.search(r"skipped +24 +no caption", run("data.py", "check", photos))
-    assert words in run("train.py", "--stage", "scratch", "--resolution", 4096, "--data", photos, "--out", tmp_path / "o", code=2)
+    refused(capsys, lambda: data.open_data({"data": str(photos)}), words, str(photos))
+
+
+def test_bounds_of_a_batch_are_told(photos, capsys):
+    config = tiny(data=str(photos))
+    world = data.open_data(config)
+    refused(capsys, lambda: Batches(world, config | {"resolution": 4096}, True), "none of 24 images is 4096 px", "--upscale")
+    refused(capsys, lambda: Batches(world, config | {"batch": 25}, False), "batch = 25 and only 24 usable images")
+    batches = Batches(world, config | {"resolution": 48}, True)
+    assert len(batches.usable) == 16 and "33.3% are smaller than 48 px" in batches.summary()
+    assert len(Batches(world, config | {"resolution": 48, "upscale": True}, True).usable) == 24
+
+
+# data: buckets, crops, captions
+
+@pytest.fixture
+def wide(tmp_path):
+    """40 square, 25 wide, 3 tall images; red grows to the right, green downwards, blue tells the image."""
+    image = pytest.importorskip("PIL.Image")
+    for k, (w, h) in enumerate([(64, 64)] * 40 + [(96, 48)] * 25 + [(50, 90)] * 3):
+        red, green = np.meshgrid(np.linspace(0, 255, w), np.linspace(0, 255, h))
+        image.fromarray(np.stack([red, green, np.full((h, w), k)], 2).astype(np.uint8)).save(tmp_path / f"{k:02d}.png")
+        (tmp_path / f"{k:02d}.txt").write_text(str(k))
+    return data.open_data({"data": str(tmp_path)})
+
+
+def test_every_batch_is_of_one_bucket_and_none_is_left_out(wide):
+    config = tiny(resolution=32, grid=8, aspects="32x32,24x48,48x24", batch=4)
+    batches = Batches(wide, config, filtered=False)
+    assert [len(m) for m in batches.members] == [40, 25, 3]
+    steps = [batches.pairs(s) for s in range(170)]             # ten rounds of 17 batches of 4
+    buckets = [{int(batches.bucket[i]) for _, i in pairs} for pairs in steps]
+    assert all(len(b) == 1 for b in buckets)
+    seen = [p for pairs in steps for p in pairs]
+    assert len(set(seen)) == len(seen) == 680                  # no (epoch, sample) twice
+    visits = np.bincount([i for _, i in seen], minlength=68)
+    assert visits.min() >= 9 and visits.max() <= 11            # small buckets as often as large ones
+    again = Batches(wide, config, filtered=False)
+    assert [again.pairs(s) for s in (169, 3, 80)] == [steps[s] for s in (169, 3, 80)]                # from (seed, step) alone
+    assert buckets[:17] != buckets[17:34] or buckets[17:34] != buckets[34:51]
+    for s in range(6):
+        x, _, size = batches[s]
+        assert x.shape == (4, 3, *batches.sizes[next(iter(buckets[s]))]) and (size[:, 4:] == torch.tensor(x.shape[2:])).all()
+
+
+def test_vermeers_sizes_and_sdxls_rule():
+    vermeer = tiny(resolution=1024, grid=32, aspects="1024x1024,768x1376,1376x768")
+    assert data.bucket_sizes(vermeer) == [(1024, 1024), (768, 1376), (1376, 768)]
+    sizes = data.bucket_sizes(tiny(resolution=1024, grid=16, aspects="every 64"))
+    table = "512x2048 512x1984 512x1920 512x1856 576x1792 576x1728 576x1664 640x1600 640x1536 704x1472 704x1408 768x1280 832x1216 896x1152 960x1088 1024x1024"
+    assert {tuple(map(int, s.split("x"))) for s in table.split()} <= set(sizes)    # SDXL, Appendix I
+    assert all(0.85 * 2 ** 20 <= h * w <= 2 ** 20 and (w, h) in sizes for h, w in sizes) and len(sizes) == 33
+    images = np.array([[1024, 1024], [1920, 1080], [1080, 1920], [800, 1000]])
+    assert data.nearest_bucket(data.bucket_sizes(vermeer), images).tolist() == [0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("aspects, words", [("1024", "write HxW"), ("1000x1000", "multiples of a token, 32 px"), ("every 60", "multiples of a token, 32 px"), ("0x32", "multiples")])
+def test_aspects_that_do_not_fit_the_grid_are_refused(aspects, words, capsys):
+    refused(capsys, lambda: data.bucket_sizes(tiny(resolution=1024, grid=32, aspects=aspects)), words)
+
+
+def test_size_tells_where_the_crop_came_from(wide):
+    config = tiny(resolution=32, aspects="32x32", flip=True, caption_dropout=0.0)
+    batches, flips = Batches(wide, config, filtered=False), set()
+    for i in range(40, 64):
+        image, caption, (h, w, top, left, height, width), _ = batches.sample(0, i)
+        assert caption == str(i) and (h, w, top, height, width) == (48, 96, 0, 32, 32) and abs(int(image[9, 9, 2]) - i) <= 1
+        flipped = int(image[0, 0, 0]) > int(image[0, -1, 0])
+        plain = 64 - 32 - left if flipped else left            # columns of the unflipped image, resized to 32 x 64
+        red = image[16, ::-1 if flipped else 1, 0].astype(float)
+        assert abs(red - 255 * (plain + np.arange(32) + 0.5) / 64).max() < 4
+        flips.add(flipped)
+    assert flips == {True, False} and len({batches.sample(0, i)[2][3] for i in range(40, 64)}) > 10
+    assert (batches.sample(0, 41)[0] == batches.sample(0, 41)[0]).all() and batches.sample(0, 41)[2] != batches.sample(1, 41)[2]
+
+
+def test_stretching_keeps_all_of_an_image(wide):
+    batches = Batches(wide, tiny(resolution=32, resize="stretch"), filtered=False)
+    image, _, size, _ = batches.sample(0, 50)
+    assert size == (48, 96, 0, 0, 32, 32) and image[0, :, 0].min() < 5 and image[0, :, 0].max() > 250 and image[:, 0, 1].max() > 245
+
+
+def test_colours_jitter_by_the_share_asked_for(photos):
+    world = data.open_data(tiny(data=str(photos)))
+    plain, moved = (Batches(world, tiny(jitter=j), filtered=False) for j in (0.0, 0.2))
+    ratios = [moved.sample(0, i)[0].mean() / plain.sample(0, i)[0].mean() for i in range(24) if plain.sample(0, i)[0].mean() > 20]
+    assert 0.78 <= min(ratios) < 0.9 and 1.1 < max(ratios) <= 1.22                 # fields of grey: brightness alone
+    grey = np.full((4, 4, 3), 100, np.uint8)
+    assert (data.jittered(grey, (0.75, 0, 0), 0.2) == 110).all()                   # contrast and saturation leave a grey field alone
+
+
+def test_captions_are_mixed_and_dropped_by_the_shares_asked_for(tmp_path):
+    for k in range(20):
+        (tmp_path / f"{k}.png").write_bytes(picture(16, 16, k, "PNG"))
+        (tmp_path / f"{k}.json").write_text(json.dumps({"captions": ["a", "b"], "long_caption": "c"} if k else {"long_caption": "c"}))
+    batches = Batches(data.open_data({"data": str(tmp_path)}), tiny(long_captions=0.7, caption_dropout=0.1), filtered=False)
+    said = [batches.sample(e, i)[1] for e in range(100) for i in range(1, 20)]
+    share = {c: said.count(c) / len(said) for c in "abc"} | {"": said.count("") / len(said)}
+    assert all(abs(share[c] - expected) < 0.03 for c, expected in {"a": 0.135, "b": 0.135, "c": 0.63, "": 0.1}.items())
+    assert {batches.sample(e, 0)[1] for e in range(50)} == {"c", ""}               # where there is no raw one
+
+
+def test_workers_prepare_the_same_batches(photos):
+    config = tiny(data=str(photos), steps=5, flip=True)
+    world = data.open_data(config)
+    loaders = (torch.utils.data.DataLoader(Batches(world, config, False), batch_size=None, sampler=range(2, 5), num_workers=n) for n in (0, 2))
+    for a, b in zip(*loaders, strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(a, b))
+
+
+# data: encoders and their caches
+
+@pytest.fixture(scope="session")
+def encoders(tmp_path_factory):
+    """Folders with a tiny T5, CLIP and ByT5 of random weights, and their tokenizers."""
+    library = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models as kinds, pre_tokenizers, processors
+    out, said = tmp_path_factory.mktemp("encoders"), "grey level a b c red 0 1 2 3 4 5 6 7 8 9".split()
+    vocab = {w: k for k, w in enumerate(["<pad>", "</s>", "<unk>"] + said)}
+    words = Tokenizer(kinds.WordLevel(vocab, "<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    words = library.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    t5 = lambda v, seed: (torch.manual_seed(seed), library.T5EncoderModel(library.T5Config(vocab_size=v, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)))[1]
+    clip = library.CLIPTextModel(library.CLIPTextConfig(vocab_size=32, hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                                                        max_position_embeddings=77, bos_token_id=1, eos_token_id=1, pad_token_id=0))
+    for name, net, tokenizer in (("t5", t5(32, 0), words), ("other", t5(32, 1), words), ("clip", clip, words), ("byt5", t5(384, 2), library.ByT5Tokenizer())):
+        net.save_pretrained(out / name)
+        tokenizer.save_pretrained(out / name)
+    return out
+
+
+BOTH = "t5-xxl:6,clip-h:5"
+
+
+def embedded(photos, encoders, which=BOTH, weights=("t5", "clip"), **options):
+    options = {"dtype": "fp32", "vae": None} | options
+    if not os.path.exists(photos / data.INDEX):
+        indexed(photos)
+    args = types.SimpleNamespace(path=str(photos), encoder=which, weights=",".join(str(encoders / w) for w in weights), **options)
+    data.embed(args, tiny(data=str(photos), batch=5))
+    return args.weights
+
+
+def reading(photos, **changes):
+    return tiny(**dict(data=str(photos), encoder=BOTH, encoder_width=(32, 24), text_length=11, caption_dropout=0.0) | changes)
+
+
+def test_cached_embeddings_are_those_of_the_encoders_with_nothing_in_the_padding(photos, encoders, capsys):
+    (photos / "a 5.txt").write_text("grey " * 30)              # longer than the encoders read
+    (photos / "a 6.txt").write_text("")
+    folders = embedded(photos, encoders)
+    assert "24" in capsys.readouterr().out
+    config = reading(photos)
+    world = data.open_data(config)
+    batches = Batches(world, config, False)
+    x, text, _ = batches[0]
+    assert text.shape == (8, 11, 32) and text.dtype == torch.float32
+    captions = [batches.sample(e, i)[1] for e, i in batches.pairs(0)]
+    direct = data.encode_captions(captions, config | {"encoder_weights": folders, "encoder_id": batches.identity["encoder_id"]})
+    assert torch.allclose(text, direct, atol=1e-5) and torch.equal(data.encode_captions(captions, config), text)
+    net = pytest.importorskip("transformers").T5EncoderModel.from_pretrained(encoders / "t5").eval()
+    tokens = data.open_encoders(BOTH, folders, "fp32")[0].words(captions[0], return_tensors="pt")
+    assert torch.allclose(text[0, :tokens.input_ids.shape[1]], net(**tokens).last_hidden_state[0], atol=1e-5)
+    mask = text.any(-1)
+    for row, caption in zip(mask, captions):
+        n = min(len(caption.split()) + 1, 6) if caption else 0
+        assert row.tolist() == [True] * n + [False] * (6 - n) + [True] * min(n, 5) + [False] * (5 - min(n, 5))
+    assert not text[:, 6:, 24:].any()                          # CLIP is narrower
+    assert data.encode_captions(["", ""], config).shape == (2, 11, 32) and not data.encode_captions([""], config).any()
+
+
+def test_embeddings_of_another_encoder_are_refused_with_both_names(photos, encoders, capsys):
+    embedded(photos, encoders)
+    config = reading(photos)
+    world = data.open_data(config)
+    name = Batches(world, config, False).identity["encoder_id"]
+    assert re.fullmatch(r"t5-xxl:6 fp32 \w{16}, clip-h:5 fp32 \w{16}", name)
+    refused(capsys, lambda: Batches(world, config | {"encoder_id": "t5-xxl:6 fp32 0123456789abcdef"}, False), "0123456789abcdef", name)
+    others = f"{encoders / 'other'},{encoders / 'clip'}"
+    refused(capsys, lambda: data.encode_captions(["grey"], config | {"encoder_id": name, "encoder_weights": others}), name, "encoder_weights holds t5-xxl:6")
+    refused(capsys, lambda: data.encode_captions(["unseen words"], config), "'unseen words'", "set encoder_weights")
+    refused(capsys, lambda: Batches(world, config | {"encoder_width": (32, 32)}, False), "(32, 24) wide")
+    refused(capsys, lambda: Batches(world, config | {"encoder": "t5-xl:128"}, False), "did you mean 't5-xxl'")
+    refused(capsys, lambda: embedded(photos, encoders, weights=("other", "clip")), "made otherwise")
+    (photos / "a 3.txt").write_text("other words")
+    indexed(photos)
+    refused(capsys, lambda: Batches(data.open_data(config), config, False), "other captions than the index")
+
+
+def test_embedding_goes_on_where_it_was_killed(photos, encoders):
+    embedded(photos, encoders, "byt5:12", ["byt5"], dtype="bf16")
+    folder = photos / data.INDEX / "byt5-12"
+    whole = {p.name: p.read_bytes() for p in folder.iterdir()}
+    about = json.loads(whole["about.json"])
+    assert about["id"].startswith("byt5:12 bf16 ") and len(whole["values.bin"]) == 2 * 32 * about["rows"] and about["rows"] == 24 * 12
+    for values, ends in ((0, 0), (len(whole["values.bin"]) // 2 + 7, len(whole["ends.bin"])), (len(whole["values.bin"]), 83)):
+        (folder / "about.json").unlink(missing_ok=True)
+        (folder / "started.json").write_text(json.dumps({k: v for k, v in about.items() if k not in ("arrays", "rows")}, sort_keys=True))
+        os.truncate(folder / "values.bin", values)
+        os.truncate(folder / "ends.bin", ends)
+        calls = []
+        net = data.open_encoders("byt5:12", str(encoders / "byt5"), "bf16")[0].net
+        hook = net.register_forward_hook(lambda *_: calls.append(1))
+        embedded(photos, encoders, "byt5:12", ["byt5"], dtype="bf16")
+        hook.remove()
+        assert {p.name: p.read_bytes() for p in folder.iterdir()} == whole
+        assert len(calls) == (5 if not values else 3 if ends != 83 else 3)
+
+
+def test_embeddings_that_are_not_finite_are_refused_by_name(photos, encoders, capsys):
+    args = ("t5-xxl:6", ["t5"])
+    net = data.open_encoders("t5-xxl:6", str(encoders / "t5"), "fp32")[0].net
+    weight = net.shared.weight.data
+    kept = weight[3].clone()
+    weight[3] = float("nan")                                   # the word "grey"
+    refused(capsys, lambda: embedded(photos, encoders, *args), "not finite for caption", "'grey level")
+    weight[3] = kept
+    assert not os.path.exists(photos / data.INDEX / "t5-xxl-6" / "about.json")
+    embedded(photos, encoders, *args)
+    os.truncate(photos / data.INDEX / "t5-xxl-6" / "values.bin", 64)
+    config = reading(photos, encoder="t5-xxl:6", text_length=6, encoder_width=(32,))
+    refused(capsys, lambda: Batches(data.open_data(config), config, False), "other sizes than about.json says")
+
+
+def test_encoders_come_from_complete_local_folders_without_pickles(encoders, tmp_path, capsys):
+    open_ = lambda folder: data.Encoder("t5-xxl", 6, str(folder), "fp32")
+    refused(capsys, lambda: open_(tmp_path), "no encoder t5-xxl", "google/t5-v1_1-xxl")
+    shutil.copytree(encoders / "t5", tmp_path / "t5")
+    torch.save(Trap(), tmp_path / "t5" / "pytorch_model.bin")
+    (tmp_path / "t5" / "model.safetensors").unlink()
+    refused(capsys, lambda: open_(tmp_path / "t5"), "does not open", ".safetensors")
+    assert not os.path.exists("executed")
+
+
+def test_latents_are_made_once_and_read_as_batches(photos, capsys):
+    config = tiny(data=str(photos), resolution=16, latent_stride=2, latent_channels=12, latent_scale=1.0, batch=24)
+    indexed(photos)
+    args = types.SimpleNamespace(path=str(photos), encoder="", weights="", dtype="fp32", vae="blocks")
+    data.embed(args, config)
+    config["autoencoder"] = "blocks"
+    world = data.open_data(config)
+    batches = Batches(world, config, False)
+    z, _, size = batches[0]
+    assert z.shape == (24, 12, 8, 8)
+    for row, z_, (_, i) in zip(size.tolist(), z, batches.pairs(0)):
+        image, top, left = world.view(i, 16, 16)
+        assert torch.allclose(data.open_autoencoder(config).decode(z_[None]), data.to_tensor(np.stack([image])), atol=1e-6) and row[2:] == [top, left, 16, 16]
+    refused(capsys, lambda: Batches(world, config | {"flip": True}, False), "flip and jitter need pixels")
+    refused(capsys, lambda: Batches(world, config | {"resize": "stretch"}, False), "resize crop there, stretch here")
+    assert Batches(world, config | {"autoencoder": ""}, False)[0][0].shape == (24, 3, 16, 16)
+
+
+def test_sentencepiece_captions(photos, tmp_path, capsys):
+    pytest.importorskip("sentencepiece")
+    args = types.SimpleNamespace(path=str(photos), to=str(tmp_path / "v.model"), size=32000)
+    data.vocabulary(args, tiny(data=str(photos)))
+    pieces = int(re.search(r"(\d+) pieces", capsys.readouterr().out)[1])
+    config = tiny(data=str(photos), encoder=f"sentencepiece:{args.to}", text_vocab=pieces + 1, text_length=30)
+    batches = Batches(data.open_data(config), config, False)
+    _, text, _ = batches[0]
+    assert text.shape == (8, 30) and text.dtype == torch.int64 and 0 < text.max() <= pieces and not data.encode_captions([""], config).any()
+    library = pytest.importorskip("sentencepiece").SentencePieceProcessor(model_file=args.to)
+    tokens = data.encode_captions(["grey level 7"], config)[0]
+    assert library.decode([int(t) - 1 for t in tokens if t]) == "grey level 7"
+    refused(capsys, lambda: data.encode_captions(["x"], config | {"text_vocab": 9}), f"set text_vocab = {pieces + 1}")
+    refused(capsys, lambda: data.encode_captions(["x"], config | {"encoder_id": "sentencepiece 0000"}), "sentencepiece 0000", batches.identity["encoder_id"])
+
+
+# data: looking
+
+def test_contact_sheet_and_table_of_nouns(photos, tmp_path, capsys):
+    image, args = pytest.importorskip("PIL.Image"), types.SimpleNamespace(path=str(photos), to=str(tmp_path / "s.png"))
+    data.show(args, tiny("grow", data=str(photos), batch=6))
+    said = capsys.readouterr().out
+    sheet = image.open(tmp_path / "s.png")
+    assert sheet.size == (4 * 264, 2 * (256 + 16 + 12)) and "6 images of 32x32 px" in said
+    strip = np.asarray(sheet)[262:280, :264]                   # beneath the first image there is writing
+    assert strip.min() < 60 and strip.max() == 255
+    data.stats(args, tiny(data=str(photos)))
+    row = capsys.readouterr().out.splitlines()[-1].split()
+    assert row[:6] == ["raw", "24", "1", "1", "24", "3.0"]     # "level", 24 times
+
+
+def test_nouns_end_their_phrases():
+    assert data.nouns("two small red circles above a large striped blue square on a white background") == ["circles", "square", "background"]
+    assert data.nouns("") == data.nouns("3 2 1!") == []
+    world = Scenes(tiny(scene_objects=3, scene_shapes=4, scene_colours=6))
+    for i in range(200):
+        groups = world.scene(i)["groups"]
+        assert [n.rstrip("es") for n in data.nouns(world.caption(i))] == [g["shape"].rstrip("es") for g in groups] + ["background"]
+
+
+@slow
+def test_memory_of_workers_is_flat_over_200_000_captions(tmp_path):
+    """Resident memory of 4 workers, private pages alone, after 200 and after 1000 steps of 200 images."""
+    image = pytest.importorskip("PIL.Image")
+    blob = picture(16, 16, kind="PNG")
+    for s in range(4):
+        shard(tmp_path / f"{s}.tar", [(f"{k}.{kind}", b) for k in range(50000) for kind, b in (("png", blob), ("txt", f"caption {s} {k} ".encode() * 8))])
+    code = f"""
+import data, os, re
+config = data.load_config("toy", "pretrain", [("data", {str(tmp_path)!r}), ("batch", "200"), ("workers", "4"), ("steps", "1001")])
+data.write_index({str(tmp_path / 'ix')!r}, *data.scan(config["data"], 2))
+config["data"] = {str(tmp_path / 'ix')!r}
+def private():
+    kids = [p for p in os.listdir("/proc") if p.isdigit() and open(f"/proc/{{p}}/stat").read().rpartition(")")[2].split()[1] == str(os.getpid())]
+    return sum(int(n) for p in kids for n in re.findall(r"Private_\\w+: +(\\d+) kB", open(f"/proc/{{p}}/smaps_rollup").read())) / 1024
+batches = data.Batches(data.open_data(config), config, False)
+for step, _ in enumerate(data.torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(1001), num_workers=4)):
+    if step in (200, 400, 600, 800, 1000):
+        print(step, round(private(), 1), flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
+    table = [tuple(map(float, line.split())) for line in done.stdout.splitlines()]
+    print(table)
+    assert len(table) == 5 and table[-1][1] < 1.05 * table[0][1] + 4, done.stdout + done.stderr[-2000:]
 
 
 def test_png_is_read_back_by_a_library(tmp_path):

@@ -55,10 +55,10 @@ STAGES = {
     "finetune": ("pretrain",  "core.",  False,  True),
 }
 SHELL_KEYS = ("shell", "channels", "residual_blocks", "entry_channels", "patch")
-CORE_KEYS = ("width", "depth", "heads", "mlp_ratio", "text_vocab")
+CORE_KEYS = ("width", "depth", "heads", "mlp_ratio", "text_vocab", "encoder", "encoder_id")
 # what may change when a run goes on: how it is looked at and spread over devices, the steps and the learning rate
 FREE_KEYS = ("steps", "lr", "lr_end", "micro", "workers", "compile", "checkpointing", "fsdp", "sharded", "dist_timeout", "keep", "guidance", "sampler",
-             "sample_steps", "log_every", "sample_every", "save_every", "eval_every", "eval_n", "tensorboard")
+             "sample_steps", "log_every", "sample_every", "save_every", "eval_every", "eval_n", "tensorboard", "encoder_weights")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # dense FLOP/s in half precision, TF32 and float32, and GiB of memory, by NVIDIA's data sheets
@@ -287,6 +287,7 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)                   # until the loop 
 # ---- data: looked at before anything is trained -----------------------------------------------------------------------------
 data = open_data(config)
 batches = Batches(data, config, only_large, rank, world)
+config |= batches.identity                                     # which data and which encoder: compared when a run goes on or grows
 
 # ---- the run that this one starts from, made or finished first where need be ------------------------------------------------
 run = os.path.join(out, name, stage)
@@ -387,9 +388,7 @@ half_precision = lambda: torch.autocast(device.split(":")[0], dtype, enabled=dty
 scaler = torch.amp.GradScaler(device.split(":")[0], enabled=dtype == torch.float16)
 torch.backends.cudnn.deterministic = True                      # a run repeats itself on a GPU too
 torch.manual_seed(config["seed"])                              # first weights only; all else draws from (seed, step, sample)
-say(f"data {data.name}: {len(batches.usable)} of {len(data)} images are used" + (f" (at least {config['resolution']} px)" if only_large else ""))
-for reason, files in sorted(getattr(data, "skipped", {}).items()):
-    say(f"  skipped {len(files)}: {reason}, such as {files[0]}")
+say(batches.summary())
 
 # ---- model: grow, freeze, wrap ----------------------------------------------------------------------------------------------
 model = build(config)
