@@ -1196,7 +1196,7 @@ def test_embeddings_of_another_encoder_are_refused_with_both_names(photos, encod
     assert re.fullmatch(r"t5-xxl fp32 \w{16}, clip-h fp32 \w{16}", name)
     refused(capsys, lambda: Batches(world, config | {"encoder_id": "t5-xxl fp32 0123456789abcdef"}, False), "0123456789abcdef", name)
     others = f"{encoders / 'other'},{encoders / 'clip'}"
-    refused(capsys, lambda: data.encode_captions(["grey"], config | {"encoder_id": name, "encoder_weights": others}), name, "encoder_weights holds t5-xxl:6")
+    refused(capsys, lambda: data.encode_captions(["grey"], config | {"encoder_id": name, "encoder_weights": others}), name, "encoder_weights holds t5-xxl fp32")
     refused(capsys, lambda: data.encode_captions(["unseen words"], config), "'unseen words'", "set encoder_weights")
     refused(capsys, lambda: Batches(world, config | {"encoder_width": (32, 32)}, False), "(32, 24) wide")
     refused(capsys, lambda: Batches(world, config | {"encoder": "t5-xl:128"}, False), "did you mean 't5-xxl'")
