@@ -1059,7 +1059,7 @@ class Encoder:
             raise UserError(f"{folder!r} does not open as encoder {name} ({type(e).__name__}: {str(e)[:200]}): {hint}")
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.net, self.tokens = net.eval().requires_grad_(False).to(self.device), tokens
-        self.name, self.width, self.id = name, net.config.hidden_size, f"{name}:{tokens} {dtype} {digest_of(folder)}"
+        self.name, self.width, self.id = name, net.config.hidden_size, f"{name} {dtype} {digest_of(folder)}"
 
     @torch.no_grad()
     def __call__(self, captions):

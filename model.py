@@ -10,6 +10,8 @@ The model that grows:  v = shell.decode(core(shell.encode(z)))          (Greedy 
     from model import load
     model, config = load("out/toy/grow")                     # EMA weights, ready to denoise
 
+    python model.py [CONFIG/STAGE ...]                       size and speed of presets; with none named, of the largest: needs a GPU, 8 minutes
+
 Notable features:
 - adaLN-single: one network under core.time makes the shifts, scales and gates of every block, so that "the time encoding
   stays trainable while the core is frozen" (Sec. 3.3) is a single prefix of parameter names;
@@ -19,15 +21,21 @@ Notable features:
 Letters: B images, C channels (3, or the latents'), H W pixels or latents, h w token grid, N = h*w tokens, L caption tokens,
 E width of their embeddings, D width of the core, r ratio of the KV merge.
 """
+import functools
+import gc
 import hashlib
 import math
 import os
+import sys
+import time
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-from data import UserError, default_config
+from data import UserError, default_config, encoder_parts, is_frozen, load_config
 from kernels import attention, kv_merge
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -110,17 +118,11 @@ class TextEncoding(nn.Module):
 
 
 def encoder_spans(config):
-    """[(tokens, width), ...] of the encoders in "t5-xxl:128,clip-h:77"; none where the core embeds words by itself."""
-    names, widths = config["encoder"], config["encoder_width"]
-    if names == "words" or names.startswith("sentencepiece:"):
-        return []
-    try:
-        spans = [(int(part.split(":")[1]), width) for part, width in zip(names.split(","), widths, strict=True)]
-    except (IndexError, ValueError):
-        raise UserError(f"encoder = {names!r}, encoder_width = {widths}: give NAME:TOKENS and a width for each, as in t5-xxl:128,clip-h:77 and (4096, 1024)")
-    if config["text_length"] != sum(tokens for tokens, _ in spans):
-        raise UserError(f"text_length = {config['text_length']}: the encoders {names} give text_length = {sum(tokens for tokens, _ in spans)}")
-    return spans
+    """[(tokens, width), ...] of the frozen encoders in "t5-xxl:128,clip-h:77"; none where the core embeds words by itself."""
+    parts = encoder_parts(config["encoder"]) if is_frozen(config["encoder"]) else []
+    if parts and (len(parts), sum(tokens for _, tokens in parts)) != (len(config["encoder_width"]), config["text_length"]):
+        raise UserError(f"encoder = {config['encoder']}: set encoder_width to a width for each, and text_length = {sum(tokens for _, tokens in parts)}")
+    return [(tokens, width) for (_, tokens), width in zip(parts, config["encoder_width"])]
 
 
 class EmbeddedText(nn.Module):
@@ -191,15 +193,12 @@ class SelfAttention(nn.Module):
             self.merge = nn.Conv2d(width, width, r, stride=r, groups=width)        # these two only hold the parameters
             self.merge_norm = nn.LayerNorm(width) if merge_norm else None
 
-    def merged(self, k, v, grid):
-        norm = (self.merge_norm.weight, self.merge_norm.bias) if self.merge_norm else (None, None)
-        k, v = kv_merge(k.flatten(2), v.flatten(2), self.merge.weight, self.merge.bias, *norm, grid, self.r)
-        return k.unflatten(2, (self.heads, -1)), v.unflatten(2, (self.heads, -1))  # each (B, N/r^2, heads, D/heads)
-
     def forward(self, x, grid):
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)          # each (B, N, heads, D/heads)
         if self.r > 1:
-            k, v = self.merged(k, v, grid)
+            norm = (self.merge_norm.weight, self.merge_norm.bias) if self.merge_norm else (None, None)
+            k, v = kv_merge(k.flatten(2), v.flatten(2), self.merge.weight, self.merge.bias, *norm, grid, self.r)
+            k, v = (part.unflatten(2, (self.heads, -1)) for part in (k, v))        # each (B, N/r^2, heads, D/heads)
         return self.out(attention(q, k, v).flatten(2))                             # (B, N, D)
 
 
@@ -465,7 +464,7 @@ def initialise(model):
             nn.init.constant_(p, 1.0 if name.endswith("weight") else 0.0)
         elif p.ndim < 2 or name.endswith("table") or any(k in name for k in ZERO):
             nn.init.zeros_(p)
-        elif ".merge." in name:
+        elif "merge.weight" in name:
             nn.init.constant_(p, 1 / p[0].numel())
         elif "text.embed" in name or "text.position" in name:
             nn.init.normal_(p, std=1.0 if "embed" in name else 0.5)
@@ -479,9 +478,8 @@ ZERO = ("time.modulation.weight", "cross_attention.out.weight", "time.size_out.w
 
 def image_shape(config):
     """(C, H, W) of what the denoiser works on: pixels, or latents of an autoencoder. `resolution` counts pixels either way."""
-    c = config
-    side = c["resolution"] // (c["latent_stride"] if c["autoencoder"] else 1)
-    return c["latent_channels"] if c["autoencoder"] else 3, side, side
+    side = config["resolution"] // (config["latent_stride"] if config["autoencoder"] else 1)
+    return config["latent_channels"] if config["autoencoder"] else 3, side, side
 
 
 def token_size(config):
@@ -500,19 +498,16 @@ def check_sizes(config):
     c = config
     if c["shell"] not in SHELLS or c["weighting"] not in WEIGHTINGS:
         raise UserError(f"shell = {c['shell']}, weighting = {c['weighting']}: take one of {', '.join(SHELLS)} and of {', '.join(WEIGHTINGS)}")
-    latent = c["latent_stride"] if c["autoencoder"] else 1
-    levels = len(c["channels"]) if c["shell"] == "unet" else 0
-    merge = c["kv_merge"] if merged_layers(c) else 1
-    res, unit = c["resolution"], latent * (c["patch"] * merge if c["shell"] == "patch" else c["grid"] * 2 ** levels)
-    if c["shell"] == "patch" and res % unit:
-        raise UserError(f"resolution = {res} is no multiple of {unit} px (latent_stride {latent} x patch {c['patch']} x kv_merge {merge}): "
-                        f"take {max(1, round(res / unit)) * unit}")
-    if c["shell"] != "patch" and (res % unit or (res // unit) & (res // unit - 1)):                # unit times a power of two
-        below = unit * 2 ** max(0, math.floor(math.log2(res / unit)))
-        raise UserError(f"resolution = {res} does not fit grid {c['grid']} under a {c['shell']} shell of {levels} levels: "
-                        f"take {below} or {2 * below}")
+    levels, merge = len(c["channels"]) if c["shell"] == "unet" else 0, c["kv_merge"] if merged_layers(c) else 1
+    latent, patches = c["latent_stride"] if c["autoencoder"] else 1, c["shell"] == "patch"
+    unit = latent * (c["patch"] * merge if patches else c["grid"] * 2 ** levels)   # px
+    sizes = range(unit, 2 * max(unit, c["resolution"]) + 1, unit) if patches else [unit * 2 ** k for k in range(20)]
+    if c["resolution"] not in sizes:
+        below = max((size for size in sizes if size < c["resolution"]), default=unit)
+        what = f"tokens of {unit} px" if patches else f"grid {c['grid']} under a {c['shell']} shell of {levels} levels"
+        raise UserError(f"resolution = {c['resolution']} does not fit {what}: take {below} or {min(size for size in sizes if size > below)}")
     if token_grid(c) % merge:
-        raise UserError(f"kv_merge = {merge} does not divide a grid of {token_grid(c)} x {token_grid(c)} tokens: take grid = {max(1, round(c['grid'] / merge)) * merge}")
+        raise UserError(f"kv_merge = {merge} does not divide a grid of {token_grid(c)} x {token_grid(c)} tokens: take another, or another grid")
     if c["width"] % c["heads"] or c["width"] % 4:
         good = [w for w in range(max(c["width"] - 256, 4), c["width"] + 257) if w % c["heads"] == 0 and w % 4 == 0]
         raise UserError(f"width = {c['width']} is no multiple of heads = {c['heads']} and of 4: "
@@ -525,10 +520,10 @@ def build(config):
     return initialise(Denoiser(Core(config), SHELLS[config["shell"]](config)))
 
 
-def example(config, batch=1, device="cpu"):
+def example(config, batch=1, device=None):
     """(z, logsnr, text) of the shapes that a model of this config takes: to count with, on the meta device for instance."""
-    spans, length = encoder_spans(config), config["text_length"]
-    text = torch.zeros(batch, length, max(e for _, e in spans), device=device) if spans else torch.zeros(batch, length, dtype=torch.long, device=device)
+    widest = [max(e for _, e in spans)] if (spans := encoder_spans(config)) else []
+    text = torch.zeros(batch, config["text_length"], *widest, dtype=torch.float if widest else torch.long, device=device)
     return torch.zeros(batch, *image_shape(config), device=device), torch.zeros(batch, device=device), text
 
 
@@ -591,13 +586,12 @@ def ema_weights(state):
 
 def carry_over(start, config, keeps):
     """
-    What a new model of `config` takes from the checkpoint `start`: {name: tensor} of all under the prefix `keeps`, and one line of
-    text that says what was kept, interpolated, added and left. Raises UserError unless everything under it fits. Growing a core,
-    continuing at a larger size and switching the KV merge on are all this one function.
+    What a new model of `config` takes from the checkpoint `start` when it grows, goes on at a larger size or switches the KV merge on:
+    {name: tensor} of all under the prefix `keeps`, and a line that reports it. Raises UserError unless all of that fits.
     """
     with torch.device("meta"):                                                     # shapes alone, no memory
         new = build(config).state_dict()
-    old, then = ema_weights(start), start["config"]
+    old, grids = ema_weights(start), [token_grid(start["config"]), token_grid(config)]
     kept = {k: v for k, v in old.items() if k.startswith(keeps) and k in new}
     wrong = [f"{k} is {tuple(v.shape)} there, {tuple(new[k].shape)} here" for k, v in kept.items() if v.shape != new[k].shape]
     added = [k for k in new if k.startswith(keeps) and k not in old]
@@ -605,11 +599,9 @@ def carry_over(start, config, keeps):
     if wrong:
         raise UserError(f"this model cannot take over the weights ({', '.join(wrong[:3])}): use the settings of their run, or train another")
     said = f"{len(kept)} tensors kept, {len(new) - len(kept)} new, {len(old) - len(kept)} unused"
-    if token_grid(then) != token_grid(config):
-        said += "; positions interpolated by their formula from {0} x {0} to {1} x {1} tokens".format(token_grid(then), token_grid(config))
-    if added:
-        said += f"; added within what is kept: {len(added)} tensors" + f" (KV merge by {config['kv_merge']}, blocks {config['kv_merge_layers']}, as the mean)" * any(".merge" in k for k in added)
-    return kept, said
+    said += "; positions interpolated by their formula from {0} x {0} to {1} x {1} tokens".format(*grids) if grids[0] != grids[1] else ""
+    merge = f" (KV merge by {config['kv_merge']}, blocks {config['kv_merge_layers']}, as the mean)" if any(".merge" in k for k in added) else ""
+    return kept, said + (f"; added within what is kept: {len(added)} tensors{merge}" if added else "")
 
 
 def load(path, device="cpu"):
@@ -618,3 +610,41 @@ def load(path, device="cpu"):
     model = build(state["config"])
     model.load_state_dict(ema_weights(state))
     return model.eval().to(device), state["config"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# python model.py CONFIG/STAGE ...: how large and how fast
+
+def speed(name, device):
+    """Prints parameters, and TFLOP, seconds and peak memory of a forward and of a training step of one image in bf16, recomputation included."""
+    gc.collect()                                               # the model before refers to itself
+    config = load_config(*name.split("/"))
+    with torch.device(device):
+        model, (z, logsnr, text) = build(config), example(config)
+    frozen = {p for k, p in model.named_parameters() if name.endswith("/grow") and k.startswith("core.") and not k.startswith("core.time.")}
+    optimizer = torch.optim.AdamW([p.requires_grad_(p not in frozen) for p in model.parameters()], fused=True)
+    for block in model.core.blocks if config["checkpointing"] else []:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+    def step(train):
+        begin = time.perf_counter()
+        with torch.set_grad_enabled(train), torch.autocast(device, torch.bfloat16):
+            loss = model(z + 1, logsnr, text + 1).float().square().mean()          # a text of zeros would be skipped
+        if train:
+            loss.backward(), optimizer.step(), optimizer.zero_grad()
+        return float(loss.detach()), time.perf_counter() - begin                   # reading a value waits for the device
+    for train in (False, True):
+        step(train)                                            # tries the kernels, makes the optimizer's state
+        torch.cuda.reset_peak_memory_stats() if device == "cuda" else None
+        with FlopCounterMode(display=False) as counter:
+            step(train)
+        seconds, tera = sorted(step(train)[1] for _ in range(3))[1], counter.get_total_flops() / 1e12
+        gib = torch.cuda.max_memory_allocated() / 2 ** 30 if device == "cuda" else math.nan
+        print(f"{name:28} {sum(p.numel() for p in model.parameters()) / 1e6:8.1f}M  {'training step' if train else 'forward':13}  {tera:9.3f} TFLOP"
+              f"  {seconds:9.4f} s  {tera / seconds:7.1f} TFLOP/s  {gib:6.1f} GiB", flush=True)
+
+
+if __name__ == "__main__":
+    largest = [f"pixart-sigma-{size}{kv}/defrost" for size in ("1k", "2k", "4k") for kv in ("", "-kv")] + ["huge/grow"]
+    for name in sys.argv[1:] or largest:
+        speed(name, "cuda" if torch.cuda.is_available() else "cpu")

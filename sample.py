@@ -66,14 +66,15 @@ def dpm(denoise, z, logsnrs, draw):
 
 
 def heun(denoise, z, logsnrs, draw):
-    """Heun's method on dy/ds = (y - x) / s with y = z / alpha, s = sigma / alpha (Karras et al. 2022, Algorithm 1)."""
+    """
+    Heun's method: a step of DDIM, then again along the line from this x to the x there. As in DPM-Solver++ all but x is solved exactly
+    (ETD2RK, Cox and Matthews 2002), which bears wide steps; on the plain ODE (Karras et al. 2022) few steps of our schedule explode.
+    """
     for now, then in zip(logsnrs[:-1], logsnrs[1:]):
-        (alpha, _), (alpha_then, _) = alpha_sigma(now), alpha_sigma(then)
-        y, s, s_then = z / alpha, torch.exp(-now / 2), torch.exp(-then / 2)
-        slope = (y - denoise(z, now)) / s                                          # (B, C, H, W)
-        ahead = y + (s_then - s) * slope                                           # where Euler's method would end, which is DDIM
-        slope_then = (ahead - denoise(alpha_then * ahead, then)) / s_then
-        z = alpha_then * (y + (s_then - s) * (slope + slope_then) / 2)
+        (_, sigma), (alpha_then, sigma_then) = alpha_sigma(now), alpha_sigma(then)
+        h, x = (then - now) / 2, denoise(z, now)                                   # (B, C, H, W)
+        to = lambda x: sigma_then / sigma * z - alpha_then * torch.expm1(-h) * x
+        z = to(torch.lerp(x, denoise(to(x), then), -1 / torch.expm1(-h) - 1 / h))  # the weight is 1/2 for small steps, 1 for wide ones
     return denoise(z, logsnrs[-1])
 
 

@@ -163,7 +163,7 @@ def test_every_key_is_documented_and_read():
 @pytest.mark.parametrize("flags, words", [
     (["--stage", "growth"], "did you mean 'grow'"), (["--wdith", "32"], "did you mean 'width'"), (["--lr", "1", "--lr", "2"], "twice"),
     (["--lr"], "lr takes a float"), (["lr", "1"], "write --KEY VALUE"), (["--resolution", "48", "--data", "nowhere"], "take 32 or 64"), (["--data", "nowhere"], "no folder"),
-    (["--sampler", "dpm"], "take one of ddpm, ddim"), (["--dtype", "fp64"], "take one of auto")])
+    (["--sampler", "euler"], "take one of ddpm, ddim, dpm, heun"), (["--dtype", "fp64"], "take one of auto")])
 def test_bad_flags_are_one_line_that_says_how_to_mend_them(flags, words, tmp_path):
     stage = [] if "--stage" in flags else ["--stage", "scratch"]
     said = run("train.py", *stage, *flags, "--out", tmp_path, code=2)
@@ -191,6 +191,91 @@ def test_stage_sections_and_flags_win_in_that_order(tmp_path):
     file.write_text('[DEFAULT]\ninherits = ""\nsteps = 1\nlr = 0.1\nshell = "a"\n[one]\nsteps = 2\n[one.grow]\nshell = "b"\n[two]\ninherits = "one"\nlr = 1\n')
     assert load_config("two", "grow", [("steps", "7")], file=str(file)) == dict(inherits="one", steps=7, lr=1.0, shell="b")
     assert load_config("two", "pretrain", file=str(file))["shell"] == "a"
+
+
+def test_the_second_of_two_inherited_configs_wins(tmp_path, capsys):
+    file = tmp_path / "c.txt"
+    file.write_text('[DEFAULT]\ninherits = ""\nsteps = 1\nlr = 0.1\n[one]\nsteps = 2\nlr = 0.2\n[two]\nsteps = 3\n[one.grow]\nlr = 0.3\n[three]\ninherits = "one, two"\n'
+                    '[loop]\ninherits = "pool"\n[pool]\ninherits = "loop"\n')
+    assert load_config("three", "pretrain", file=str(file)) == dict(inherits="one, two", steps=3, lr=0.2)
+    assert load_config("three", "grow", file=str(file)) == dict(inherits="one, two", steps=3, lr=0.3)
+    with pytest.raises(UserError):
+        load_config("loop", file=str(file))
+    assert "name another one" in capsys.readouterr().err
+
+
+CONFIGS = [s for s in data.read_configs().sections() if "." not in s]
+TWINS = [c for c in CONFIGS if c.endswith("-tiny")]
+STAGES = ("pretrain", "grow", "defrost", "scratch", "finetune")
+
+
+def on_meta(config):
+    """The model as shapes alone: 8 billion parameters take no memory."""
+    with torch.device("meta"):
+        return models.build(config)
+
+
+@pytest.mark.parametrize("name, stage, part, wanted, tolerance", [
+    ("base", "pretrain", "", 672e6, 0.02), ("xhuge", "pretrain", "", 7.7e9, 0.02), ("base", "grow", "shell", 217e6, 0.03),
+    ("vermeer", "grow", "", 8e9, 0.05), ("pixart-sigma", "pretrain", "", 0.6e9, 0.02), ("sdxl", "pretrain", "", 2.6e9, 0.05)])
+def test_presets_have_as_many_parameters_as_the_papers_say(name, stage, part, wanted, tolerance):
+    net = on_meta(load_config(name, stage))
+    count = sum(p.numel() for p in (getattr(net, part) if part else net).parameters())
+    assert abs(count / wanted - 1) < tolerance, f"{count:,}"
+
+
+@pytest.mark.parametrize("name", [c for c in CONFIGS if c not in TWINS and (not c.startswith("pixart-sigma-") or c.endswith("4k-kv"))])
+def test_every_preset_gives_a_velocity_of_the_shape_of_its_image(name):
+    for stage in ("pretrain", "grow"):
+        config = load_config(name, stage)
+        z, logsnr, text = models.example(config, 2, "meta")
+        assert on_meta(config)(z, logsnr, text, torch.zeros(2, 6, device="meta")).shape == z.shape == (2, *models.image_shape(config))
+        assert config["sampler"] in sampling.SAMPLERS
+        if name not in ("toy", "small", "tiny"):               # the papers' recipes are AdamW's
+            assert config["muon_lr"] == 0 and config["data"] != "scenes"
+
+
+@pytest.mark.parametrize("names", [[*TWINS, "pixart-sigma-2k-kv"], pytest.param([c for c in CONFIGS if c not in TWINS], marks=slow)])
+def test_growing_keeps_the_core_of_every_preset(names):
+    """Each stage that keeps something fits what it keeps: on shapes alone, through all configs and their chains of starts."""
+    for name in names:
+        for stage in ("grow", "defrost"):
+            config, keeps = load_config(name, stage), "core." if stage == "grow" else ""
+            start = config["starts"].split("/") if config["starts"] and stage == "defrost" else (name, "pretrain" if stage == "grow" else "grow")
+            then = load_config(*start)
+            kept, said = models.carry_over({"config": then, "model": on_meta(then).state_dict(), "ema": {}}, config, keeps)
+            assert len(kept) > 20 and ("0 unused" in said or stage == "grow"), (name, stage, said)
+            assert ("KV merge by 2" in said) == (stage == "defrost" and name.startswith("pixart") and "-kv" in name)
+    assert load_config("pixart-sigma-4k-kv", "defrost")["starts"] == "pixart-sigma-4k/defrost"
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_twins_train_and_sample_in_every_stage(name):
+    seen = []
+    for stage in STAGES:
+        config = load_config(name, stage)
+        if {**config, "lr": 0, "steps": 0} in seen:            # as in another stage
+            continue
+        seen.append({**config, "lr": 0, "steps": 0})
+        net = shaken(models.build(config))
+        batches = Batches(data.open_data(config), config, filtered=False)
+        x, text, size = (part[:2] for part in batches[0])
+        x = data.open_autoencoder(config).encode(x)
+        loss = models.diffusion_loss(net, x, text, torch.tensor([0.3, 0.7]), torch.randn_like(x), config, size)
+        loss.sum().backward()
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
+        picture = sampling.sample(net, config, ["a red circle"], steps=2)
+        assert picture.shape == (1, 3, config["resolution"], config["resolution"]) and picture.abs().max() <= 1
+
+
+def test_a_twin_is_its_preset_but_for_sizes():
+    sizes = {k for section in data.read_configs()._sections if section.startswith("tiny") for k in data.read_configs()._sections[section]}
+    free = sizes | {"inherits", "starts", "autoencoder", "latent_channels", "latent_stride", "latent_scale", "patch", "kv_merge_layers"}
+    for name in TWINS:
+        for stage in STAGES:
+            twin, real = load_config(name, stage), load_config(name.removesuffix("-tiny"), stage)
+            assert {k for k in twin if twin[k] != real[k]} <= free, name
+            assert all(twin[k] == real[k] for k in ("shell", "sampler", "size_condition", "kv_merge", "muon_lr")), name
 
 
 # ---- kernels.py -------------------------------------------------------------------------------------------------------------
@@ -1109,10 +1194,10 @@ def test_embeddings_of_another_encoder_are_refused_with_both_names(photos, encod
     config = reading(photos)
     world = data.open_data(config)
     name = Batches(world, config, False).identity["encoder_id"]
-    assert re.fullmatch(r"t5-xxl:6 fp32 \w{16}, clip-h:5 fp32 \w{16}", name)
-    refused(capsys, lambda: Batches(world, config | {"encoder_id": "t5-xxl:6 fp32 0123456789abcdef"}, False), "0123456789abcdef", name)
+    assert re.fullmatch(r"t5-xxl fp32 \w{16}, clip-h fp32 \w{16}", name)
+    refused(capsys, lambda: Batches(world, config | {"encoder_id": "t5-xxl fp32 0123456789abcdef"}, False), "0123456789abcdef", name)
     others = f"{encoders / 'other'},{encoders / 'clip'}"
-    refused(capsys, lambda: data.encode_captions(["grey"], config | {"encoder_id": name, "encoder_weights": others}), name, "encoder_weights holds t5-xxl:6")
+    refused(capsys, lambda: data.encode_captions(["grey"], config | {"encoder_id": name, "encoder_weights": others}), name, "encoder_weights holds t5-xxl fp32")
     refused(capsys, lambda: data.encode_captions(["unseen words"], config), "'unseen words'", "set encoder_weights")
     refused(capsys, lambda: Batches(world, config | {"encoder_width": (32, 32)}, False), "(32, 24) wide")
     refused(capsys, lambda: Batches(world, config | {"encoder": "t5-xl:128"}, False), "did you mean 't5-xxl'")
@@ -1127,7 +1212,7 @@ def test_embedding_goes_on_where_it_was_killed(photos, encoders):
     folder = photos / data.INDEX / "byt5-12"
     whole = {p.name: p.read_bytes() for p in folder.iterdir()}
     about = json.loads(whole["about.json"])
-    assert about["id"].startswith("byt5:12 bf16 ") and len(whole["values.bin"]) == 2 * 32 * about["rows"] and about["rows"] == 24 * 12
+    assert about["id"].startswith("byt5 bf16 ") and len(whole["values.bin"]) == 2 * 32 * about["rows"] and about["rows"] == 24 * 12
     for values, ends in ((0, 0), (len(whole["values.bin"]) // 2 + 7, len(whole["ends.bin"])), (len(whole["values.bin"]), 83)):
         (folder / "about.json").unlink(missing_ok=True)
         (folder / "started.json").write_text(json.dumps({k: v for k, v in about.items() if k not in ("arrays", "rows")}, sort_keys=True))
@@ -1259,6 +1344,57 @@ def test_png_is_read_back_by_a_library(tmp_path):
     assert (np.asarray(image.open(tmp_path / "x.png")) == pixels).all()
 
 
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory):
+    """A tiny AutoencoderKL with random weights, made here and saved as diffusers does."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vae")
+    diffusers.AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 16),
+                            layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=32, scaling_factor=0.5).save_pretrained(folder)
+    return [("autoencoder", str(folder)), ("latent_stride", "2"), ("latent_scale", "0.5")]
+
+
+def test_latents_of_an_autoencoder_are_its_scaled_mean_and_decode_in_tiles(vae, capsys):
+    from diffusers import AutoencoderKL
+    config = load_config("toy", "grow", vae)
+    opened, plain = data.open_autoencoder(config), AutoencoderKL.from_pretrained(vae[0][1], low_cpu_mem_usage=False).eval()
+    x = torch.rand(2, 3, 32, 24) * 2 - 1
+    with torch.no_grad():
+        mean = plain.encode(x).latent_dist.mean
+        assert torch.allclose(opened.encode(x), 0.5 * mean, atol=1e-6)
+        assert torch.allclose(opened.decode(0.5 * mean), plain.decode(mean).sample.clamp(-1, 1), atol=1e-6)
+        large = torch.randn(1, 4, 40, 48)                      # tiles are 16 latents wide
+        assert opened.decode(large).shape == (1, 3, 80, 96)
+        assert not torch.allclose(opened.decode(large), plain.decode(large / 0.5).sample.clamp(-1, 1), atol=1e-5)      # so it was tiled
+    assert models.image_shape(config) == (4, 16, 16)
+    for key, value, words in [("latent_scale", 0.13025, "set latent_scale = 0.5"), ("latent_channels", 8, "set latent_channels = 4"),
+                              ("autoencoder", "/nowhere", "no autoencoder in '/nowhere'")]:
+        with pytest.raises(UserError):
+            data.open_autoencoder({**config, key: value})
+        assert words in capsys.readouterr().err
+
+
+def test_without_diffusers_latents_say_what_to_install(monkeypatch, tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(UserError):
+        data.open_autoencoder(dict(tiny(), autoencoder=str(tmp_path)))
+    assert "pip install diffusers" in capsys.readouterr().err
+
+
+def test_blocks_lose_nothing_and_pixels_stay_as_they_are(capsys):
+    x = torch.rand(2, 3, 16, 24) * 2 - 1
+    config = tiny(autoencoder="blocks", latent_channels=12, latent_stride=2, latent_scale=0.7)
+    blocks = data.open_autoencoder(config)
+    assert blocks.encode(x).shape == (2, 12, 8, 12) and torch.allclose(blocks.decode(blocks.encode(x)), x, atol=1e-6)
+    pixels = data.open_autoencoder(tiny())
+    assert torch.equal(pixels.encode(x), x) and torch.equal(pixels.decode(x), x)
+    with pytest.raises(UserError):
+        data.open_autoencoder(dict(config, latent_channels=4))
+    assert "set latent_channels = 12" in capsys.readouterr().err
+
+
 # ---- model.py ---------------------------------------------------------------------------------------------------------------
 
 def test_noise_schedule_is_the_cosine_shifted_by_resolution():
@@ -1284,20 +1420,28 @@ def test_weightings_are_the_errors_they_name(weighting):
     assert torch.allclose(loss, error.square().mean((1, 2, 3)), rtol=1e-4)
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "grow"])
-def test_outputs_meant_to_be_zero_are_exactly_zero_in_the_finished_model(stage):
-    net = models.build(tiny(stage))
+EMBEDDED = dict(encoder="t5-xxl:5,clip-h:3", encoder_width=(12, 8), text_length=8)
+EVERYTHING = dict(EMBEDDED, shell="patch", patch=2, kv_merge=2, kv_merge_layers="1-1", size_condition=True)
+
+
+@pytest.mark.parametrize("stage, changes, head", [("pretrain", {}, "head.conv"), ("grow", {}, "head.conv"), ("grow", EVERYTHING, "head"),
+                                                  ("grow", dict(EVERYTHING, shell="unet", kv_merge_norm=False), "head.conv")])
+def test_outputs_meant_to_be_zero_are_exactly_zero_in_the_finished_model(stage, changes, head):
+    config = tiny(stage, **changes)
+    net = models.build(config)
     zero = {k for k, p in net.named_parameters() if p.ndim > 1 and not p.any()}
     blocks = [f"core.blocks.{i}.{part}" for i in range(2) for part in ("table", "cross_attention.out.weight")]
-    assert {k for k in zero if k.startswith("core.")} == {"core.time.modulation.weight", *blocks}
-    conditions = {k for k in net.state_dict() if k.startswith("shell.") and k.endswith("condition.weight")}
-    assert {k for k in zero if k.startswith("shell.")} == {"shell.head.conv.weight"} | conditions
-    z = torch.randn(2, 3, *[tiny(stage)["resolution"]] * 2)
-    features = torch.randn(2, 32, 8, 8)
-    condition, text, mask = net.core.condition(torch.zeros(2), torch.ones(2, tiny()["text_length"], dtype=torch.long))
-    assert not net(z, torch.zeros(2), torch.ones(2, tiny()["text_length"], dtype=torch.long)).any()
-    with_positions = features + net.core.positions.T.reshape(1, 32, 8, 8)
-    assert torch.equal(net.core(features, condition, text, mask), with_positions)
+    sizes = {"core.time.size_out.weight"} if changes else set()
+    assert {k for k in zero if k.startswith("core.")} == {"core.time.modulation.weight", *blocks} | sizes
+    conditions = {k for k in net.state_dict() if k.startswith("shell.") and (k.endswith("condition.weight") or k == "shell.table")}
+    assert {k for k in zero if k.startswith("shell.")} == {f"shell.{head}.weight"} | conditions
+    z, logsnr, text = models.example(config, 2)
+    z, text, size = torch.randn_like(z), text + 1, torch.full((2, 6), 50.0)
+    assert not net(z, logsnr, text, size).any()
+    condition, text, mask = net.core.condition(logsnr, text, size)
+    features = torch.randn(2, 32, 8, 6)
+    with_positions = features + models.positions(8, 6, 32).T.reshape(1, 32, 8, 6)
+    assert mask.all() and torch.equal(net.core(features, condition, text, mask), with_positions)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "grow"])
@@ -1317,15 +1461,147 @@ def test_masked_text_cannot_change_the_output_and_real_text_does(stage):
 
 
 def test_unfit_sizes_name_the_nearest_good_ones(capsys):
-    for changes, words in [(dict(resolution=40), "take 32 or 64"), (dict(shell="nett"), "take one of shallow, unet"), (dict(heads=5), "take width = 40")]:
+    for changes, words in [(dict(resolution=40), "take 32 or 64"), (dict(shell="nett"), "take one of shallow, unet, patch"), (dict(heads=5), "take width = 40")]:
         with pytest.raises(data.UserError):
             models.check_sizes(tiny(**changes))
         assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("stage, changes, words", [
+    ("grow", dict(kv_merge=3, kv_merge_layers="0-1"), "does not divide a grid of 8 x 8"), ("grow", dict(kv_merge=2, kv_merge_layers="1-2"), "up to 0-1"),
+    ("grow", dict(kv_merge=2), "up to 0-1"), ("grow", dict(shell="patch", patch=5), "take 30"), ("grow", dict(shell="patch", kv_merge=3, kv_merge_layers="0"), "take 30"),
+    ("grow", dict(EMBEDDED, text_length=9), "text_length = 8"), ("grow", dict(EMBEDDED, encoder_width=(12,)), "a width for each"),
+    ("grow", dict(autoencoder="x", latent_stride=5), "take 80 or 160")])
+def test_unfit_tokens_are_refused_before_anything_is_built(stage, changes, words, capsys):
+    with pytest.raises(UserError):
+        models.build(tiny(stage, **changes))
+    assert words in capsys.readouterr().err
+
+
+def test_positions_interpolate_and_any_grid_will_do():
+    fine, coarse = models.positions(9, 6, 32).view(9, 6, 32), models.positions(3, 2, 32).view(3, 2, 32)
+    assert torch.allclose(coarse, fine[1::3, 1::3], atol=1e-5)                     # middles of 3 x 3 fine cells are those of coarse ones
+    for changes in (dict(shell="patch"), dict(shell="unet"), dict(shell="shallow")):
+        net = shaken(models.build(tiny("grow", **changes)))
+        z, logsnr, text = models.example(tiny("grow"), 2)
+        assert net(torch.cat([z, z], 3)[:, :, :16 if changes["shell"] == "patch" else 32], logsnr, text).shape[3] == 64
+
+
+def test_the_patch_shell_compiles_as_one_graph_at_two_sizes():
+    config = tiny("grow", **EVERYTHING)
+    net = shaken(models.build(config))
+    compiled = torch.compile(net, backend="eager", fullgraph=True)
+    z, logsnr, text = models.example(config, 1)
+    text[:, :2], size = 1.0, torch.full((1, 6), 32.0)
+    with torch.no_grad():
+        for width in (32, 16):
+            assert torch.allclose(compiled(z[..., :width] + 1, logsnr, text, size), net(z[..., :width] + 1, logsnr, text, size), atol=1e-5)
+
+
+def test_embedded_text_reads_each_encoder_by_its_own_projection_and_nothing_else():
+    config = tiny(**EMBEDDED)
+    net = shaken(models.build(config))
+    z, logsnr, text = models.example(config, 2)
+    z, text = torch.randn_like(z), torch.randn_like(text)
+    text[:, 5:, 8:] = 0                                        # the second encoder is narrower
+    text[:, 3:5] = text[:, 7:] = 0                             # padding of both
+    with torch.no_grad():
+        before = net(z, logsnr, text)
+        wider = text.clone()
+        wider[:, 5:7, 8:] = 100.0                              # beyond the second encoder's width
+        assert torch.equal(before, net(z, logsnr, wider))
+        tokens, mask, _ = net.core.text(text)
+        assert mask.tolist() == [[True] * 3 + [False] * 2 + [True] * 2 + [False]] * 2
+        assert torch.allclose(tokens[:, 5], net.core.text.norm_out(net.core.text.projections[1](text[:, 5, :8])), atol=1e-6)
+        one = net.core(torch.ones(2, 32, 8, 8), *net.core.condition(logsnr, text))
+        spoilt = (tokens + 100.0 * ~mask[..., None], mask)
+        assert torch.equal(one, net.core(torch.ones(2, 32, 8, 8), net.core.condition(logsnr, text)[0], *spoilt))
+        null = net(z, logsnr, text * 0)
+        assert torch.isfinite(null).all() and not torch.allclose(null, before, atol=1e-3)
+        assert torch.allclose(null[:1], net(z[:1], logsnr[:1], torch.zeros(1, 8, 12)), atol=1e-5)        # alone or in a batch
+
+
+def test_sizes_condition_the_model_through_the_time_encoding():
+    config = tiny("grow", size_condition=True)
+    net = shaken(models.build(config))
+    z, logsnr, text = models.example(config, 1)
+    size = torch.tensor([[64.0, 48, 0, 8, 32, 32]])
+    with torch.no_grad():
+        outputs = [net(z, logsnr, text, s) for s in (size, size.flip(1), None)]
+        assert all(not torch.allclose(a, b, atol=1e-3) for a, b in ((outputs[0], outputs[1]), (outputs[0], outputs[2])))
+        net.core.time.size_out.weight.zero_()                  # as it starts: a constant that sizes cannot move
+        assert torch.equal(net(z, logsnr, text, size), net(z, logsnr, text, size.flip(1)))
+
+
+def test_merging_equal_neighbours_changes_nothing_but_by_the_norm():
+    """Where r x r tokens are alike their mean is each of them, so attention over the means is attention over all."""
+    plain = models.initialise(models.SelfAttention(24, 2))
+    x = torch.randn(2, 24, 3, 5).repeat_interleave(2, 2).repeat_interleave(2, 3).flatten(2).transpose(1, 2)    # (2, 6 * 10, 24)
+    for norm, same in ((False, True), (True, False)):
+        merged = models.initialise(models.SelfAttention(24, 2, 2, norm))
+        merged.load_state_dict(plain.state_dict(), strict=False)
+        assert torch.allclose(merged(x, (6, 10)), plain(x, (6, 10)), atol=1e-5) == same
+
+
+@pytest.mark.parametrize("size, saved", [("1k", 0.12), ("2k", 0.25), ("4k", 0.33)])
+def test_kv_merge_saves_the_flops_that_are_expected(size, saved):
+    from torch.utils.flop_counter import FlopCounterMode
+    spent = []
+    for name in (f"pixart-sigma-{size}", f"pixart-sigma-{size}-kv"):
+        config = load_config(name, "defrost")
+        net, inputs = on_meta(config), models.example(config, 1, "meta")
+        with FlopCounterMode(display=False) as counter:
+            net(*inputs)
+        spent.append(counter.get_total_flops())
+    assert 1 - spent[1] / spent[0] == pytest.approx(saved, abs=0.005)
+
+
+def test_a_core_of_one_shell_grows_in_another_and_the_report_is_true():
+    old = tiny("pretrain")                                     # shallow, 8 x 8 tokens
+    net = shaken(models.build(old))
+    start = {"config": old, "model": net.state_dict(), "ema": {k: p + 1 for k, p in net.state_dict().items() if "text" in k}}
+    new = tiny("grow", shell="patch", patch=2, kv_merge=2, kv_merge_layers="1")
+    kept, said = models.carry_over(start, new, "core.")
+    core = [k for k in net.state_dict() if k.startswith("core.")]
+    assert sorted(kept) == sorted(core) and torch.equal(kept["core.text.embed.weight"], net.state_dict()["core.text.embed.weight"] + 1)
+    whole = models.build(new).state_dict()
+    shell = len(net.state_dict()) - len(core)
+    assert said == (f"{len(core)} tensors kept, {len(whole) - len(core)} new, {shell} unused; positions interpolated by their formula from "
+                    "8 x 8 to 16 x 16 tokens; added within what is kept: 4 tensors (KV merge by 2, blocks 1, as the mean)")
+    kept, said = models.carry_over(start, old, "")
+    assert len(kept) == len(net.state_dict()) and said == f"{len(kept)} tensors kept, 0 new, 0 unused"
+
+
+def test_sizes_and_speeds_are_told_by_one_command(capsys):
+    for name in ("base-tiny/grow", "pixart-sigma-1k-kv-tiny/defrost"):
+        models.speed(name, "cpu")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["base-tiny/grow"] * 2 + ["pixart-sigma-1k-kv-tiny/defrost"] * 2
+    count = sum(p.numel() for p in on_meta(load_config("base-tiny", "grow")).parameters())
+    assert f"{count / 1e6:.1f}M  forward" in lines[0] and "training step" in lines[1] and all(" TFLOP/s" in line for line in lines)
+
+
+@pytest.mark.parametrize("changes, words", [(dict(text_length=9), "core.text.position is (18, 32) there, (9, 32) here"), (dict(depth=3), "core.blocks.2.table is only here")])
+def test_weights_that_do_not_fit_are_refused_by_name(changes, words, capsys):
+    start = {"config": tiny(), "model": models.build(tiny()).state_dict(), "ema": {}}
+    with pytest.raises(UserError):
+        models.carry_over(start, tiny("grow", **changes), "core.")
+    assert words in capsys.readouterr().err
+
+
+def test_a_checkpoint_older_than_a_key_takes_its_default(runs, tmp_path):
+    state = torch.load(runs[0] / "toy/pretrain/last.pt", weights_only=True)
+    for key in ("kv_merge", "encoder", "autoencoder"):
+        del state["config"][key]
+    torch.save(state, tmp_path / "old.pt")
+    net, config = models.load(str(tmp_path / "old.pt"))
+    assert config["encoder"] == "words" and config["kv_merge"] == 0 and len(net.state_dict()) == len(state["model"])
+
+
 # ---- sample.py --------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("sampler, steps, tolerance", [("ddpm", 256, 0.01), ("ddpm", 64, 0.03), ("ddim", 256, 0.01), ("ddim", 64, 0.02)])
+@pytest.mark.parametrize("sampler, steps, tolerance", [("ddpm", 256, 0.01), ("ddpm", 64, 0.03), ("ddim", 256, 0.01), ("ddim", 64, 0.02),
+                                                      ("dpm", 20, 0.01), ("heun", 40, 0.01)])
 def test_samplers_recover_mean_and_variance_of_a_known_gaussian(sampler, steps, tolerance):
     """x ~ N(0.3, 0.5^2) has the exact denoiser E[x | z] = mean + alpha s^2 (z - alpha mean) / (alpha^2 s^2 + sigma^2)."""
     mean, std, config = 0.3, 0.5, tiny(base=16)
@@ -1337,6 +1613,57 @@ def test_samplers_recover_mean_and_variance_of_a_known_gaussian(sampler, steps, 
     draw = lambda step: torch.randn(1, 1, 300, 300, generator=generator)
     x = sampling.SAMPLERS[sampler](denoise, draw(0), models.logsnr_at(torch.linspace(1, 0, steps), config), draw)
     assert abs(x.mean() - mean) < tolerance + 0.005 and abs(x.std() - std) < tolerance
+
+
+@pytest.mark.parametrize("sampler, order", [("ddim", 1), ("dpm", 2), ("heun", 2)])
+def test_orders_of_convergence(sampler, order):
+    """x ~ N(0.3, 0.5^2) flows to z = alpha mean + (alpha^2 s^2 + sigma^2)^0.5 times a constant. Twice the steps: a half or a quarter of the error."""
+    mean, std, config = 0.3, 0.5, tiny(base=16, logsnr_min=-6.0, logsnr_max=6.0)
+    spread = lambda l: (torch.sigmoid(l) * std ** 2 + torch.sigmoid(-l)).sqrt()
+
+    def denoise(z, logsnr):
+        alpha, sigma = models.alpha_sigma(logsnr)
+        return mean + alpha * std ** 2 * (z - alpha * mean) / (alpha ** 2 * std ** 2 + sigma ** 2)
+    z, errors = torch.linspace(-2, 2, 9, dtype=torch.float64).view(1, 1, 3, 3), []
+    for steps in (161, 321, 641):                              # 160, 320, 640 intervals
+        logsnrs = models.logsnr_at(torch.linspace(1, 0, steps, dtype=torch.float64), config)
+        (alpha, _), (alpha_end, _) = models.alpha_sigma(logsnrs[0]), models.alpha_sigma(logsnrs[-1])
+        exact = denoise(alpha_end * mean + spread(logsnrs[-1]) * (z - alpha * mean) / spread(logsnrs[0]), logsnrs[-1])
+        errors.append((sampling.SAMPLERS[sampler](denoise, z, logsnrs, None) - exact).abs().max().item())
+    for coarse, fine in zip(errors, errors[1:]):
+        assert 0.85 * 2 ** order < coarse / fine < 1.1 * 2 ** order, errors
+
+
+def test_deterministic_samplers_agree_in_the_limit():
+    config = tiny()
+    net = shaken(models.build(config))
+    make = lambda sampler, steps: sampling.sample(net, config, ["a red circle", "a blue square"], steps=steps, sampler=sampler)
+    limit = make("heun", 100)
+    for sampler in ("dpm", "ddim"):
+        far, near = ((make(sampler, steps) - limit).square().mean().sqrt() for steps in (20, 200))
+        assert near < 0.02 and near < far / 3
+
+
+def test_latents_are_sampled_without_clipping_and_decoded(vae):
+    config = load_config("toy", "grow", [*vae, ("shell", "patch"), ("width", "32"), ("depth", "2")])
+    net = shaken(models.build(config))
+    x = sampling.sample(net, config, ["a red circle"], steps=3, size=(32, 48))
+    assert x.shape == (1, 3, 32, 48) and x.abs().max() <= 1
+    denoise = sampling.guided(net, torch.zeros(1, 18, dtype=torch.long), 1, limit=float("inf"))
+    assert denoise(torch.full((1, 4, 16, 16), 50.0), torch.tensor(9.0)).abs().max() > 40
+
+
+def test_sizes_that_a_model_can_make(capsys):
+    vermeer = load_config("vermeer", "grow")
+    assert [sampling.wanted_size(s, vermeer) for s in (None, "768x1376", "1376x768")] == [(1024, 1024), (768, 1376), (1376, 768)]
+    for size, config, words in [("2048x2048", vermeer, "makes 1024x1024"), ("64x64", tiny("grow"), "makes 32x32"), ("32x", tiny("grow"), "makes 32x32"),
+                                ("520x512", load_config("pixart-sigma-512", "defrost"), "multiples of 16"),
+                                ("1040x1024", load_config("pixart-sigma-1k-kv", "defrost"), "multiples of 32")]:
+        with pytest.raises(UserError):
+            sampling.wanted_size(size, config)
+        said = capsys.readouterr().err
+        assert words in said
+        sampling.wanted_size(re.search(r"such as (\d+x\d+);", said).group(1), config)     # what it offers is taken
 
 
 def test_an_image_is_the_same_at_any_batch_size():
@@ -1873,6 +2200,7 @@ def test_growing_keeps_the_core_to_the_bit_but_for_time(runs):
     assert all(torch.equal(grown["model"][k], models.ema_weights(grown)[k]) for k in frozen)
     assert tensors_hash(pick(thawed)) != tensors_hash(pick(after))
     assert {k.split("/")[0] for k in grown["moments"]} == set(grown["ema"])        # nor optimizer state
+    assert not list(models.build(grown["config"]).buffers())   # positions are a formula
 
 
 @pytest.mark.parametrize("stage", ["scratch", "finetune"])
@@ -2370,6 +2698,49 @@ def test_a_compiled_step_is_the_same_step(tmp_path):
     run("train.py", "--out", tmp_path / "two", *words, "--compile")
     one, two = (first_gradients(tmp_path / name) for name in ("one", "two"))
     assert all(torch.allclose(one[k], two[k], rtol=1e-4, atol=1e-6) for k in one)
+
+
+def test_a_weak_run_continues_as_a_strong_one_with_a_report(tmp_path):
+    """512-tiny/defrost takes pixart-sigma-tiny/pretrain, which does not exist yet; the next row adds the KV merge."""
+    brief = ["--out", tmp_path, "--steps", "2", "--eval_n", "0", "--sample_every", "0"]
+    said = run("train.py", "--config", "pixart-sigma-1k-kv-tiny", "--stage", "defrost", *brief)
+    assert "no pretrain run in" in said and said.count("running it first") == 2
+    assert "pixart-sigma-tiny/pretrain: 57 tensors kept, 0 new, 0 unused; positions interpolated by their formula from 4 x 4 to 8 x 8 tokens\n" in said
+    assert re.search(r"512-tiny/defrost: 57 tensors kept, 4 new, 0 unused; .* 8 x 8 to 16 x 16 tokens; added .*: 4 tensors \(KV merge by 2, blocks 1-1", said)
+    state = models.read_checkpoint(str(tmp_path / "pixart-sigma-1k-kv-tiny/defrost"))
+    assert [p.removeprefix(f"{tmp_path}/") for p in state["parents"]] == ["pixart-sigma-tiny/pretrain (pretrain, step 2)",
+                                                                          "pixart-sigma-512-tiny/defrost (defrost, step 2)"]
+    assert "64x64 px" in run("sample.py", tmp_path / "pixart-sigma-1k-kv-tiny/defrost", "a red circle", "--steps", 2, "--to", tmp_path / "x.png")
+
+
+def test_a_core_of_a_shallow_shell_grows_in_patches_and_back(runs, tmp_path):
+    said = run("train.py", "--stage", "grow", "--core", runs[0] / "toy/pretrain", "--out", tmp_path, *TINY, "--shell", "patch", "--patch", "4")
+    assert "tensors kept, 5 new, 32 unused\n" in said         # 8 x 8 tokens, as before
+    run("train.py", "--stage", "pretrain", "--out", tmp_path, *TINY, "--shell", "patch")
+    assert ", 54 new, 5 unused\n" in run("train.py", "--stage", "grow", "--out", tmp_path / "back", "--core", tmp_path / "toy/pretrain", *TINY)
+
+
+@slow
+@pytest.mark.parametrize("name", TWINS)
+def test_twins_go_through_every_stage_each_in_twenty_seconds(name, tmp_path):
+    for stage in STAGES:
+        out, spent = tmp_path / name / stage, []
+        for words in (["train.py", "--config", name, "--stage", stage, "--out", tmp_path], ["eval.py", out, "--n", 8],
+                      ["sample.py", out, "a red circle", "--steps", 3, "--to", tmp_path / f"{stage}.png"]):
+            begin = time.time()
+            said = run(*words)
+            spent.append((time.time() - begin) / (1 + said.count("running it first")))
+        assert max(spent) < 20, spent
+        assert json.load(open(out / "metrics.json"))["n"] == 8
+
+
+@slow
+def test_scenes_train_in_the_latents_of_an_autoencoder(vae, tmp_path):
+    flags = [w for key, value in vae for w in ("--" + key, value)] + ["--latent_channels", "4"]
+    run("train.py", "--config", "pixart-sigma-tiny", "--stage", "grow", "--out", tmp_path, *flags)
+    state = models.read_checkpoint(str(tmp_path / "pixart-sigma-tiny/grow"))
+    assert state["model"]["shell.entry.weight"].shape == (32, 4, 2, 2)
+    assert "32x32 px" in run("sample.py", tmp_path / "pixart-sigma-tiny/grow", "a red circle", "--steps", 2, "--to", tmp_path / "x.png")
 
 
 # ---- README.md --------------------------------------------------------------------------------------------------------------

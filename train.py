@@ -55,7 +55,7 @@ STAGES = {
     "finetune": ("pretrain",  "core.",  False,  True),
 }
 SHELL_KEYS = ("shell", "channels", "residual_blocks", "entry_channels", "patch")
-CORE_KEYS = ("width", "depth", "heads", "mlp_ratio", "text_vocab", "encoder", "encoder_id")
+CORE_KEYS = ("width", "depth", "heads", "mlp_ratio", "text_vocab", "encoder_id")
 # what may change when a run goes on: how it is looked at and spread over devices, the steps and the learning rate
 FREE_KEYS = ("steps", "lr", "lr_end", "micro", "workers", "compile", "checkpointing", "fsdp", "sharded", "dist_timeout", "keep", "guidance", "sampler",
              "sample_steps", "log_every", "sample_every", "save_every", "eval_every", "eval_n", "tensorboard", "encoder_weights")
@@ -575,6 +575,7 @@ def draw_curves():
         left.semilogy(losses.keys(), [line["bins"][k] for line in losses.values()], lw=0.8, label=label)
     told = {step: line["score"]["questions"]["dsg"] for step, line in scores.items() if "questions" in line["score"]}
     right.plot(told.keys(), told.values(), "o-", label="dsg" if told else "no score yet (--eval_every)")
+    right.set(xlim=left.get_xlim(), ylim=(0, 1))
     for panel in (left, right):
         panel.set_xlabel("step")
         panel.legend(frameon=False)
