@@ -1,18 +1,26 @@
 """
-What goes in: settings, captioned pictures, and captions turned into tokens.
+What goes in: settings, captioned pictures, and captions turned into tokens or embeddings.
 
-    python data.py show scenes --config toy --to sheet.png    look at a training batch after all transforms
-    python data.py show PATH --resolution 64                  the same for a folder of your own
-    python data.py check PATH                                 what would be used, what skipped, and why
+    python data.py check PATH                                 what would be used of a folder or of tar shards, what not, and why
+    python data.py index PATH                                 write that down beside the data, for millions of images
+    python data.py show PATH --resolution 64 --to sheet.png   look at a training batch after all transforms (PATH or scenes)
+    python data.py stats PATH                                 nouns and lengths of the captions
+    python data.py embed PATH --encoder t5-xxl:128,clip-h:77 --weights FOLDER,FOLDER      embed all captions once
+    python data.py embed PATH --vae FOLDER --resolution 512   the same for images: latents of an autoencoder
+    python data.py vocabulary PATH --to captions.model        train a SentencePiece model on the captions
 
 Notable features:
-- every random choice (scene, crop, flip, order, dropped caption) is a pure function of (seed, epoch, sample),
-  so that a run can be resumed anywhere without saving the state of any generator;
+- every random choice (scene, crop, flip, colours, order, bucket, caption) is a pure function of (seed, epoch, sample) or (seed, step),
+  so that a run can be resumed anywhere, on any number of devices, without saving the state of any generator;
 - `scenes`, a small world drawn by formula at any resolution. Because each picture is known exactly, eval.py can
   tell without learned weights whether a generated image shows what its caption says;
-- a folder of images, each with a .txt beside it, serves through the same methods as `scenes`.
+- real images are read where they lie, in files or in the middle of a tar, through one index of seven columns; nothing is repacked,
+  nothing unpickled, and whatever cannot serve is counted and named.
 
-Letters: B images in a batch, C = 3 channels, H W height and width in pixels, L caption tokens.
+Two data sets, Scenes and Indexed, serve Batches through the same methods: size, view, choose, text.
+
+Letters: B images in a batch, b on this device, C = 3 channels, H W height and width in pixels, L caption tokens, E their width,
+n items of a data set.
 """
 import argparse
 import ast
@@ -521,19 +529,12 @@ def scan_files(root, names, given, beside):
 def scan_shard(root, name):
     """A tar shard -> Found. Members of one key (the name up to its last dot) belong together, in whatever order they come."""
     found, path = Found(), os.path.join(root, name)
-    members, size, end = {}, os.path.getsize(path), 0
     try:
-        with tarfile.open(path, "r:") as tar:                  # reads headers, skips contents
-            for member in tar:
-                key, kind = os.path.splitext(member.name)
-                if member.isreg():
-                    members.setdefault(key, []).append((kind.lower(), member.name, member.offset_data, member.size))
-                tar.members = []                               # it would keep them all
-            end = tar.offset
-        whole = read_part(path, end, 1024).strip(b"\0") == b"" and end + 512 <= size
-    except Exception as e:                                     # tarfile raises many kinds on bytes that are no tar
-        whole, end = False, size if "unexpected end" in str(e) else end
-    if not whole:
+        members, whole, end, size = tar_members(path)
+    except OSError:
+        found.bad.append((name, "unreadable"))
+        return found
+    if not whole:                                              # what it still holds is not taken: half a shard would go unnoticed
         found.bad.append((name, f"incomplete at byte {end}"))
         return found
     found.files.append(name)
@@ -544,13 +545,34 @@ def scan_shard(root, name):
         if not pictures and ".txt" in texts:
             found.bad.append((f"{name}/{key}.txt", "caption without image"))
         for k, (kind, member, offset, length) in enumerate(pictures):
+            member = f"{name}/{member}"
             reason = "same key" if k else "unsupported format" if kind in OTHERS else "too large" if length > LARGEST else None
             if reason:
-                found.bad.append((f"{name}/{member}", reason))
+                found.bad.append((member, reason))
             else:
-                found.add(f"{name}/{member}", read_part(path, offset, length), offset,
-                          sidecars(found, f"{name}/{member}", texts.get(".txt"), texts.get(".json")))
+                found.add(member, read_part(path, offset, length), offset, sidecars(found, member, texts.get(".txt"), texts.get(".json")))
     return found
+
+
+def tar_members(path):
+    """
+    ({key: [(ending, name, offset, length)]}, whole, end, size) of a tar: its regular files by key, and whether it is whole. A whole tar
+    ends in zero blocks; one that was cut, or whose writer died, stops at byte `end`, between two members or within one.
+    """
+    members, end, size = {}, 0, os.path.getsize(path)
+    try:
+        with tarfile.open(path, "r:") as tar:                  # uncompressed; reads headers and skips contents
+            for member in tar:
+                key, kind = os.path.splitext(member.name)      # a name is only compared, never written to
+                if member.isreg():
+                    members.setdefault(key, []).append((kind.lower(), member.name, member.offset_data, member.size))
+                tar.members = []                               # else it keeps them all
+            end = tar.offset
+        return members, end + 512 <= size and not read_part(path, end, 1024).strip(b"\0"), end, size
+    except OSError:
+        raise
+    except Exception as e:                                     # tarfile raises many kinds on bytes that are no tar
+        return {}, False, size if "unexpected end" in str(e) else end, size
 
 
 def read_list(root, file, given):
@@ -614,27 +636,15 @@ def scan(path, workers=None):
     (Indexed, bad) of all images under `path`, in memory; bad is every (name, reason). The same files give the same arrays, whatever the
     number of workers. head["report"] is {"found", "used", "skipped": {reason: count}, "captions": {...}}, with found = used + skipped.
     """
+    pillow()                                                   # said once, and not by each worker, if it is not there
     root, shards, files, given, beside, bad = walk(path)
-    pillow()                                                   # said once if it is not there
-    chunks = [files[k:k + CHUNK] for k in range(0, len(files), CHUNK)]
     jobs = [(scan_shard, root, s) for s in shards]
-    for chunk in chunks:
-        stems = {os.path.splitext(n)[0] for n in chunk}
-        jobs.append((scan_files, root, chunk, {n: given[n] for n in chunk if n in given}, {s + end for s in stems for end in (".txt", ".json")} & beside))
-    workers = min(len(jobs), workers or (os.cpu_count() if len(jobs) > 8 else 1))
-    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), signal.signal,
-                                                  (signal.SIGINT, signal.SIG_IGN)) if workers > 1 else None
-    parts, bar = [], tqdm(total=len(jobs), desc="index", unit="shard" if shards else "chunk", disable=None)
-    try:
-        for part in (pool.map if pool else map)(run_job, jobs):
-            parts.append(part)
-            bar.update()
-    except concurrent.futures.process.BrokenProcessPool:
-        raise UserError("a worker of the index was killed, by lack of memory most likely: fewer --workers")
-    finally:
-        bar.close()
-        if pool:
-            pool.shutdown(wait=False, cancel_futures=True)
+    for k in range(0, len(files), CHUNK):
+        chunk = files[k:k + CHUNK]
+        mine = {os.path.splitext(n)[0] + end for n in chunk for end in (".txt", ".json")} & beside         # what a worker need not look for
+        jobs.append((scan_files, root, chunk, {n: given[n] for n in chunk if n in given}, mine))
+    parts = list(tqdm(spread(jobs, workers), "index", len(jobs), unit="shard" if shards else "chunk", disable=None))
+
     arrays, more = merge(root, parts)
     bad = sorted(bad + [b for p in parts for b in p.bad] + more)
     counts = sum((p.counts for p in parts), Counter())
@@ -642,8 +652,29 @@ def scan(path, workers=None):
     used = len(arrays["samples"])
     report = {"found": used + skipped.total(), "used": used, "skipped": dict(sorted(skipped.items())),
               "captions": {k: counts[k] for k in ("missing", "empty", "truncated", "replaced")}}
-    such = {reason_of(why): ascii(name) for name, why in reversed(bad)}
-    return Indexed(arrays, {"fingerprint": fingerprint(arrays), "counts": {k: len(a) for k, a in arrays.items()}, "report": report, "such": such}, root), bad
+    head = {"fingerprint": fingerprint(arrays), "counts": {k: len(a) for k, a in arrays.items()}, "report": report,
+            "such": {reason_of(why): ascii(name) for name, why in reversed(bad)}}                        # the first file of each reason
+    return Indexed(arrays, head, root), bad
+
+
+def spread(jobs, workers):
+    """Results of jobs (function, *arguments), in their order, from so many processes; few jobs are not worth a process."""
+    workers = min(len(jobs), workers or (os.cpu_count() if len(jobs) > 8 else 1))
+    if workers < 2:
+        yield from map(run_job, jobs)
+        return
+    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    try:
+        yield from pool.map(run_job, jobs)
+    except concurrent.futures.process.BrokenProcessPool:
+        raise UserError("a worker of the index was killed, by lack of memory most likely: fewer --workers")
+    finally:                                                   # also on Ctrl-C, which reaches this process alone
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def run_job(job):
+    """A function of its own, because processes are told by name what to run."""
+    return job[0](*job[1:])
 
 
 def reason_of(why):
@@ -651,29 +682,30 @@ def reason_of(why):
     return re.sub(r" at byte \d+", " shard", why)
 
 
-def run_job(job):
-    return job[0](*job[1:])
-
-
 def merge(root, parts):
     """Arrays of all parts, and (name, "duplicate") of the images whose bytes and captions both came before."""
-    rows = np.concatenate([np.zeros(0, SAMPLE)] + [np.array(p.rows, SAMPLE) for p in parts])
-    rows["file"] += np.repeat(np.cumsum([0] + [len(p.files) for p in parts])[:-1], [len(p.rows) for p in parts]).astype(np.int32)
     names, captions = ([x for p in parts for x in getattr(p, k)] for k in ("files", "captions"))
-    rows["first"] = np.cumsum(rows["raw"].astype(np.int64) + rows["long"]) - rows["raw"] - rows["long"]
-    pack = lambda blobs: (np.frombuffer(b"".join(blobs), np.uint8), np.cumsum([0] + [len(b) for b in blobs], dtype=np.int64))
-    arrays = dict(zip(("names", "name_ends"), pack([os.fsencode(n) for n in names]))) | dict(zip(("captions", "caption_ends"), pack(captions)))
-    arrays |= {"samples": rows, "sizes": np.array([s for p in parts for s in p.sizes], np.int64)}
+    rows = np.concatenate([np.zeros(0, SAMPLE)] + [np.array(p.rows, SAMPLE) for p in parts])
+    before = np.cumsum([0] + [len(p.files) for p in parts])[:-1]                   # files of the parts before each part
+    rows["file"] += np.repeat(before, [len(p.rows) for p in parts]).astype(np.int32)
+    count = rows["raw"].astype(np.int64) + rows["long"]
+    rows["first"] = np.cumsum(count) - count                   # captions stand in the order of their images
 
-    said = lambda r: [captions[r["first"] + k] for k in range(int(r["raw"]) + int(r["long"]))]
-    image = lambda r: read_part(os.path.join(root, names[r["file"]]), int(r["offset"]), int(r["length"]))
-    _, first, group = np.unique(rows["crc"].astype(np.uint64) << np.uint64(32) | rows["length"].astype(np.uint64), return_index=True, return_inverse=True)
-    again = [i for i in np.flatnonzero(first[group] != np.arange(len(rows)))
-             if said(rows[i]) == said(rows[first[group[i]]]) and image(rows[i]) == image(rows[first[group[i]]])]
-    world = Indexed(arrays, {}, root)
-    more = [(world.where(i), "duplicate") for i in again]
-    arrays["samples"] = np.delete(rows, again)
-    return arrays, more
+    # strings of any length: all bytes one after the other, and where each ends; an object array would have to be pickled
+    pack = lambda blobs: (np.frombuffer(b"".join(blobs), np.uint8), np.cumsum([0] + [len(b) for b in blobs], dtype=np.int64))
+    arrays = {"samples": rows, "sizes": np.array([s for p in parts for s in p.sizes], np.int64)}
+    arrays["names"], arrays["name_ends"] = pack([os.fsencode(n) for n in names])
+    arrays["captions"], arrays["caption_ends"] = pack(captions)
+
+    again, data = [], Indexed(arrays, {}, root)
+    said = lambda i: captions[rows["first"][i]:rows["first"][i] + count[i]]
+    key = rows["crc"].astype(np.uint64) << np.uint64(32) | rows["length"].astype(np.uint64)
+    _, first, group = np.unique(key, return_index=True, return_inverse=True)       # first: the earliest row of each key
+    for i, earlier in ((i, first[group[i]]) for i in np.flatnonzero(first[group] != np.arange(len(rows)))):
+        if said(i) == said(earlier) and data.same(i, earlier): # checksums alone may agree by chance among millions
+            again.append(i)
+    arrays["samples"] = np.delete(rows, again)                 # their captions stay in place, and nothing points at them
+    return arrays, [(data.where(i), "duplicate") for i in again]
 
 
 def require(data, bad, allow=()):
@@ -747,12 +779,13 @@ def read_index(folder):
         with np.errstate(over="ignore"):                       # of a header that claims 2^60 rows; the map then fails
             arrays = {k: np.load(os.path.join(folder, k + ".npy"), mmap_mode="r" if head["counts"][k] else None, allow_pickle=False) for k in ARRAYS}
         root = os.path.normpath(os.path.join(folder, head["root"]))
-        head["report"]["skipped"], head["fingerprint"], head["such"]
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, EOFError, RecursionError) as e:
+        Indexed(arrays, head, root).table(), head["fingerprint"] + ""              # nothing of it is missing or of another type
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, EOFError, RecursionError) as e:
         raise UserError(f"index {folder!r} is broken ({str(e)[:200]}): {again}")
     for key, array in arrays.items():
         if array.dtype != ARRAYS[key] or array.shape != (head["counts"][key],):
-            raise UserError(f"index {folder!r} is broken ({key}.npy has {array.dtype} {array.shape}, index.json says {head['counts'][key]}): {again}")
+            wrong = f"{key}.npy has {array.dtype} {array.shape}, index.json says {head['counts'][key]}"
+            raise UserError(f"index {folder!r} is broken ({wrong}): {again}")
     if wrong := misfit(arrays):
         raise UserError(f"index {folder!r} is broken ({wrong}): {again}")
     data = Indexed(arrays, head, root, folder)
@@ -764,7 +797,8 @@ def misfit(arrays):
     """What is impossible in the arrays of an index, or None. Looks at a million rows at a time, so that memory stays bounded."""
     for key, blob in (("name_ends", "names"), ("caption_ends", "captions")):
         ends = arrays[key]
-        if not len(ends) or ends[0] != 0 or ends[-1] != len(arrays[blob]) or any((np.diff(ends[k:k + 2 ** 20 + 1]) < 0).any() for k in range(0, len(ends), 2 ** 20)):
+        falls = (np.diff(ends[k:k + 2 ** 20 + 1]).min(initial=0) < 0 for k in range(0, len(ends), 2 ** 20))
+        if not len(ends) or ends[0] != 0 or ends[-1] != len(arrays[blob]) or any(falls):
             return f"{key}.npy does not fit {blob}.npy"
     files, captions = len(arrays["sizes"]), len(arrays["caption_ends"]) - 1
     if files != len(arrays["name_ends"]) - 1:
@@ -811,7 +845,7 @@ class Indexed:
 
     def text(self, number):
         """The caption of that number."""
-        return bytes(self.captions[self.caption_ends[number]:self.caption_ends[number + 1]]).decode() if number >= 0 else ""
+        return bytes(self.captions[self.caption_ends[number]:self.caption_ends[number + 1]]).decode("utf-8", "replace") if number >= 0 else ""
 
     def caption(self, i):
         return self.text(self.choose(i))
@@ -846,6 +880,13 @@ class Indexed:
         if zlib.crc32(blob) != s["crc"]:
             raise Unfit("crc error: its bytes have changed since it was indexed")
         return blob
+
+    def same(self, i, j):
+        """Have images i and j the same bytes?"""
+        try:
+            return self.read(i) == self.read(j)
+        except (OSError, Unfit):                               # gone, or written to, since it was looked at
+            return False
 
     def view(self, i, height, width, draws=(0.5, 0.5), rule="crop"):
         """(H, W, 3) uint8, and top and left of the crop in the resized image. Small worlds keep decoded images for the next epoch."""

@@ -657,7 +657,7 @@ def evaluate(model, config, n, guidance=None, steps=None, sampler=None, seed=0, 
         result |= {"questions": with_chance(world, scenes, seen)} if "questions" in metrics else {}
         result |= {"counting": counting(scenes, seen)} if "counting" in metrics else {}
     if {"fd", "mmd", "kid", "pr", "prdc"} & set(metrics):
-        batches = Batches(world, config, filtered=False)                           # names and passes over what cannot be decoded
+        batches = Batches(world, config | {"aspects": ""}, filtered=False)         # names and passes over what cannot be decoded
         real = np.stack([batches.sample(0, (n + i) % len(world))[0] for i in tqdm(range(n), "real images", leave=False, disable=None)])
         for name, (features, _) in networks.items():
             x, y = (torch.cat([features(part[k:k + 64]).cpu() for k in range(0, n, 64)]) for part in (real, images))

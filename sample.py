@@ -181,6 +181,7 @@ def main():
     parser.add_argument("--batch", type=int, default=64, help="images at a time; does not change the images")
     parser.add_argument("--size", help="HxW in pixels: another shape of about the area that the run was trained at")
     parser.add_argument("--to", default="grid.png")
+    parser.add_argument("--encoder_weights", help="local folders of the encoders that the run was trained with, comma-separated")
     parser.add_argument("--describe", action="store_true", help="tell what the run is, and stop")
     args = parser.parse_args()
     if args.describe:
@@ -193,6 +194,7 @@ def main():
     if not os.path.isdir(os.path.dirname(to) or "."):
         raise UserError(f"no folder for {to!r}: make it first")
     model, config = load(args.run, "cuda" if torch.cuda.is_available() else "cpu")
+    config |= {"encoder_weights": args.encoder_weights or config["encoder_weights"]}
     size = wanted_size(args.size, config)
     captions = [c for c in args.captions for _ in range(args.n)]
     x = sample(model, config, captions, args.seed, 0, args.steps, args.guidance, args.sampler, args.batch, bar=True, size=size)

@@ -742,8 +742,9 @@ def test_folder_of_images_trains_grows_and_samples(photos, tmp_path):
     table = run("data.py", "check", photos)
     assert "used            25" in table and "not an image" in table
     os.truncate(photos / "a 3.JPG", 300)                       # other data than the run's
-    refused = run("train.py", "--stage", "grow", "--data", photos, "--out", tmp_path / "o", *TINY, code=2)
-    assert re.search(r"data_id \w{16} there, \w{16} here", refused)
+    again = ("train.py", "--stage", "grow", "--data", photos, "--out", tmp_path / "o", *TINY)
+    old = re.search(r"data_id (\w{16}) there, \w{16} here", run(*again, code=2))[1]
+    assert "taken in place of " + old in run(*again, "--data_id", old)             # who means it may go on
 
 
 def test_pixels_are_upright_over_white_and_of_three_channels_in_every_mode(tmp_path):
@@ -845,7 +846,7 @@ def test_index_tells_all_that_was_found_and_why_some_is_not_used(tmp_path):
         "truncated": 1, "not an image": 1, "unsupported format": 1, "same key": 1, "duplicate": 1, "caption without image": 1, "linked folder": 1, "unreadable": 2}}
     assert "captions         1  replaced" in said and "used            71" in said
     bad = open(tmp_path / "ix" / "bad.tsv").read().splitlines()
-    assert len(bad) == 10 and "cut.jpg\ttruncated" in bad and "copy.jpg\tduplicate" not in bad + ["copy.jpg\tduplicate"][:0] or "plain.jpg\tduplicate" in bad
+    assert len(bad) == 10 and "cut.jpg\ttruncated" in bad and "plain.jpg\tduplicate" in bad            # copy.jpg came first
     world = data.open_data({"data": str(tmp_path / "ix")})
     captions = {world.where(i): world.caption(i) for i in range(len(world))}
     assert [captions[n] for n in names[1:]] == [f"caption {k}" for k in range(1, 6)]
@@ -1311,28 +1312,29 @@ def test_nouns_end_their_phrases():
 
 @slow
 def test_memory_of_workers_is_flat_over_200_000_captions(tmp_path):
-    """Resident memory of 4 workers, private pages alone, after 200 and after 1000 steps of 200 images."""
+    """Memory of 4 workers, their own pages (maps of the index are the page cache's), from 120,000 to 300,000 images of 200,000. Before, each
+    worker's first full garbage collection writes once to what it shared with its parent."""
     image = pytest.importorskip("PIL.Image")
     blob = picture(16, 16, kind="PNG")
     for s in range(4):
         shard(tmp_path / f"{s}.tar", [(f"{k}.{kind}", b) for k in range(50000) for kind, b in (("png", blob), ("txt", f"caption {s} {k} ".encode() * 8))])
     code = f"""
 import data, os, re
-config = data.load_config("toy", "pretrain", [("data", {str(tmp_path)!r}), ("batch", "200"), ("workers", "4"), ("steps", "1001")])
+config = data.load_config("toy", "pretrain", [("data", {str(tmp_path)!r}), ("batch", "200"), ("workers", "4"), ("steps", "1501")])
 data.write_index({str(tmp_path / 'ix')!r}, *data.scan(config["data"], 2))
 config["data"] = {str(tmp_path / 'ix')!r}
 def private():
     kids = [p for p in os.listdir("/proc") if p.isdigit() and open(f"/proc/{{p}}/stat").read().rpartition(")")[2].split()[1] == str(os.getpid())]
-    return sum(int(n) for p in kids for n in re.findall(r"Private_\\w+: +(\\d+) kB", open(f"/proc/{{p}}/smaps_rollup").read())) / 1024
+    return sum(int(n) for p in kids for n in re.findall(r"Private_Dirty: +(\\d+) kB", open(f"/proc/{{p}}/smaps_rollup").read())) / 1024
 batches = data.Batches(data.open_data(config), config, False)
-for step, _ in enumerate(data.torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(1001), num_workers=4)):
-    if step in (200, 400, 600, 800, 1000):
+for step, _ in enumerate(data.torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(1501), num_workers=4)):
+    if step in (300, 600, 900, 1200, 1500):
         print(step, round(private(), 1), flush=True)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE)
     table = [tuple(map(float, line.split())) for line in done.stdout.splitlines()]
     print(table)
-    assert len(table) == 5 and table[-1][1] < 1.05 * table[0][1] + 4, done.stdout + done.stderr[-2000:]
+    assert len(table) == 5 and table[-1][1] < 1.03 * table[1][1], done.stdout + done.stderr[-2000:]
 
 
 def test_png_is_read_back_by_a_library(tmp_path):
