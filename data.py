@@ -432,7 +432,7 @@ def jittered(image, draws, strength):
 SAMPLE = np.dtype([("file", "<i4"), ("offset", "<i8"), ("length", "<i8"), ("width", "<i4"), ("height", "<i4"),   # pixels as shown
                    ("crc", "<u4"), ("first", "<i8"), ("raw", "<u2"), ("long", "<u2")])   # its captions: raw ones from `first`, then long ones
 RAW, LONG, FILE = ("caption", "captions", "text"), ("long_caption", "long_captions"), ("file", "file_name", "filename", "image", "path", "key")
-LISTS = ("captions.jsonl", "captions.csv")
+LISTS, SIDECARS = ("captions.jsonl", "captions.csv"), ((".txt", ".TXT"), (".json", ".JSON"))
 LONGEST = 8000                                                 # characters of a caption that are kept
 MOST = 1000                                                    # captions of an image, of each kind
 CHUNK = 256                                                    # files of a folder that a worker takes at a time
@@ -515,10 +515,10 @@ def scan_files(root, names, given, beside):
         except (OSError, Unfit) as e:                          # no permission, a loop of links, gone since it was listed; or too large
             found.bad.append((name, str(e) if isinstance(e, Unfit) else "unreadable"))
             continue
-        for end in (".txt", ".json"):
+        for ends in SIDECARS:
             try:
-                parts.append(read_whole(stem + end) if os.path.splitext(name)[0] + end in beside else None)
-            except (OSError, Unfit):
+                parts.append(next((read_whole(stem + end) for end in ends if os.path.splitext(name)[0] + end in beside), None))
+            except (OSError, Unfit):                           # as if it were not there: the caption counts as missing
                 parts.append(None)
         found.files.append(name)
         found.sizes.append(len(blob))
@@ -641,7 +641,7 @@ def scan(path, workers=None):
     jobs = [(scan_shard, root, s) for s in shards]
     for k in range(0, len(files), CHUNK):
         chunk = files[k:k + CHUNK]
-        mine = {os.path.splitext(n)[0] + end for n in chunk for end in (".txt", ".json")} & beside         # what a worker need not look for
+        mine = {os.path.splitext(n)[0] + end for n in chunk for ends in SIDECARS for end in ends} & beside # so that none looks for the others
         jobs.append((scan_files, root, chunk, {n: given[n] for n in chunk if n in given}, mine))
     parts = list(tqdm(spread(jobs, workers), "index", len(jobs), unit="shard" if shards else "chunk", disable=None))
 
@@ -1281,7 +1281,7 @@ def read_autoencoder(folder, device):
     except ImportError:
         raise UserError("latents need diffusers: pip install diffusers")
     try:
-        vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)   # else it asks for accelerate
+        vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False)   # else it asks for accelerate
     except Exception as e:                                     # diffusers raises many kinds
         raise UserError(f"{folder!r} does not open as an AutoencoderKL ({type(e).__name__}: {str(e)[:200]}): take another folder")
     return vae.float().eval().requires_grad_(False).to(device)
