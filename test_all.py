@@ -1543,6 +1543,22 @@ def test_merging_equal_neighbours_changes_nothing_but_by_the_norm():
         assert torch.allclose(merged(x, (6, 10)), plain(x, (6, 10)), atol=1e-5) == same
 
 
+def test_the_merge_starts_closer_without_the_norm():
+    """Switched on in a model whose keys and values are not of unit length: the mean alone moves its function less than mean and LayerNorm."""
+    config = tiny("grow", shell="patch", patch=2)              # 16 x 16 tokens
+    net = shaken(models.build(config))
+    start = {"config": config, "model": net.state_dict(), "ema": {}}
+    z, logsnr, text = models.example(config, 2)
+    z, off = torch.nn.functional.interpolate(torch.randn(2, 3, 4, 4), size=(32, 32), mode="bilinear"), {}
+    for norm in (True, False):
+        merged = tiny("grow", shell="patch", patch=2, kv_merge=2, kv_merge_layers="0-1", kv_merge_norm=norm)
+        other = models.build(merged).eval()
+        other.load_state_dict({**other.state_dict(), **models.carry_over(start, merged, "")[0]})
+        with torch.no_grad():
+            off[norm] = float((other(z, logsnr, text + 1) - net(z, logsnr, text + 1)).norm() / net(z, logsnr, text + 1).norm())
+    assert 0 < off[False] < 0.6 * off[True]
+
+
 @pytest.mark.parametrize("size, saved", [("1k", 0.12), ("2k", 0.25), ("4k", 0.33)])
 def test_kv_merge_saves_the_flops_that_are_expected(size, saved):
     from torch.utils.flop_counter import FlopCounterMode
