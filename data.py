@@ -1221,7 +1221,7 @@ def embed_known(captions, config):
 
 def to_tensor(images):
     """(B, H, W, 3) uint8 -> x (B, 3, H, W) float in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)     # in place: large batches are bound by memory
 
 
 def to_uint8(x):
