@@ -3,7 +3,13 @@ How good is a run: does the picture show what the caption says, and do the pictu
 
     python eval.py out/toy/grow --n 500 --guidance 2,3,4      questions, Frechet distance and MMD; curves in guidance.png
     python eval.py out/toy/grow --metrics counting,zeroshot   counts by number; shape and colour told by the denoiser
+    python eval.py RUN --prompts FILE --reference real/       your captions, one a line, against images of your own
+    python eval.py RUN --dsg dsg-1k-anns.csv --vqa WEIGHTS    a network looks at each picture and answers questions (DSG)
     python eval.py real/ fake/ --features dino --weights W    two folders of images, in the features of a known network
+    python eval.py RUN_A RUN_B --sheet sheet/                 a web page on which people compare the two, then
+    python eval.py --sheet sheet/ --ratings FILES             what they said, and how far they agree
+    torchrun --standalone --nproc-per-node 8 -- eval.py RUN   the same images and figures, made by eight devices; the -- keeps
+                                                              torchrun from taking --n for its own
 
 On `scenes` a judge without learned weights looks at each generated picture (nearest colour, connected components, best
 matching shape) and answers the caption's questions. Beside each score stands its chance level: the same pictures judged
@@ -11,6 +17,8 @@ against other captions. Features named `random` come from a fixed random network
 at equal n, and no number made from them is FID. Every result ends with a card that says how it was made.
 """
 import argparse
+import base64
+import csv
 import functools
 import glob
 import hashlib
@@ -18,14 +26,17 @@ import itertools
 import json
 import os
 import platform
+import re
+import sys
+import tempfile
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (Batches, COLOURS, CONTRAST, GROUNDS, IMAGES, SHAPES, Scenes, UserError, describe, distance, open_autoencoder, open_data,
-                  texture_wave, to_tensor, to_uint8, tokenize)
+from data import (Batches, COLOURS, CONTRAST, GROUNDS, IMAGES, SHAPES, Scenes, UserError, describe, distance, encode_captions, open_autoencoder,
+                  open_data, texture_wave, to_tensor, to_uint8, uniforms, write_png)
 from model import diffusion_loss, load, noise, read_checkpoint
 from sample import SAMPLERS, free_name, sample
 
@@ -34,12 +45,16 @@ from sample import SAMPLERS, free_name, sample
 
 
 def components(mask):
-    """(H, W) bool -> (H, W) int: 4-connected pixels share a number, 0 is outside. Each number spreads to its neighbours until none changes."""
+    """
+    (H, W) bool -> (H, W) int: 4-connected pixels share a number, 0 is outside. Each pixel starts as its own number, takes the
+    largest of its neighbours, and then that of the pixel which this number names: the reach doubles each time.
+    """
     label = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:
-        p = np.pad(label, 1)
-        spread = np.max([p[1:-1, 1:-1], p[:-2, 1:-1], p[2:, 1:-1], p[1:-1, :-2], p[1:-1, 2:]], 0) * mask
-        if (spread == label).all():
+        p = np.pad(label, 1)                                   # a border of zeros, so that nothing wraps round
+        spread = np.max([p[1:-1, 1:-1], p[:-2, 1:-1], p[2:, 1:-1], p[1:-1, :-2], p[1:-1, 2:]], 0) * mask  # the largest of five
+        spread = spread.ravel()[spread - 1] * mask             # number k names pixel k - 1
+        if (spread == label).all():                            # each region now has one number, its largest
             return label
         label = spread
 
@@ -53,8 +68,8 @@ def neighbourhood(mask):
 @functools.lru_cache(20000)
 def template(shape, area, x0, y0, side):
     """(side, side) cover of a perfect shape with this area (pixels) and centre of mass (pixels)."""
-    diameter = np.sqrt(area / SHAPES[shape])
-    x, y = np.meshgrid(np.arange(side) + 0.5 - x0, np.arange(side) + 0.5 - y0)
+    diameter = np.sqrt(area / SHAPES[shape])                   # pixels
+    x, y = np.meshgrid(np.arange(side) + 0.5 - x0, np.arange(side) + 0.5 - y0)     # (side, side), from the centre of mass
     lower = diameter / 6 if shape == "triangle" else 0         # its mass lies below the middle of its box
     return np.clip(0.5 - distance(shape, x, y + lower, diameter / 2), 0, 1)
 
@@ -65,12 +80,12 @@ def look(image, cycles, least_fit=0.75):
     least 0.5 % of the picture. Its shape is the one whose template of equal area and centre overlaps it best (intersection
     over union of soft cover); under `least_fit` it is a "blob", which answers no question about shapes.
     """
-    image, side = image / 255.0, len(image)
-    border = np.median(np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]]), 0)
-    ground = min(GROUNDS, key=lambda g: np.square(border - GROUNDS[g]).sum())
-    back, palette = np.array(GROUNDS[ground]), np.array(list(COLOURS.values()))
+    image, side = image / 255.0, len(image)                    # (H, W, 3) in [0, 1]
+    border = np.median(np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]]), 0)  # (3,): the ground, unless shapes touch the border
+    ground = min(GROUNDS, key=lambda g: np.square(border - GROUNDS[g]).sum())      # the nearest of the known ones
+    back, palette = np.array(GROUNDS[ground]), np.array(list(COLOURS.values()))    # (3,), (colours, 3)
     to_colour = np.square(image[:, :, None] - palette).sum(-1).min(-1)             # (H, W), to the nearest colour
-    label = components(to_colour < np.square(image - back).sum(-1))
+    label = components(to_colour < np.square(image - back).sum(-1))                # (H, W): nearer to a colour than to the ground
     objects = [describe_region(image, label == k, back, palette, cycles, least_fit)
                for k, size in zip(*np.unique(label[label > 0], return_counts=True)) if size >= side * side / 200]
     return ground, objects
@@ -79,22 +94,22 @@ def look(image, cycles, least_fit=0.75):
 def describe_region(image, region, back, palette, cycles, least_fit):
     """One region of `look` -> dict: shape, colour, texture, diameter (share of the side), centre (x, y in [0, 1]), fit."""
     side, around = len(image), neighbourhood(region)
-    inner = around.all(0) if around.all(0).any() else region
+    inner = around.all(0) if around.all(0).any() else region   # without its edge, whose pixels mix two colours
     mean = image[inner].mean(0)                                                    # (3,)
-    toward = (mean - back) / np.square(mean - back).sum()
+    toward = (mean - back) / np.square(mean - back).sum()      # projects a pixel: 0 is ground, 1 the shape's colour
     cover = np.where(inner, 1, np.clip((image - back) @ toward, 0, 1) * around.any(0))   # (H, W): edge pixels count in part
-    area, (y, x) = cover.sum(), np.mgrid[:side, :side] + 0.5
-    x0, y0 = (cover * x).sum() / area, (cover * y).sum() / area
+    area, (y, x) = cover.sum(), np.mgrid[:side, :side] + 0.5   # pixel centres, (H, W)
+    x0, y0 = (cover * x).sum() / area, (cover * y).sum() / area                    # centre of mass, pixels
     fits = {}
     for shape in SHAPES:
-        ideal = template(shape, round(area, 1), round(x0, 1), round(y0, 1), side)
-        fits[shape] = np.minimum(cover, ideal).sum() / np.maximum(cover, ideal).sum()
-    shape = max(fits, key=fits.get)
+        ideal = template(shape, round(area, 1), round(x0, 1), round(y0, 1), side)  # rounded, so that the cache hits
+        fits[shape] = np.minimum(cover, ideal).sum() / np.maximum(cover, ideal).sum()  # intersection over union
+    shape = max(fits, key=fits.get)                            # the best of the four
     light = (image - mean).mean(-1) * inner                                        # what the texture adds
     strength = {"plain": CONTRAST / 2}                                             # a texture counts from half its contrast on
     for texture in ("striped", "dotted"):
-        wave = texture_wave(texture, side, cycles) * inner
-        strength[texture] = (light * wave).sum() / max(np.square(wave).sum(), 1e-9)
+        wave = texture_wave(texture, side, cycles) * inner     # (H, W), what it should add
+        strength[texture] = (light * wave).sum() / max(np.square(wave).sum(), 1e-9)  # its amplitude
     return dict(shape=shape if fits[shape] >= least_fit else "blob", colour=list(COLOURS)[np.square(palette - mean).sum(1).argmin()],
                 texture=max(strength, key=strength.get), diameter=np.sqrt(area / SHAPES[shape]) / side,
                 centre=(x0 / side, y0 / side), fit=fits[shape])
@@ -106,7 +121,7 @@ def describe_region(image, region, back, palette, cycles, least_fit):
 
 def matches(group, thing, middle):
     """Does this object have the group's shape, size, colour, texture? Four booleans. `middle` parts small from large."""
-    size = "small" if thing["diameter"] < middle else "large"
+    size = "small" if thing["diameter"] < middle else "large"  # sizes lie 5 % about two means
     return [thing["shape"] == group["shape"], size == group["size"], thing["colour"] == group["colour"],
             thing["texture"] == group["texture"]]
 
@@ -117,22 +132,22 @@ def answers(scene, ground, objects, middle):
     Each group of the caption is answered by an object of its own, the assignment that answers most: shape first.
     """
     groups, axis = scene["groups"], 1 if scene["relation"] == "above" else 0
-    in_order = lambda one, two: one["centre"][axis] < two["centre"][axis]
+    in_order = lambda one, two: one["centre"][axis] < two["centre"][axis]          # one lies left of two, or above it
     def worth(chosen):
-        found = [m for g, o in zip(groups, chosen) if o for m in [matches(g, o, middle)]]
-        related = len(chosen) == 2 and all(chosen) and in_order(*chosen)
+        found = [m for g, o in zip(groups, chosen) if o for m in [matches(g, o, middle)]]  # None stands for no object
+        related = len(chosen) == 2 and all(chosen) and in_order(*chosen)           # a relation needs both
         return sum(m[0] for m in found), sum(map(sum, found)) + related
-    chosen = max(itertools.permutations(objects + [None] * len(groups), len(groups)), key=worth)
+    chosen = max(itertools.permutations(objects + [None] * len(groups), len(groups)), key=worth)  # few objects: all orders are tried
     asked, entities = [("global", (), ground == scene["ground"])], []
     for group, thing in zip(groups, chosen):
-        shape, size, colour, texture = matches(group, thing, middle) if thing else [False] * 4
-        entities.append(len(asked))
+        shape, size, colour, texture = matches(group, thing, middle) if thing else [False] * 4  # no object: all wrong
+        entities.append(len(asked))                            # the place of this question
         asked.append(("entities", (), shape))
-        asked += [("attributes", (entities[-1],), a) for a in [size, colour] + [texture] * (group["texture"] != "plain")]
+        asked += [("attributes", (entities[-1],), a) for a in [size, colour] + [texture] * (group["texture"] != "plain")]  # of a shape that is there
         if group["count"] > 1:
-            same = sum(o["shape"] == group["shape"] and o["colour"] == group["colour"] for o in objects)
+            same = sum(o["shape"] == group["shape"] and o["colour"] == group["colour"] for o in objects)  # whatever their size
             asked.append(("counts", (entities[-1],), same == group["count"]))
-    if len(groups) == 2:
+    if len(groups) == 2:                                       # both shapes must be there
         asked.append(("relations", tuple(entities), all(chosen) and in_order(*chosen)))
     return [(category, parents, int(answer)) for category, parents, answer in asked]
 
@@ -154,7 +169,7 @@ def questions_score(scenes, seen, middle):
 
 def with_chance(world, scenes, seen):
     """questions_score of what `look` saw for these scenes, with chance_dsg: the same pictures, each with another caption."""
-    middle = sum(world.diameters.values()) / 2
+    middle = sum(world.diameters.values()) / 2                 # parts small from large
     score = questions_score(scenes, seen, middle)
     return score | {"chance_dsg": questions_score(scenes[1:] + scenes[:1], seen, middle)["dsg"]}
 
@@ -171,7 +186,7 @@ def counting(scenes, seen):
     """
     right = {}
     for scene, (_, objects) in zip(scenes, seen):
-        for group in scene["groups"]:
+        for group in scene["groups"]:                          # one group, or two of different shape or colour
             same = sum(o["shape"] == group["shape"] and o["colour"] == group["colour"] for o in objects)
             right.setdefault(str(group["count"]), []).append(same == group["count"])
     return {count: float(np.mean(right[count])) for count in sorted(right)}
@@ -192,7 +207,7 @@ def check(*sets, least=1):
             raise ValueError(f"{len(x)} rows, but this metric needs at least {least}")
         if not all(torch.isfinite(rows).all() for rows in x.split(BLOCK)):
             raise ValueError("the values hold NaN or infinity: look at what produced them")
-    if len({x.shape[1] for x in sets}) > 1:
+    if len({x.shape[1] for x in sets}) > 1:                    # as features of two networks have
         raise ValueError(f"widths {[x.shape[1] for x in sets]} differ: all sets must come from one network")
 
 
@@ -200,8 +215,8 @@ def feature_stats(x):
     """(n >= 2, D) -> mean (D,) and covariance (D, D), divisor n - 1 as np.cov. Centred first, so that a common offset costs no digits."""
     check(x, least=2)
     mu = sum(rows.double().sum(0) for rows in x.split(BLOCK)) / len(x)             # (D,)
-    centred = (rows.double() - mu for rows in x.split(BLOCK))
-    return mu, sum(c.T @ c for c in centred) / (len(x) - 1)
+    centred = (rows.double() - mu for rows in x.split(BLOCK))  # (p, D) each
+    return mu, sum(c.T @ c for c in centred) / (len(x) - 1)    # (D,), (D, D)
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -217,11 +232,11 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
     def root(sigma):
         values, vectors = torch.linalg.eigh(sigma)
-        if values[0] < -1e-6 * values[-1].abs():
+        if values[0] < -1e-6 * values[-1].abs():               # rounding gives tiny negative ones, which count as 0
             raise ValueError(f"a covariance has no negative eigenvalue such as {values[0]:.3g}")
         return vectors * values.clamp(min=0).sqrt() @ vectors.T                    # (D, D)
     mu1, sigma1, mu2, sigma2 = (s.double() for s in (mu1, sigma1, mu2, sigma2))
-    cross = torch.linalg.svdvals(root(sigma1) @ root(sigma2)).sum()
+    cross = torch.linalg.svdvals(root(sigma1) @ root(sigma2)).sum()                # tr (S1 S2)^1/2, never below 0
     return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross)
 
 
@@ -236,8 +251,8 @@ def mmd(x, y):
     al. 2018, eq. 4). x (n, D), y (m, D). It may be negative, and is for equal sets: pairs of a row with itself are left out.
     """
     check(x, y, least=2)
-    kernel = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3
-    own = lambda a: sum(((rows.double().square().sum(1) / a.shape[1] + 1) ** 3).sum().item() for rows in a.split(BLOCK))
+    kernel = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3      # (p, q)
+    own = lambda a: sum(((rows.double().square().sum(1) / a.shape[1] + 1) ** 3).sum().item() for rows in a.split(BLOCK))  # the diagonal
     within = lambda a: (pair_sum(kernel, a, a) - own(a)) / (len(a) * (len(a) - 1))
     return within(x) + within(y) - 2 * pair_sum(kernel, x, y) / (len(x) * len(y))
 
@@ -248,11 +263,11 @@ def kid(x, y, n_subsets=100, subset_size=1000, seed=0):
     drawn without replacement from one np.random.RandomState(seed), x before y, as torch-fidelity does. Not times 1000.
     """
     check(x, y, least=2)
-    if n_subsets < 1 or not 2 <= subset_size <= min(len(x), len(y)):
+    if n_subsets < 1 or not 2 <= subset_size <= min(len(x), len(y)):               # others shrink the subset without a word
         raise ValueError(f"{n_subsets} subsets of {subset_size} from {len(x)} and {len(y)} rows: subset_size is 2 to the smaller set")
-    draws = np.random.RandomState(seed)
+    draws = np.random.RandomState(seed)                        # the old generator: others' figures come from it
     pick = lambda a: a[torch.from_numpy(draws.choice(len(a), subset_size, replace=False)).to(a.device)]
-    values = [mmd(pick(x), pick(y)) for _ in range(n_subsets)]
+    values = [mmd(pick(x), pick(y)) for _ in range(n_subsets)]                     # x is drawn before y
     return float(np.mean(values)), float(np.std(values))
 
 
@@ -263,8 +278,8 @@ def cmmd(x, y):
     embeddings of length one; they are taken as they come. k is near 1, so k - 1 is summed: the three ones cancel.
     """
     check(x, y)
-    kernel = lambda a, b: torch.expm1(squared_distances(a, b) / (-2 * 10 ** 2))
-    mean = lambda a, b: pair_sum(kernel, a, b) / (len(a) * len(b))
+    kernel = lambda a, b: torch.expm1(squared_distances(a, b) / (-2 * 10 ** 2))    # k - 1, (p, q)
+    mean = lambda a, b: pair_sum(kernel, a, b) / (len(a) * len(b))                 # over all pairs, a row with itself too
     return 1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y))
 
 
@@ -277,8 +292,8 @@ def radii(x, k):
     """(n,) squared distance from each row to its k-th nearest other row: the k + 1st, itself being the first."""
     found = []
     for a in x.split(BLOCK):
-        nearest = [squared_distances(a.double(), b.double()).topk(min(k + 1, len(b)), largest=False).values for b in x.split(BLOCK)]
-        found.append(torch.cat(nearest, 1).topk(k + 1, largest=False).values[:, k])
+        nearest = [squared_distances(a.double(), b.double()).topk(min(k + 1, len(b)), largest=False).values for b in x.split(BLOCK)]  # of each block
+        found.append(torch.cat(nearest, 1).topk(k + 1, largest=False).values[:, k])  # the nearest of the blocks' nearest
     return torch.cat(found)
 
 
@@ -294,11 +309,11 @@ def balls(centres, points, k, closed):
     for a, radius in zip(centres.split(BLOCK), radii(centres, k).split(BLOCK)):
         inside = []                                            # one (p, q) of booleans for each block of points
         for b in points.split(BLOCK):
-            d = squared_distances(a.double(), b.double())
+            d = squared_distances(a.double(), b.double())      # (p, q)
             inside.append(d <= radius[:, None] if closed else d < radius[:, None])
         inside = torch.cat(inside, 1)                          # (p, m)
-        of_point += inside.sum(0)
-        of_ball.append(inside.sum(1))
+        of_point += inside.sum(0)                              # balls that hold the point
+        of_ball.append(inside.sum(1))                          # points that the ball holds
     return of_point, torch.cat(of_ball)
 
 
@@ -307,8 +322,8 @@ def precision_recall(real, fake, k=3):
     (precision, recall): the share of fake rows in some real row's ball, and of real rows in some fake row's ball; the balls
     are closed and reach to the k-th neighbour (Kynkaanniemi et al. 2019, eq. 1-2). real (n > k, D), fake (m > k, D).
     """
-    share = lambda centres, points: (balls(centres, points, k, closed=True)[0] > 0).double().mean().item()
-    return share(real, fake), share(fake, real)
+    share = lambda centres, points: (balls(centres, points, k, closed=True)[0] > 0).double().mean().item()  # of points that lie in a ball
+    return share(real, fake), share(fake, real)                # precision asks of fake, recall of real
 
 
 def prdc(real, fake, k=5):
@@ -316,9 +331,9 @@ def prdc(real, fake, k=5):
     {"precision", "recall", "density", "coverage"} with open balls (Naeem et al. 2020, eq. 1-4, and its code `prdc`). Density:
     real balls around a fake row, over k; coverage: real balls that hold a fake row. real (n > k, D), fake (m > k, D).
     """
-    of_fake, of_real_ball = balls(real, fake, k, closed=False)
-    of_real, _ = balls(fake, real, k, closed=False)
-    share = lambda counts: (counts > 0).double().mean().item()
+    of_fake, of_real_ball = balls(real, fake, k, closed=False)                     # (m,), (n,)
+    of_real, _ = balls(fake, real, k, closed=False)            # for recall the fake rows carry the balls
+    share = lambda counts: (counts > 0).double().mean().item()                     # that lie in, or hold, at least one
     return {"precision": share(of_fake), "recall": share(of_real), "density": of_fake.double().mean().item() / k,
             "coverage": share(of_real_ball)}
 
@@ -328,7 +343,7 @@ def clip_score(image_embeddings, text_embeddings):
     check(image_embeddings, text_embeddings)
     if len(image_embeddings) != len(text_embeddings):
         raise ValueError(f"{len(image_embeddings)} images and {len(text_embeddings)} captions: give each image its caption")
-    if not all(e.any(1).all() for e in (image_embeddings, text_embeddings)):
+    if not all(e.any(1).all() for e in (image_embeddings, text_embeddings)):       # 0 / 0 would be NaN
         raise ValueError("an embedding is all zeros: it has no direction")
     return 100 * F.cosine_similarity(image_embeddings.double(), text_embeddings.double(), eps=0).mean().item()
 
@@ -343,9 +358,9 @@ def inception_score(logits, splits=10):
         raise ValueError(f"splits = {splits}: take at least 1")
     scores = []
     for i in range(splits):
-        log_p = logits[i * len(logits) // splits:(i + 1) * len(logits) // splits].double().log_softmax(1)
+        log_p = logits[i * len(logits) // splits:(i + 1) * len(logits) // splits].double().log_softmax(1)  # (p, classes): no log of a p that is 0
         marginal = log_p.logsumexp(0) - np.log(len(log_p))                         # (classes,): log of the mean p
-        scores.append((log_p.exp() * (log_p - marginal)).sum(1).mean().exp().item())
+        scores.append((log_p.exp() * (log_p - marginal)).sum(1).mean().exp().item())  # exp of the mean KL
     return float(np.mean(scores)), float(np.std(scores))
 
 
@@ -372,12 +387,12 @@ def dsg_corpus(prompts):
     """
     if not prompts:
         raise ValueError("no prompts: there is nothing to average")
-    by_category = {}
+    by_category = {}                                           # over all questions, not over prompts
     for prompt in prompts:
         for q, right in dsg_right(prompt["answers"], prompt["parents"]).items():
             if q in prompt.get("categories", {}):
                 by_category.setdefault(prompt["categories"][q], []).append(right)
-    overall = float(np.mean([dsg_score(p["answers"], p["parents"]) for p in prompts]))
+    overall = float(np.mean([dsg_score(p["answers"], p["parents"]) for p in prompts]))  # each prompt counts alike, however long
     return {"overall": overall} | {c: float(np.mean(r)) for c, r in by_category.items()}
 
 
@@ -387,10 +402,10 @@ def resize(images, size):
     antialias, as pillow's BICUBIC on floats: without antialias torch takes a = -0.75, another picture even when enlarging.
     The overshoot is clamped to the range; nothing is rounded (pillow on uint8 rounds after each axis).
     """
-    size = (size, size) if isinstance(size, int) else tuple(size)
+    size = (size, size) if isinstance(size, int) else tuple(size)                  # height, width
     if images.ndim != 4 or images.shape[1] != 3 or not images.numel() or min(size) < 1:
         raise ValueError(f"expected images (B, 3, H, W) and a size of at least 1, not {tuple(images.shape)} and {size}")
-    x = images if images.is_floating_point() else images.float()
+    x = images if images.is_floating_point() else images.float()                   # uint8 has no interpolation
     if not (x.min() >= 0 and x.max() <= 255):                  # a NaN fails both
         raise ValueError("values must lie in [0, 1] or [0, 255]; an x in [-1, 1] needs (x + 1) / 2 first")
     top = 1 if images.is_floating_point() and x.max() <= 1 else 255
@@ -403,7 +418,7 @@ def resize(images, size):
 
 def random_layers(seed=0):
     """Three 3x3 convolutions, weights normal(0, 2 / fan_in)."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)            # the same on every machine
     return [torch.randn(o, i, 3, 3, generator=generator) * (2 / (9 * i)) ** 0.5 for i, o in ((3, 16), (16, 32), (32, 32))]
 
 
@@ -413,21 +428,21 @@ def random_features(images, seed=0):
     spread of 32 channels over space. Sees colour, edges, layout statistics; its numbers depend on the size of the images.
     """
     layers, rows = random_layers(seed), []
-    for chunk in to_tensor(images).split(256):
+    for chunk in to_tensor(images).split(256):                 # (B, 3, H, W) in [-1, 1]
         for layer in layers:
             chunk = F.relu(F.conv2d(chunk, layer, stride=2, padding=1))            # (B, c, H/2, W/2)
-        rows.append(torch.cat([chunk.mean((2, 3)), chunk.std((2, 3))], 1))
+        rows.append(torch.cat([chunk.mean((2, 3)), chunk.std((2, 3))], 1))         # (B, 64)
     return torch.cat(rows).double()
 
 
 def file_hash(path):
     """sha256 of a file, or of the weights in a folder, one after the other; None where there are none."""
-    inside = lambda ending: sorted(glob.glob(os.path.join(glob.escape(path), ending)))
+    inside = lambda ending: sorted(glob.glob(os.path.join(glob.escape(path), ending)))  # weights alone: notes may change
     files = inside("*.safetensors") or inside("*.bin") if os.path.isdir(path) else glob.glob(glob.escape(path))
     digest = hashlib.sha256()
     for file in files:
         with open(file, "rb") as f:
-            while block := f.read(2 ** 20):
+            while block := f.read(2 ** 20):                    # weights may be larger than memory
                 digest.update(block)
     return digest.hexdigest() if files else None
 
@@ -435,28 +450,40 @@ def file_hash(path):
 # NVIDIA's TorchScript copy of the network of FID (TensorFlow, 2015-12-05): it resizes to 299 itself, as TensorFlow 1 did
 INCEPTION = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 SOURCES = {"inception": "NVIDIA's inception-2015-12-05.pt there, and give --weights FILE",
-           "dino": "config.json and model.safetensors of facebook/dinov2-large there, and give --weights FOLDER",
-           "clip": "all files of openai/clip-vit-large-patch14-336 there (or of -patch14, for 224 px), and give --weights FOLDER"}
+           "dinov2": "config.json and model.safetensors of facebook/dinov2-large there, and give --weights FOLDER",
+           "clip": "all files of openai/clip-vit-large-patch14-336 there (or of -patch14, for 224 px), and give --weights FOLDER",
+           "blip": "all files of Salesforce/blip-vqa-capfilt-large there, and give --vqa FOLDER"}
+OF_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # mean and std, as each network was trained
+OF_CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def open_network(name, weights, device):
     """(features, card): a function from (n, H, W, 3) uint8 to (n, D), and what must be said about it."""
     if name == "random":
-        digest = hashlib.sha256(b"".join(w.numpy().tobytes() for w in random_layers())).hexdigest()
+        digest = hashlib.sha256(b"".join(w.numpy().tobytes() for w in random_layers())).hexdigest()  # so that a new torch with new draws is noticed
         return random_features, {"network": "random: three convolutions, seed 0", "sha256": digest, "resize": "none", "range": "[-1, 1]"}
+    kind = {"logits": "inception", "dino": "dinov2"}.get(name, name)               # whose weights
     if not weights or not file_hash(weights):
-        raise UserError(f"--features {name}: no weights at {weights!r}, and nothing is downloaded: put {SOURCES[name]}")
-    return {"inception": open_inception, "dino": open_dino, "clip": open_clip}[name](weights, device)
+        raise UserError(f"--features {name}: no weights at {weights!r}, and nothing is downloaded: put {SOURCES[kind]}")
+    if kind == "inception":
+        return open_inception(weights, device, logits=name == "logits")
+    return {"dino": open_dino, "clip": open_clip}[name](weights, device)
 
 
-def open_inception(weights, device):
-    """The 2048 pooled features of FID."""
+def open_inception(weights, device, logits=False):
+    """
+    The 2048 pooled features of FID; or the 1008 logits of the Inception score, without bias as the first code had them. The
+    file's own output is softmax, whose logarithm differs from the logits by a constant per row, which the score does not see.
+    """
     if os.path.isdir(weights) or file_hash(weights) != INCEPTION:
         raise UserError(f"{weights!r} is not the network of FID, sha256 {INCEPTION}: put {SOURCES['inception']}")
     net = torch.jit.load(weights, map_location=device).eval()
-    features = lambda images: net(torch.tensor(images).permute(0, 3, 1, 2).to(device), return_features=True)
-    return features, {"network": "inception-2015-12-05", "sha256": INCEPTION, "range": "[0, 255], inside (x - 128) / 128",
-                      "resize": "inside, to 299: bilinear of TensorFlow 1, no half-pixel centres, no antialias"}
+    pixels = lambda images: torch.tensor(images).permute(0, 3, 1, 2).to(device)    # (n, 3, H, W) uint8
+    pooled = lambda images: net(pixels(images), return_features=True)              # (n, 2048)
+    log_p = lambda images: net(pixels(images), no_output_bias=True).clamp(min=1e-38).log()       # p may underflow to 0
+    return log_p if logits else pooled, {
+        "network": "inception-2015-12-05", "sha256": INCEPTION, "range": "[0, 255], inside (x - 128) / 128",
+        "resize": "inside, to 299: bilinear of TensorFlow 1, no half-pixel centres, no antialias"}
 
 
 def pretrained(kind, wanted, weights, device):
@@ -464,29 +491,34 @@ def pretrained(kind, wanted, weights, device):
     try:
         import transformers
     except ImportError:
-        raise UserError("--features dino and clip need transformers: pip install transformers")
-    transformers.logging.set_verbosity_error()
+        raise UserError(f"a network of type {wanted} needs transformers: pip install transformers")
+    transformers.logging.set_verbosity_error()                 # what matters is checked below
     transformers.logging.disable_progress_bar()
     try:
         found = transformers.AutoConfig.from_pretrained(weights, local_files_only=True).model_type
         if found != wanted:
-            raise UserError(f"{weights!r} holds a network of type {found}, not {wanted}: put {SOURCES[wanted.removesuffix('v2')]}")
+            raise UserError(f"{weights!r} holds a network of type {found}, not {wanted}: put {SOURCES[wanted]}")
         net, told = getattr(transformers, kind).from_pretrained(weights, local_files_only=True, output_loading_info=True)
     except Exception as e:                                     # of many kinds, from transformers and from safetensors
-        raise UserError(f"{weights!r} cannot be loaded ({str(e).splitlines()[0]}): put {SOURCES[wanted.removesuffix('v2')]}")
+        raise UserError(f"{weights!r} cannot be loaded ({str(e).splitlines()[0]}): put {SOURCES[wanted]}")
     if lacking := sorted(map(str, {*told["missing_keys"], *told["mismatched_keys"]})):
         raise UserError(f"{weights!r} lacks {len(lacking)} weights such as {lacking[0]}, which would be random: take the whole file")
     return net.float().eval().to(device)
 
 
-def normalised(images, side, mean, std, crop=False):
-    """(n, H, W, 3) uint8 -> (n, 3, side, side): centre square if `crop`, else squashed; whole levels as pillow's, then mean and std."""
+def squared(images, side, crop):
+    """(n, H, W, 3) uint8 -> (n, 3, side, side) in whole levels, as pillow makes them: the centre square if `crop`, else squashed."""
     _, h, w, _ = images.shape
-    s = min(h, w)
+    s = min(h, w)                                              # side of the centre square
     if crop:
         images = images[:, (h - s) // 2:(h - s) // 2 + s, (w - s) // 2:(w - s) // 2 + s]
-    x = resize(torch.tensor(images).permute(0, 3, 1, 2), side).round() / 255
-    return (x - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    return resize(torch.tensor(images).permute(0, 3, 1, 2), side).round()          # (n, 3, side, side)
+
+
+def normalised(images, side, statistics, crop=False):
+    """squared images with the mean and std that a network was trained with: (n, 3, side, side)."""
+    mean, std = (torch.tensor(s)[:, None, None] for s in statistics)               # (3, 1, 1) each
+    return (squared(images, side, crop) / 255 - mean) / std
 
 
 def hub_positions(table, new):
@@ -494,21 +526,21 @@ def hub_positions(table, new):
     DINOv2's positions (1, 1 + old^2, D) for new x new tokens as torch.hub makes them, by a scale of (new + 0.1) / old.
     transformers asks for the size instead, which moves the sampling points by up to 0.22 cells.
     """
-    old = round((table.shape[1] - 1) ** 0.5)
+    old = round((table.shape[1] - 1) ** 0.5)                   # 37 in the published network, for 518 px
     if old == new:
         return table
     square = table[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)             # (1, D, old, old)
-    square = F.interpolate(square, scale_factor=((new + 0.1) / old,) * 2, mode="bicubic")
+    square = F.interpolate(square, scale_factor=((new + 0.1) / old,) * 2, mode="bicubic")  # (1, D, new, new)
     return torch.cat([table[:, :1], square.flatten(2).transpose(1, 2)], 1)         # (1, 1 + new^2, D)
 
 
 def open_dino(weights, device, side=224):
     """DINOv2's class token after the last norm, not normalised: the features of FD-DINO (Stein et al. 2023, dgm-eval)."""
     net = pretrained("Dinov2Model", "dinov2", weights, device)
-    table, c = net.embeddings.position_embeddings, net.config
+    table, c = net.embeddings.position_embeddings, net.config  # (1, 1 + 37^2, D)
+    # a table that already fits is left alone by transformers, so its own interpolation never runs
     net.embeddings.position_embeddings = torch.nn.Parameter(hub_positions(table.data, side // c.patch_size))
-    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)                       # of ImageNet
-    features = lambda images: net(normalised(images, side, mean, std).to(device)).last_hidden_state[:, 0]
+    features = lambda images: net(normalised(images, side, OF_IMAGENET).to(device)).last_hidden_state[:, 0]  # (n, D)
     return features, {"network": f"dinov2, width {c.hidden_size}, {c.num_hidden_layers} layers, patch {c.patch_size} (published: 1024, 24, 14)",
                       "sha256": file_hash(weights), "resize": f"to {side} squashed, bicubic antialiased, rounded",
                       "range": "[0, 1], ImageNet mean and std"}
@@ -520,36 +552,43 @@ def open_clip(weights, device):
     gives theirs, cut at 77 tokens, with no words put before them.
     """
     net = pretrained("CLIPModel", "clip", weights, device)
-    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     c = net.config.vision_config
 
     def features(images):
         if isinstance(images, list):
             return embed_captions(net, images, weights, device)
-        pixels = normalised(images, c.image_size, mean, std, crop=True).to(device)
-        return F.normalize(net.visual_projection(net.vision_model(pixel_values=pixels).pooler_output), dim=1)
+        pixels = normalised(images, c.image_size, OF_CLIP, crop=True).to(device)   # (n, 3, side, side)
+        return F.normalize(net.visual_projection(net.vision_model(pixel_values=pixels).pooler_output), dim=1)      # (n, D)
     return features, {"network": f"clip, width {c.hidden_size}, {c.num_hidden_layers} layers, patch {c.patch_size} (published: 1024, 24, 14)",
                       "sha256": file_hash(weights), "resize": f"centre square to {c.image_size}, bicubic antialiased, rounded",
                       "range": "[0, 1], CLIP mean and std", "clip_score": "100 x mean cosine, not clamped, no prefix"}
 
 
+def open_tokenizer(weights, kind):
+    """The tokenizer that lies in the same folder as a network's weights."""
+    from transformers import AutoTokenizer
+    if not os.path.exists(os.path.join(weights, "tokenizer_config.json")):
+        raise UserError(f"{weights!r} lacks the tokenizer, which reading text needs: put {SOURCES[kind]}")
+    return AutoTokenizer.from_pretrained(weights, local_files_only=True)
+
+
 def embed_captions(net, captions, weights, device):
     """Captions -> (n, D) of length one from the text half of CLIP."""
-    from transformers import CLIPTokenizer
-    if not os.path.exists(os.path.join(weights, "tokenizer_config.json")):
-        raise UserError(f"{weights!r} lacks the tokenizer, which the CLIP score needs: put {SOURCES['clip']}")
-    words, rows = CLIPTokenizer.from_pretrained(weights, local_files_only=True), []
-    for start in range(0, len(captions), 64):
-        tokens = words(captions[start:start + 64], padding="max_length", truncation=True, max_length=net.config.text_config.max_position_embeddings,
-                       return_tensors="pt").to(device)
-        rows.append(F.normalize(net.text_projection(net.text_model(**tokens).pooler_output), dim=1))
+    words, rows = open_tokenizer(weights, "clip"), []
+    for start in range(0, len(captions), 64):                  # longer captions are cut: more tokens than positions would raise
+        tokens = words(captions[start:start + 64], padding="max_length", truncation=True,
+                       max_length=net.config.text_config.max_position_embeddings, return_tensors="pt").to(device)
+        rows.append(F.normalize(net.text_projection(net.text_model(**tokens).pooler_output), dim=1))  # (B, D)
     return torch.cat(rows)
+
+
+DISTANCES = ("fd", "mmd", "kid", "pr", "prdc")                 # metrics that compare two sets of images
 
 
 def distances(real, fake, name, metrics):
     """{metric_network: value} between two feature sets. fd_inception is FID, fd_dino is FD-DINO; mmd on clip is CMMD."""
-    result, n = {}, min(len(real), len(fake))
-    if n <= real.shape[1]:                                     # no covariance has full rank then
+    result, n = {}, min(len(real), len(fake))                  # the smaller set bounds the rank
+    if n <= real.shape[1] and "fd" in metrics:                 # no covariance has full rank then
         print(f"biased: {n} images for {real.shape[1]} features of {name}; compare such numbers at equal n only")
     try:
         if "fd" in metrics:
@@ -567,127 +606,674 @@ def distances(real, fake, name, metrics):
     return result
 
 
+def needed(networks, metrics):
+    """Those whose features something asks for: the Inception score and the CLIP score need no reference."""
+    return {name: network for name, network in networks.items() if set(DISTANCES) & set(metrics) or name in ("logits", "clip")}
+
+
+def compare(reference, fake, metrics, captions=None):
+    """
+    All metrics on {network: (n, D)} features of reference and generated images. `logits` stand alone: their rows are shuffled
+    as torch-fidelity does it, for the Inception score's splits must not follow the order of the files.
+    """
+    result = {}
+    for name, x in fake.items():
+        if name == "logits":
+            shuffled = x[torch.from_numpy(np.random.RandomState(2020).permutation(len(x)))]
+            if len(x) < 10:                                    # or a split would be empty
+                raise UserError(f"{len(x)} images: the Inception score takes 10 splits, and many more images")
+            result["inception_score"] = dict(zip(("mean", "std"), inception_score(shuffled)))
+        elif set(DISTANCES) & set(metrics):
+            result |= distances(reference[name], x, name, metrics)
+        if name == "clip" and captions is not None:
+            result["clip_score"] = clip_score(x, captions)
+    return result
+
+
 # ---------------------------------------------------------------------------------------------------------------
-# Two folders of images
+# Work shared by all devices: `torchrun --standalone --nproc-per-node 8 -- eval.py RUN ...`
+
+CHUNK = 64                                                     # images at a time, and the unit in which ranks share them
+
+
+def chunks(n):
+    """Ranges that cover 0 to n - 1. They do not depend on the number of ranks, so neither does a single bit of an image."""
+    return [range(k, min(k + CHUNK, n)) for k in range(0, n, CHUNK)]
+
+
+def spread(work, jobs, ranks, label=""):
+    """
+    [work(job) for job in jobs], every world-th job done here: ranks = (rank, world). Rank 0 gets all results, in order; the
+    others get their own. One rank alone touches nothing of torch.distributed.
+    """
+    (rank, world), jobs = ranks, list(jobs)                    # jobs may be a generator
+    mine = tqdm(range(rank, len(jobs), world), label, leave=False, disable=True if rank else None)  # in turns: all ranks end together
+    done = {k: work(jobs[k]) for k in mine}
+    if world > 1:                                              # nothing else is ever sent between ranks
+        everyone = None if rank else [None] * world
+        torch.distributed.gather_object(done, everyone)
+        done = {k: part for parts in everyone or [done] for k, part in parts.items()}  # rank 0 has all
+    return [done[k] for k in sorted(done)]
+
+
+def joined(parts):
+    """Rows of all chunks, (n, D); None on a rank that had no chunk."""
+    return torch.cat(parts) if parts else None
+
+
+def join_ranks():
+    """(rank, world) of this process under torchrun, else (0, 1). Over gloo also on GPUs: only finished results are gathered."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:              # torchrun sets it
+        return 0, 1
+    torch.distributed.init_process_group("gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))   # which "cuda" means from now on
+    rank = torch.distributed.get_rank()
+    if rank:
+        sys.stdout = open(os.devnull, "w")                     # one voice
+    return rank, torch.distributed.get_world_size()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Folders of images, and the features of a reference, kept so that they are computed once
+
+
+def open_pillow():
+    """The library for image files, an extra."""
+    try:
+        import PIL.Image
+    except ImportError:
+        raise UserError("image files need pillow: pip install pillow")
+    return PIL.Image
 
 
 def list_images(path):
     """The image files under `path`, all readable and of one size (width, height), at least two of them."""
-    try:
-        import PIL.Image as pillow
-    except ImportError:
-        raise UserError("reading image files needs pillow: pip install pillow")
-    files, sizes = sorted(f for f in glob.glob(os.path.join(glob.escape(path), "**"), recursive=True) if f.lower().endswith(IMAGES)), {}
+    pillow = open_pillow()
+    files = sorted(f for f in glob.glob(os.path.join(glob.escape(path), "**"), recursive=True) if f.lower().endswith(IMAGES))
     if len(files) < 2:
         raise UserError(f"{len(files)} images under {path!r}: a distance between sets needs at least 2 ({' '.join(IMAGES)})")
+    sizes = {}
     for file in files:
         try:
             with pillow.open(file) as image:
-                sizes.setdefault(image.size, file)
+                sizes.setdefault(image.size, file)             # from the header alone
         except Exception:                                      # pillow raises many kinds on bytes that are no image
             raise UserError(f"{file!r} cannot be read as an image: replace or remove it")
     if len(sizes) > 1:
-        (a, b), (one, other) = list(sizes.values())[:2], list(sizes)[:2]
+        (a, b), (one, other) = list(sizes.values())[:2], list(sizes)[:2]           # a file of each size
         raise UserError(f"images of {len(sizes)} sizes under {path!r}, such as {a!r} {one} and {b!r} {other}: crop and resize them alike first")
     return files, next(iter(sizes))
 
 
 def read_image(file):
     """(H, W, 3) uint8; transparency is dropped, as pytorch-fid does."""
-    import PIL.Image as pillow
+    pillow = open_pillow()
     try:
         with pillow.open(file) as image:
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(image.convert("RGB"))            # grey and palette images too
     except Exception as e:
         raise UserError(f"{file!r} breaks off ({e}): replace or remove it")
 
 
 @torch.no_grad()
-def folder_features(files, features, chunk=64):
+def folder_features(files, features, ranks=(0, 1)):
     """(n, D) on the CPU, read and computed a chunk at a time, so that the images need not fit into memory."""
-    starts = tqdm(range(0, len(files), chunk), "features", leave=False, disable=None)
-    return torch.cat([features(np.stack([read_image(f) for f in files[s:s + chunk]])).cpu() for s in starts])
+    work = lambda rows: features(np.stack([read_image(files[i]) for i in rows])).cpu()  # (B, D)
+    return joined(spread(work, chunks(len(files)), ranks, "features"))
 
 
-def score_folders(real, fake, networks, metrics):
+def fingerprint(files):
+    """sha256 over the names and contents of files in order: it changes with any image that is added, renamed or edited."""
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{os.path.basename(file)} {file_hash(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def open_reference(path, networks, ranks=(0, 1)):
+    """
+    ({network: (n, D)}, size of the images or None, words for the card) of a folder, or of the one file that an earlier call
+    kept of it. The features of a folder are kept beside it under a name with the hashes of network and images.
+    """
+    networks = {name: network for name, network in networks.items() if name != "logits"}
+    if os.path.isfile(path):
+        kept = {name: read_kept(path, about) for name, (_, about) in networks.items()}
+        size = next((tuple(k["size"]) for k in kept.values()), None)
+        return {name: k["features"] for name, k in kept.items()}, size, f"features kept in {path}, sha256 {file_hash(path)}"
+    files, size = list_images(path)
+    images, features = fingerprint(files), {}                  # of the pixels' files
+    for name, (network, about) in networks.items():
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()  # resizing and range count too
+        file = f"{os.path.normpath(path)}.{name}-{digest[:12]}-{images[:12]}.pt"
+        if os.path.isfile(file):
+            print(f"{name} features of {path} from {file}")
+            features[name] = read_kept(file, about)["features"]
+            continue
+        x = folder_features(files, network, ranks)
+        if not ranks[0]:                                       # the other ranks only help to compute
+            features[name] = x.float()
+            keep(file, {"features": features[name], "network": about, "size": list(size), "images": images})
+    return features, size, f"{len(files)} images of {path}, {size} px, sha256 {images}"
+
+
+def keep(file, content):
+    """Write it beside the folder, as a whole; a folder that cannot be written next to is no reason to stop."""
+    try:
+        torch.save(content, file + ".part")
+        os.replace(file + ".part", file)
+    except (OSError, RuntimeError) as e:
+        print(f"the features are not kept in {file}: {e}")
+
+
+def read_kept(file, about):
+    """What `keep` wrote, if it was made by this very network in this very way. Nothing in it is executed."""
+    try:
+        kept = torch.load(file, weights_only=True)             # which runs no code
+        check(kept["features"], least=2)
+        made, _ = kept["network"], kept["size"]                # a KeyError where they lack
+    except Exception as e:
+        raise UserError(f"{file!r} holds no features that were kept here ({type(e).__name__}: {e}): give the folder of images, or another file")
+    if made != about:                                          # another network, weights or resizing: figures that look alike and are not
+        other = next(k for k in {**about, **made} if about.get(k) != made.get(k))
+        raise UserError(f"{file!r} was made with {other} = {made.get(other)!r}, not {about.get(other)!r}: give the folder of images instead")
+    return kept
+
+
+def same_size(networks, one, other):
+    """Random features see pixels as they are, so two sets must have one size; the other networks resize."""
+    if "random" in networks and None not in (one, other) and tuple(one) != tuple(other):
+        raise UserError(f"images of {one} and {other} px: random features depend on the size; resize one set")
+
+
+def score_folders(real, fake, networks, metrics, ranks=(0, 1)):
     """({metric: value}, facts for the card) of the images in two folders. `real` is the reference: precision and recall need the order."""
-    (real_files, real_size), (fake_files, fake_size) = list_images(real), list_images(fake)
-    if "random" in networks and real_size != fake_size:
-        raise UserError(f"images of {real_size} and {fake_size}: random features depend on the size; resize one set")
-    result = {}
-    for name, (features, _) in networks.items():
-        x, y = (folder_features(files, features) for files in (real_files, fake_files))
-        result |= distances(x, y, name, metrics)
-    return result, {"n": len(fake_files), "reference": f"{len(real_files)} images of {real}, {real_size} px; generated: {fake_size} px"}
+    files, size = list_images(fake)
+    reference, real_size, words = open_reference(real, networks if set(DISTANCES) & set(metrics) else {}, ranks)
+    same_size(networks, real_size, size)                       # before the long work
+    made = {name: folder_features(files, features, ranks) for name, (features, _) in needed(networks, metrics).items()}
+    return {} if ranks[0] else compare(reference, made, metrics), {"n": len(files), "reference": words, "generated": f"{fake}, {size} px"}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What a run is asked to draw, and who judges it. A task is (captions, names of the pictures, see, score): see(image, i) ->
+# what is found in the i-th picture, (H, W, 3) uint8; score(all that was found, metrics) -> {"questions": ..., "counting": ...}.
+
+HELD_OUT = 2 ** 31                                             # added to the seed: scenes that training never draws
+
+
+def held_out(config):
+    """Scenes that training never draws (a caption may occur in both), or the images of the folder that it was trained on."""
+    return Scenes(config, seed=config["seed"] + HELD_OUT) if config["data"] == "scenes" else open_data(config)
+
+
+def held_out_task(config, n):
+    """The captions of n held-out scenes, whose pictures the judge looks at. A folder's captions have no judge."""
+    world, judged = held_out(config), config["data"] == "scenes"                   # only scenes know what is true
+    scenes = [world.scene(i) for i in range(n)] if judged else []
+    see = lambda image, i: look(image, world.cycles) if judged else None           # (ground, objects)
+
+    def score(seen, metrics):
+        result = {"questions": with_chance(world, scenes, seen)} if judged and "questions" in metrics else {}
+        return result | ({"counting": counting(scenes, seen)} if judged and "counting" in metrics else {})
+    return [world.caption(i % len(world)) for i in range(n)], numbered(n), see, score
+
+
+def numbered(n):
+    """Names of pictures that have no name: 00000, 00001 ..."""
+    return [f"{i:05d}" for i in range(n)]
+
+
+def prompts_task(file):
+    """Captions from a file, one a line; a blank line is the null caption. Nobody judges them."""
+    try:
+        with open(file, encoding="utf-8") as f:
+            captions = [line.strip() for line in f.read().splitlines()]            # blank lines stay: they are null captions
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{file!r} cannot be read ({e}): give a text file, one caption a line")
+    if not any(captions):
+        raise UserError(f"{file!r} holds no caption: write one a line")
+    return captions, numbered(len(captions)), lambda image, i: None, lambda seen, metrics: {}
+
+
+def keeping(task, folder, ranks=(0, 1)):
+    """The task, with every picture kept as folder/NAME.png when it is seen, for other programs to look at."""
+    captions, names, see, score = task
+    os.makedirs(folder, exist_ok=True)
+    if not ranks[0] and os.listdir(folder):                    # long before any rank has drawn its first one
+        raise UserError(f"{folder!r} is not empty: give a new folder, so that it holds the pictures of one call alone")
+    return captions, names, lambda image, i: (write_png(os.path.join(folder, f"{names[i]}.png"), image), see(image, i))[1], score
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Questions about real images: Davidsonian scene graphs (DSG, Cho et al. 2024), in the columns of Greedy Growing, Table 6
+
+COLUMNS = {"entity": "entities", "relation": "relations", "attribute": "attributes", "global": "global",
+           "other": "attributes", "action": "relations"}       # the last two as in DSG's own breakdown: counts and text are attributes
+
+
+def read_table(file, needed):
+    """The rows of a CSV file as dicts; `needed` are the columns that it must have."""
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as f:                    # as spreadsheets write it
+            rows = list(csv.DictReader(f))                     # captions may hold commas, quotes and line breaks
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"{file!r} cannot be read ({e}): give a CSV file with the columns {', '.join(needed)}")
+    if lacking := [c for c in needed if not rows or rows[0].get(c) is None]:
+        raise UserError(f"{file!r} lacks {', '.join(lacking)}: give a CSV file with the columns {', '.join(needed)}")
+    return rows
+
+
+def read_dsg(file):
+    """
+    Prompts of a DSG file in the published format (dsg-1k-anns.csv, a row per question): a list of {"item", "text",
+    "questions": {id: text}, "parents": {id: [ids]}, "categories": {id: column of Table 6}}, in the file's order.
+    """
+    prompts, broken = {}, set()                                # rows of a prompt need not stand together
+    for row in read_table(file, ("item_id", "text", "proposition_id", "dependency", "category_broad", "question_natural_language")):
+        item, kind = row["item_id"], (row["category_broad"] or "").strip()
+        if not re.fullmatch(r"[\w.-]+", item) or not row["proposition_id"].isdecimal() or kind not in COLUMNS:
+            raise UserError(f"{file!r}: item {item!r}, question {row['proposition_id']!r}, category {kind!r}: mend that row")
+        p = prompts.setdefault(item, {"item": item, "text": row["text"], "questions": {}, "parents": {}, "categories": {}})
+        q = int(row["proposition_id"])
+        p["questions"][q], p["categories"][q] = row["question_natural_language"], COLUMNS[kind]
+        try:
+            p["parents"][q] = [int(parent) for parent in (row["dependency"] or "").split(",")]  # 0 is the root
+        except ValueError:
+            broken.add(item)
+    for item in broken:                                        # as the published code: one bad string frees all questions of its prompt
+        prompts[item]["parents"] = {}
+    if broken:
+        print(f"{len(broken)} prompts have dependencies that cannot be read and are scored without, such as {min(broken)}")
+    return list(prompts.values())
+
+
+def read_answers(file, prompts):
+    """[{id: answer}] for the prompts from a CSV file as DSG publishes them: item_id, question_id, answer, and perhaps t2i_model."""
+    rows, known = read_table(file, ("item_id", "question_id", "answer")), {p["item"]: i for i, p in enumerate(prompts)}  # item -> its place
+    if len(models := {row["t2i_model"] for row in rows if "t2i_model" in row}) > 1:
+        raise UserError(f"{file!r} answers for {', '.join(sorted(models))}: keep the rows of one model")
+    said = [{} for _ in prompts]                               # a prompt may stay without answers
+    for row in rows:
+        if row["item_id"] in known:
+            i = known[row["item_id"]]
+            if not row["question_id"].isdecimal() or int(row["question_id"]) not in prompts[i]["questions"]:
+                raise UserError(f"{file!r} answers question {row['question_id']!r} of {row['item_id']!r}, which the DSG file does not ask")
+            said[i][int(row["question_id"])] = row["answer"]
+    if not any(said):
+        raise UserError(f"{file!r} answers none of these prompts: its item_id must be those of the DSG file")
+    return said
+
+
+def dsg_table(prompts, said):
+    """{"entities", "relations", "attributes", "global", "dsg"} from [{id: answer}]: "yes" is right, whatever else is wrong."""
+    odd = sum(answer not in ("yes", "no") for answers in said for answer in answers.values())  # as "Yes." would be
+    mute = sum(len(p["questions"]) - len(answers) for p, answers in zip(prompts, said))  # asked, but not answered
+    if odd or mute:                                            # nothing is dropped without a word
+        print(f"{odd} answers are neither yes nor no and count as no; {mute} questions have no answer; a prompt without any scores 0")
+    score = dsg_corpus([{"answers": {q: int(a == "yes") for q, a in answers.items()}, "parents": p["parents"], "categories": p["categories"]}
+                        for p, answers in zip(prompts, said)])
+    return {c: score.get(c, float("nan")) for c in dict.fromkeys(COLUMNS.values())} | {"dsg": score["overall"]}  # in the order of the table
+
+
+def dsg_task(prompts, ask):
+    """The pictures' captions are the prompts; `ask`, where there is one, is asked each question about its picture."""
+    see = lambda image, i: {q: ask(image, text) for q, text in prompts[i]["questions"].items()} if ask else None
+    score = lambda seen, metrics: {"questions": dsg_table(prompts, seen)} if ask and "questions" in metrics else {}
+    return [p["text"] for p in prompts], [p["item"] for p in prompts], see, score
+
+
+def open_vqa(weights, device):
+    """
+    (ask, card): ask(image (H, W, 3) uint8, question) -> an answer in words, from BLIP (Li et al. 2022), greedily. One question at
+    a time: transformers lets BLIP's decoder see padding, so a batch of questions of several lengths would change the answers.
+    """
+    if not weights or not file_hash(weights):
+        raise UserError(f"--vqa: no weights at {weights!r}, and nothing is downloaded: put {SOURCES['blip']}")
+    net, words = pretrained("BlipForQuestionAnswering", "blip", weights, device), open_tokenizer(weights, "blip")
+    side = net.config.vision_config.image_size                 # 384 in the published network
+
+    def ask(image, question):
+        pixels = normalised(image[None], side, OF_CLIP).to(device)                 # (1, 3, side, side), squashed
+        tokens = words(question, truncation=True, max_length=net.config.text_config.max_position_embeddings, return_tensors="pt").to(device)
+        said = net.generate(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, pixel_values=pixels,
+                            do_sample=False, num_beams=1, max_new_tokens=10)
+        return words.decode(said[0], skip_special_tokens=True).strip()
+    c = net.config.vision_config
+    return ask, {"network": f"blip, width {c.hidden_size}, {c.num_hidden_layers} layers, patch {c.patch_size}", "sha256": file_hash(weights),
+                 "resize": f"to {side} squashed, bicubic antialiased, rounded", "answers": "greedy; only 'yes' is right"}
+
+
+def find_images(folder, prompts):
+    """The file of each prompt in a folder of pictures from elsewhere: ITEM.png, or another known ending."""
+    files = [next((f for end in IMAGES if os.path.isfile(f := os.path.join(folder, p["item"] + end))), None) for p in prompts]
+    if lacking := [p["item"] for p, f in zip(prompts, files) if not f]:
+        raise UserError(f"{folder!r} lacks {len(lacking)} of {len(prompts)} pictures, such as {lacking[0]}.png: name each after its item_id")
+    return files
+
+
+def score_dsg(args, prompts, device, ranks):
+    """Answers from a file, or of a network about a folder of pictures from elsewhere."""
+    if args.answers:
+        said, about = read_answers(args.answers, prompts), {"answers": f"{args.answers}, sha256 {file_hash(args.answers)}"}
+    else:
+        files, (ask, about) = find_images(args.run[0], prompts), open_vqa(args.vqa, device)
+        _, _, see, _ = dsg_task(prompts, ask)
+        work = lambda rows: [see(read_image(files[i]), i) for i in rows]
+        said = sum(spread(work, chunks(len(files)), ranks, "questions"), [])
+    if ranks[0]:
+        return
+    result = {"questions": dsg_table(prompts, said)}
+    print(report(result))
+    card = make_card({"vqa": (None, about)}, device, n=len(prompts), dsg=f"{args.dsg}, sha256 {file_hash(args.dsg)}", about=args.run[0])
+    tell(card, {"run": args.run[0], "n": len(prompts), "metrics": result, "answers": {p["item"]: a for p, a in zip(prompts, said)}}, args.json)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The denoiser as a classifier (Li et al. 2023; Clark and Jaini 2023): the caption under which its loss is lowest
+
+
+@torch.no_grad()
+def closest(model, config, image, text, number, seed=0, draws=16):
+    """
+    Index of the row of text (options, L) or (options, L, E) under which the mean loss of image (H, W, 3) uint8 is lowest. All
+    options meet the same `draws` noises, at times spread evenly over [0, 1]: differences in noise would drown those in words.
+    """
+    device = next(model.parameters()).device
+    x = open_autoencoder(config, device).encode(to_tensor(image[None]).to(device)) # (1, C, H, W): pixels, or latents
+    times = ((torch.arange(draws) + 0.5) / draws).to(device)                       # (draws,)
+    eps = noise([(seed, number, k) for k in range(draws)], x.shape[1:], device)    # (draws, C, H, W)
+    loss = [diffusion_loss(model, x.expand_as(eps), row.expand(draws, *row.shape[1:]), times, eps, config).mean() for row in text.split(1)]
+    return int(torch.stack(loss).argmin())                     # the first of equals
+
+
+def accuracy(guesses, classes):
+    """Of [(guess, truth)] -> {class: share told rightly}, with "mean" over classes and "chance"."""
+    right = {c: [g == t for g, t in guesses if t == c] for c in classes}           # by the true class
+    table = {c: float(np.mean(r)) for c, r in right.items() if r}                  # a class that was not drawn is left out
+    return table | {"mean": float(np.mean(list(table.values()))), "chance": 1 / len(classes)}
+
+
+def zeroshot(model, config, world, n, seed=0, draws=16, ranks=(0, 1)):
+    """
+    On n held-out scenes of a single group, among captions that differ in one word: {"shape": {class: accuracy, "mean",
+    "chance"}, "colour": ...}.
+    """
+    device, kinds = next(model.parameters()).device, {"shape": world.shapes, "colour": world.colours}  # what is asked, and the classes
+    single = itertools.islice((i for i in itertools.count() if len(world.scene(i)["groups"]) == 1), n)  # the first n of them
+
+    def tell(i):
+        (group,), image, told = world.scene(i)["groups"], world.image(i, config["resolution"]), {}
+        for kind, options in kinds.items():
+            text = encode_captions([describe(dict(world.scene(i), groups=[dict(group, **{kind: o})])) for o in options], config).to(device)
+            told[kind] = options[closest(model, config, image, text, i, seed, draws)], group[kind]
+        return told
+    told = spread(tell, single, ranks, "zero-shot")
+    return {kind: accuracy([t[kind] for t in told], options) for kind, options in kinds.items()}
+
+
+def zeroshot_folder(model, config, folder, template, n, seed=0, draws=16, ranks=(0, 1)):
+    """
+    On up to n images of folder/CLASS/*, evenly many of each class: {class: accuracy, "mean", "chance"}. The caption is the
+    `template` with the class in place of {}, an underscore being a space; a picture's centre square is shown.
+    """
+    classes = sorted(d for d in os.listdir(folder) if os.path.isdir(os.path.join(folder, d))) if os.path.isdir(folder) else []
+    files = {c: sorted(f for f in glob.glob(os.path.join(glob.escape(folder), glob.escape(c), "*")) if f.lower().endswith(IMAGES)) for c in classes}
+    if len(classes) < 2 or not all(files.values()) or "{}" not in template:
+        raise UserError(f"{folder!r} holds classes {classes}, template {template!r}: give FOLDER/CLASS/*.png for two classes or more, and a {{}}")
+    captions = [template.replace("{}", c.replace("_", " ")) for c in classes]
+    text = encode_captions(captions, config).to(next(model.parameters()).device)   # (classes, L)
+    chosen = [(f, c) for c in classes for f in files[c][:-(-n // len(classes))]]
+
+    def tell(number):
+        file, truth = chosen[number]                           # a class is its folder's name
+        image = squared(read_image(file)[None], config["resolution"], crop=True)[0].permute(1, 2, 0).byte().numpy()
+        return classes[closest(model, config, image, text, number, seed, draws)], truth
+    return accuracy(spread(tell, range(len(chosen)), ranks, "zero-shot"), classes)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# People compare two runs (Greedy Growing, Sec. 6.2): same caption, same noise, names hidden, three answers to two questions
+
+ASKED = {"aesthetics": "Which one looks better, whatever the words say?", "consistency": "Which one shows better what the words say?"}
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>Which picture?</title>
+<style>
+  :root { color-scheme: light dark; --line: #8886; --on: #2a6df4 }
+  body { font: 17px/1.4 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: .6rem }
+  progress { width: 100%; accent-color: var(--on) }
+  #caption { font-size: 1.25rem; margin: .4rem 0 .8rem; min-height: 1.8rem }
+  #pictures, .scale, #foot { display: flex; gap: .6rem }
+  #pictures { justify-content: center }
+  #pictures img { width: min(49%, 50vh); max-height: 60vh; object-fit: contain; outline: 1px solid var(--line) }
+  img.small { image-rendering: pixelated }
+  fieldset { border: 2px solid var(--line); border-radius: .6rem; margin: .8rem 0; padding: .2rem .7rem .7rem }
+  fieldset.now { border-color: var(--on) }
+  button { font: inherit; padding: .6rem .8rem; border: 1px solid var(--line); border-radius: .5rem; cursor: pointer }
+  .scale button { flex: 1 1 0 } button.on { background: var(--on); color: white } #save { margin-left: auto }
+</style>
+<progress id="bar"></progress><small id="place"></small>
+<p id="caption"></p>
+<div id="pictures"><img id="left" alt="left picture"><img id="right" alt="right picture"></div>
+<div id="questions"></div>
+<div id="foot"><button id="back">Back</button><button id="next">Next</button><button id="save">Save answers to a file</button></div>
+<p id="done" hidden><b>All answered, thank you! Please save your answers and send the file back.</b></p>
+<p><small>Keys: &larr; left, &darr; unsure, &rarr; right, Backspace goes back. Unsure also means equally good or equally bad.
+Your answers stay in this browser until you save them.</small></p>
+<script>
+const pairs = PAIRS, sheet = "SHEET", asked = Object.entries(ASKED), scale = [[-1, "Left"], [0, "Unsure"], [1, "Right"]];
+const $ = id => document.getElementById(id), memory = "sheet-" + sheet;
+let state = {rater: Math.random().toString(36).slice(2, 10), answers: {}}, at = 0;
+try { state = JSON.parse(localStorage[memory]) || state } catch (e) {}         // a page closed by mistake loses nothing
+const given = k => state.answers[pairs[k].id] || {};
+const open = k => asked.findIndex(([key]) => !(key in given(k)));              // the first open question of pair k, or -1
+const make = (tag, text, more) => Object.assign(document.createElement(tag), {textContent: text}, more);
+
+function show() {                                                              // the pair `at`, with the answers given so far
+  const done = pairs.filter((_, k) => open(k) < 0).length;
+  $("bar").max = pairs.length; $("bar").value = done; $("done").hidden = done < pairs.length;
+  $("place").textContent = `Pair ${at + 1} of ${pairs.length}, ${done} answered`;
+  $("caption").textContent = pairs[at].caption ? "\u201c" + pairs[at].caption + "\u201d" : "(no words)";
+  for (const side of ["left", "right"]) $(side).src = pairs[at][side];
+  $("questions").replaceChildren(...asked.map(([key, text], q) => {
+    const field = make("fieldset", "", {className: q === open(at) ? "now" : ""}), row = make("div", "", {className: "scale"});
+    row.append(...scale.map(([value, word]) => make("button", word,
+      {id: key + value, className: given(at)[key] === value ? "on" : "", onclick: () => answer(key, value)})));
+    field.append(make("legend", text), row);
+    return field;
+  }));
+  $("back").disabled = at === 0; $("next").disabled = at === pairs.length - 1;
+}
+function answer(key, value) {
+  state.answers[pairs[at].id] = {...given(at), [key]: value};
+  try { localStorage[memory] = JSON.stringify(state) } catch (e) {}
+  const from = at;                                                             // a moment to see the choice, then the next pair
+  if (open(at) < 0) setTimeout(() => { if (at === from) go(1) }, 250);
+  show();
+}
+function go(by) { at = Math.max(0, Math.min(pairs.length - 1, at + by)); show() }
+$("back").onclick = () => go(-1);
+$("next").onclick = () => go(1);
+document.onkeydown = event => {
+  const value = {ArrowLeft: -1, ArrowDown: 0, ArrowRight: 1}[event.key], now = open(at);
+  if (event.key === "Backspace") go(-1);
+  else if (value !== undefined && now >= 0) answer(asked[now][0], value);
+  else return;
+  event.preventDefault();
+};
+for (const side of ["left", "right"]) $(side).onload = () => $(side).classList.toggle("small", $(side).naturalWidth < 200);
+$("save").onclick = () => {
+  const text = JSON.stringify({sheet, ...state}, null, 1), name = `answers-${sheet}-${state.rater}.json`;
+  make("a", "", {href: URL.createObjectURL(new Blob([text], {type: "application/json"})), download: name}).click();
+};
+go(Math.max(0, pairs.findIndex((_, k) => open(k) >= 0)));                      // where the last visit stopped
+</script>
+</html>
+"""
+
+
+def picture_url(image):
+    """(H, W, 3) uint8 -> a data: address. Small pictures as PNG, exactly; above 256 px as JPEG, or 500 pairs would be gigabytes."""
+    with tempfile.TemporaryDirectory() as folder:              # write_png and pillow alike write files
+        file, kind = os.path.join(folder, "x"), "png"
+        if max(image.shape) <= 256:
+            write_png(file, image)
+        else:
+            open_pillow().fromarray(image).save(file, kind := "jpeg", quality=95, subsampling=0)
+        with open(file, "rb") as f:
+            return f"data:image/{kind};base64," + base64.b64encode(f.read()).decode()
+
+
+def make_sheet(folder, runs, captions, images, seed=0):
+    """
+    index.html for the raters and key.json, which tells the sides. `images` (2, n, H, W, 3) uint8 or two such sets; the order
+    of pairs and the side of each are drawn from `seed`. The page holds no name of a run.
+    """
+    pairs, swapped = [], {}                                    # in the order shown; by pair: is A on the right?
+    for i in np.random.default_rng(seed).permutation(len(captions)).tolist():      # the same sheet from the same seed
+        swapped[str(i)] = bool(uniforms(seed + 1, i, 1)[0] < 0.5)
+        left, right = (picture_url(images[k][i]) for k in ((1, 0) if swapped[str(i)] else (0, 1)))  # A, B or B, A
+        pairs.append({"id": str(i), "caption": captions[i], "left": left, "right": right})
+    name = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:12]             # so that answers meet the right key
+    page = PAGE.replace("SHEET", name).replace("ASKED", json.dumps(ASKED))
+    page = page.replace("PAIRS", json.dumps(pairs).replace("<", "\\u003c"))        # no caption can end the script
+    os.makedirs(folder, exist_ok=True)
+    for file, text in (("key.json", json.dumps({"sheet": name, "runs": runs, "swapped": swapped}, indent=1)), ("index.html", page)):
+        with open(os.path.join(folder, file), "w", encoding="utf-8") as f:
+            f.write(text)
+
+
+def write_sheet(args, task, device, ranks):
+    """A sheet of the two runs' pictures, for the same captions from the same noise, each with its own guidance unless told."""
+    if os.path.exists(os.path.join(args.sheet, "key.json")):
+        raise UserError(f"{args.sheet!r} holds a sheet already, whose key would be lost: give another folder")
+    loaded = [load(run, device) for run in args.run]
+    captions = (task or held_out_task(loaded[0][1], args.n or 50))[0][:args.n]
+    guidance, images = guidances(args.guidance, [None])[0], []                     # each run its own, unless told
+    for model, config in loaded:
+        work = lambda rows: draw(model, config, captions, rows, 0, args.steps, guidance, args.sampler)
+        images.append([image for part in spread(work, chunks(len(captions)), ranks, "pairs") for image in part])
+    if not ranks[0]:
+        make_sheet(args.sheet, args.run, captions, images)
+        print(f"{args.sheet}: {len(captions)} pairs. Give index.html to the raters and keep key.json; then\n"
+              f"python eval.py --sheet {args.sheet} --ratings FILES")
+
+
+def krippendorff(units):
+    """
+    Krippendorff's alpha with ordinal differences (Krippendorff 2011) of units (n, levels): how many raters gave unit i level
+    k. 1 is full agreement, 0 that of chance. Units rated once say nothing; nan where all ratings are the same.
+    """
+    units = np.asarray(units, float)
+    units = units[units.sum(1) > 1]                            # a single rating has nothing to agree with
+    of_level, of_unit = units.sum(0), units.sum(1)                                 # (levels,), (n,)
+    place = of_level.cumsum() - of_level / 2                                       # mean ranks of the levels
+    apart = np.square(place[:, None] - place)                                      # (levels, levels)
+    observed = (np.einsum("ui,ij,uj->u", units, apart, units) / (of_unit - 1)).sum()
+    expected = of_level @ apart @ of_level / max(of_level.sum() - 1, 1)
+    return 1 - observed / expected if expected > 0 else float("nan")
+
+
+def ratings_score(votes, draws=1000):
+    """
+    (questions, pairs, 3) votes for A, neither, B -> shares of the votes and alpha, each with the 95 % interval of a bootstrap
+    over pairs: the pairs stand for all captions, whereas the raters of one pair see the same two pictures.
+    """
+    votes = votes[:, votes.sum((0, 2)) > 0]                    # pairs that somebody answered
+    figures = lambda v: [*v.sum((0, 1)) / v.sum(), krippendorff(v.reshape(-1, 3))]
+    resample = np.random.default_rng(0)                        # the same interval each time
+    many = np.array([figures(votes[:, resample.integers(votes.shape[1], size=votes.shape[1])]) for _ in range(draws)]).T   # (4, draws)
+    bounds = [np.percentile(f[np.isfinite(f)], [2.5, 97.5]).tolist() if np.isfinite(f).any() else [float("nan")] * 2 for f in many]
+    return {k: {"value": float(v), "interval": b} for k, v, b in zip(("wins_a", "neutral", "wins_b", "alpha"), figures(votes), bounds)}
+
+
+def read_ratings(folder, files):
+    """(key, votes (questions, pairs, 3) for A, neither, B) of answer files for the sheet whose key.json lies in `folder`."""
+    try:
+        key, *sheets = [json.load(open(f, encoding="utf-8")) for f in (os.path.join(folder, "key.json"), *files)]
+        place, raters = {pair: i for i, pair in enumerate(key["swapped"])}, {}     # row of each pair
+        votes = np.zeros((len(ASKED), len(place), 3))          # A, neither, B
+        for file, told in zip(files, sheets):
+            if told["sheet"] != key["sheet"]:
+                raise UserError(f"{file!r} answers another sheet than {folder!r}: give the --sheet folder that it was made from")
+            if told["rater"] in raters:
+                raise UserError(f"{raters[told['rater']]!r} and {file!r} are of one rater: give each rater's last file alone")
+            raters[told["rater"]] = file
+            for pair, given in told["answers"].items():
+                for q, answer in given.items():
+                    side = {-1: -1, 0: 0, 1: 1}[answer] * (-1 if key["swapped"][pair] else 1)  # any other answer is a KeyError
+                    votes[list(ASKED).index(q), place[pair], 1 + side] += 1
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"the answers cannot be read ({type(e).__name__}: {e}): give --sheet FOLDER with key.json, and files as the page saves them")
+    return key, votes
+
+
+def rate(args):
+    """Win rates, neutral share and agreement of the raters' answer files. Without --sheet, key.json lies beside the first of them."""
+    key, votes = read_ratings(args.sheet or os.path.dirname(args.ratings[0]) or ".", args.ratings)
+    if args.run and args.run != key["runs"]:
+        raise UserError(f"the sheet compares {' and '.join(key['runs'])}, not {' and '.join(args.run)}: leave the runs away")
+    if not votes.sum((1, 2)).all():
+        raise UserError("a question has no answer at all: answer at least one pair")
+    result = {q: ratings_score(votes[k:k + 1]) for k, q in enumerate(ASKED)} | {"together": ratings_score(votes)}
+    print(f"A is {key['runs'][0]}, B is {key['runs'][1]}; {len(args.ratings)} raters, {int((votes.sum((0, 2)) > 0).sum())} pairs; "
+          "alpha is Krippendorff's, ordinal; 95 % intervals by bootstrap over pairs")
+    for q, figures in result.items():
+        print(f"{q:12s}" + "  ".join(f"{k} {v['value']:.3f} [{v['interval'][0]:.3f}, {v['interval'][1]:.3f}]" for k, v in figures.items()))
+    save({"runs": key["runs"], "raters": len(args.ratings), "metrics": result}, args.json)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Evaluating a run
 
-HELD_OUT = 2 ** 31                                             # added to the seed: scenes that training never draws
 RANDOM = {"random": (random_features, {})}
 
 
-def held_out(config, n):
-    """(data, scenes or None, captions): n captions of scenes that training never draws (a caption may occur in both); or the first n of a folder."""
-    if config["data"] != "scenes":
-        world = open_data(config)
-        return world, None, [world.caption(i % len(world)) for i in range(n)]
-    world = Scenes(config, seed=config["seed"] + HELD_OUT)
-    scenes = [world.scene(i) for i in range(n)]
-    return world, scenes, [describe(s) for s in scenes]
+def draw(model, config, captions, rows, seed=0, steps=None, guidance=None, sampler=None, bar=False, poll=lambda: None):
+    """Pictures of captions[rows] as (len(rows), H, W, 3) uint8; each depends on its place in the whole list, not on `rows`."""
+    return to_uint8(sample(model, config, captions[rows.start:rows.stop], seed, rows.start, steps, guidance, sampler, bar=bar, poll=poll))
+
+
+def each_network(networks, images):
+    """(B, H, W, 3) uint8 -> {network: (B, D)}, on the CPU."""
+    return {name: features(images).cpu() for name, (features, _) in networks.items()}
+
+
+@torch.no_grad()
+def real_features(config, n, networks, ranks=(0, 1)):
+    """{network: (n, D)} of n other real images than those whose captions held_out takes."""
+    networks = {name: network for name, network in networks.items() if name != "logits"}
+    batches = Batches(held_out(config), config | {"aspects": ""}, filtered=False)   # names and passes over what cannot be decoded
+    images = lambda rows: np.stack([batches.sample(0, (n + i) % len(batches.data))[0] for i in rows])  # (B, H, W, 3)
+    parts = spread(lambda rows: each_network(networks, images(rows)), chunks(n), ranks, "real images")
+    return {name: joined([p[name] for p in parts]) for name in networks}
 
 
 @torch.no_grad()
 def evaluate(model, config, n, guidance=None, steps=None, sampler=None, seed=0, metrics=("questions", "fd", "mmd"), bar=True,
-             networks=RANDOM, poll=lambda: None):
+             networks=RANDOM, task=None, reference=None, ranks=(0, 1), poll=lambda: None):
     """
-    {metric: value} of n images for n held-out captions, against n other real images. `mmd_random` is the unbiased estimate of
-    the squared MMD with the cubic kernel over all images (see mmd). CLIP among the networks adds the CLIP score.
+    {metric: value} of n images, for held-out captions or those of `task`, against n real images or the features `reference`.
+    Each chunk is drawn, looked at, turned into features and forgotten, so n is not bound by memory. CLIP among the networks
+    adds the CLIP score. Of several ranks = (rank, world) each does its share, and rank 0 alone gets the result.
     """
-    world, scenes, captions = held_out(config, n)
-    result = {}
-    if "zeroshot" in metrics and scenes:
-        result["zeroshot"] = zeroshot(model, config, world, n, seed)
-    if set(metrics) <= {"zeroshot"}:
-        return result
-    images = to_uint8(sample(model, config, captions, seed, 0, steps, guidance, sampler, bar=bar, poll=poll))
-    if scenes and {"questions", "counting"} & set(metrics):
-        seen = [look(image, world.cycles) for image in images]
-        result |= {"questions": with_chance(world, scenes, seen)} if "questions" in metrics else {}
-        result |= {"counting": counting(scenes, seen)} if "counting" in metrics else {}
-    if {"fd", "mmd", "kid", "pr", "prdc"} & set(metrics):
-        batches = Batches(world, config | {"aspects": ""}, filtered=False)         # names and passes over what cannot be decoded
-        real = np.stack([batches.sample(0, (n + i) % len(world))[0] for i in tqdm(range(n), "real images", leave=False, disable=None)])
-        for name, (features, _) in networks.items():
-            x, y = (torch.cat([features(part[k:k + 64]).cpu() for k in range(0, n, 64)]) for part in (real, images))
-            result |= distances(x, y, name, metrics)
-            result |= {"clip_score": clip_score(y, features(captions).cpu())} if name == "clip" else {}
-    return result
+    captions, _, see, score = task or held_out_task(config, n)
+    captions, compared = captions[:n], bool(set(DISTANCES) & set(metrics))
+    networks = needed(networks, metrics)
 
-
-@torch.no_grad()
-def zeroshot(model, config, world, n, seed=0, draws=16):
-    """
-    Classification with the denoiser (Li et al. 2023; Clark and Jaini 2023): of the captions that differ in one word, shape or
-    colour, the one under which the loss is lowest, on n real held-out scenes of a single group. {"shape": {class: accuracy,
-    "mean", "chance"}, "colour": ...}. All captions meet the same `draws` noises, at times spread evenly over [0, 1].
-    """
-    right, device = {"shape": {}, "colour": {}}, next(model.parameters()).device
-    times, autoencoder = ((torch.arange(draws) + 0.5) / draws).to(device), open_autoencoder(config, device)
-    single = (i for i in itertools.count() if len(world.scene(i)["groups"]) == 1)
-    for i in tqdm(itertools.islice(single, n), "zero-shot", total=n, leave=False, disable=None):
-        x, scene = autoencoder.encode(to_tensor(world.image(i, config["resolution"])[None]).to(device)), world.scene(i)
-        eps = noise([(seed, i, k) for k in range(draws)], x.shape[1:], device)     # (draws, 3, H, W)
-        for kind, options in (("shape", world.shapes), ("colour", world.colours)):
-            captions = [describe(dict(scene, groups=[dict(scene["groups"][0], **{kind: o})])) for o in options]
-            tokens = tokenize(captions, config["text_length"], config["text_vocab"]).to(device).repeat_interleave(draws, 0)
-            many = len(options)
-            loss = diffusion_loss(model, x.expand(many * draws, -1, -1, -1), tokens, times.repeat(many), eps.repeat(many, 1, 1, 1), config)
-            guess, truth = options[loss.view(many, draws).mean(1).argmin()], scene["groups"][0][kind]
-            right[kind].setdefault(truth, []).append(guess == truth)
-    table = {kind: {k: float(np.mean(v)) for k, v in sorted(classes.items())} for kind, classes in right.items()}
-    return {kind: t | {"mean": float(np.mean(list(t.values()))), "chance": 1 / len(getattr(world, kind + "s"))} for kind, t in table.items()}
+    def work(rows):
+        images = draw(model, config, captions, rows, seed, steps, guidance, sampler, bar and not ranks[0], poll)
+        seen = [see(image, i) for image, i in zip(images, rows)]
+        said = networks["clip"][0](captions[rows.start:rows.stop]).cpu() if "clip" in networks else None
+        return seen, each_network(networks, images), said
+    if compared and reference is None:
+        reference = real_features(config, n, networks, ranks)
+    parts = spread(work, chunks(len(captions)), ranks, "images")                   # in order
+    if ranks[0]:
+        return {}
+    seen, features, said = zip(*parts)
+    made = {name: torch.cat([f[name] for f in features]) for name in networks}     # (n, D) each
+    return score(sum(seen, []), metrics) | compare(reference, made, metrics, torch.cat(said) if "clip" in networks else None)
 
 
 def flat(result, before=""):
@@ -700,10 +1286,11 @@ def flat(result, before=""):
 
 
 def report(result):
-    """One metric result as a line for people."""
-    q = result.get("questions")
-    parts = [f"dsg {q['dsg']:.3f} (chance {q['chance_dsg']:.3f})"] if q else []
-    parts += [f"{k} {q[k]:.3f}" for k in ("entities", "attributes", "relations", "counts", "global")] if q else []
+    """One metric result as a line for people, dsg with its chance level first."""
+    q = result.get("questions", {})
+    chance = f" (chance {q['chance_dsg']:.3f})" if "chance_dsg" in q else ""
+    parts = [f"dsg {q['dsg']:.3f}{chance}"] if q else []
+    parts += [f"{k} {v:.3f}" for k, v in q.items() if "dsg" not in k]
     return "  ".join(parts + [f"{k} {v:.4f}" for k, v in flat({k: v for k, v in result.items() if k != "questions"}).items()])
 
 
@@ -720,15 +1307,16 @@ def tuning(points):
     the first MMD, where to look for a good value (Greedy Growing, Sec. 5.3, with FD-DINO and CMMD).
     """
     points = sorted(points, key=lambda p: p[0])
-    curves = {k: [flat(m)[k] for _, m in points] for k in flat(points[0][1])}
+    curves = {k: [flat(m)[k] for _, m in points] for k in flat(points[0][1])}      # by metric, over guidance
     guidance = [g for g, _ in points]
-    ends = [k for kind in (("fd_",), ("cmmd", "mmd_")) for k in [next((c for c in curves if c.startswith(kind)), None)] if k]
-    best = {k: guidance[int(np.argmin(curves[k]))] for k in ends}
+    first = lambda *starts: next((c for start in starts for c in curves if c.startswith(start)), None)
+    ends = [k for k in (first("fd_dino", "fd_"), first("cmmd", "mmd_")) if k]
+    best = {k: guidance[int(np.argmin(curves[k]))] for k in ends}                  # lower is better
     if len(best) == 2:
         where = ", ".join(f"lowest {k} at {g:g}" for k, g in best.items())
         print(f"guidance between {min(best.values()):g} and {max(best.values()):g}: {where}")
     for k in ends:
-        if best[k] in (guidance[0], guidance[-1]):
+        if best[k] in (guidance[0], guidance[-1]):             # then it is no optimum
             print(f"  lowest {k} lies at the end of the values tried: try further ones")
     return {"guidance": guidance, "curves": curves, "optimum": best, "range": sorted(best.values()) if len(best) == 2 else None}
 
@@ -737,7 +1325,7 @@ def draw_tuning(curves, file):
     """The curves of `tuning` as a picture: dsg with its chance level, then one panel for each distance; the range in grey."""
     try:
         import matplotlib
-        matplotlib.use("Agg")
+        matplotlib.use("Agg")                                  # no window
         import matplotlib.pyplot as plt
     except ImportError:
         return print("no picture of the guidance curves: pip install matplotlib")
@@ -747,12 +1335,12 @@ def draw_tuning(curves, file):
     figure, panels = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3), squeeze=False, layout="constrained")
     for name, panel in zip(names, panels[0]):
         panel.plot(curves["guidance"], curves["curves"][name], "o-", label=name)
-        if name == "dsg":
+        if name == "dsg" and "chance_dsg" in curves["curves"]:
             panel.plot(curves["guidance"], curves["curves"]["chance_dsg"], "k:", label="chance")
         if name in curves["optimum"]:
             panel.axvline(curves["optimum"][name], color="tab:red", lw=1, label="lowest")
         if curves["range"]:
-            panel.axvspan(*curves["range"], color="0.9", zorder=0)
+            panel.axvspan(*curves["range"], color="0.9", zorder=0)                 # where to look
         panel.set(title=name, xlabel="guidance")
         panel.legend(frameon=False)
     figure.savefig(file, dpi=120)
@@ -767,72 +1355,145 @@ def make_card(networks, device, **rest):
                    "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
 
 
+def save(figures, file):
+    """Figures as JSON under this very name, where programs look for them; an older file of that name steps aside."""
+    if not file:
+        return
+    with open(file + ".part", "w") as f:                       # replaced as a whole
+        json.dump(figures, f, indent=1)
+    if os.path.exists(file):                                   # nothing is overwritten without a word
+        os.replace(file, older := free_name(file))
+        print(f"the older {file} is now {older}")
+    os.replace(file + ".part", file)
+
+
 def tell(card, figures, file):
-    """Print the card; write card and figures to `file`, if any, replaced as a whole."""
+    """Print the card; keep card and figures in `file`, if any."""
     for key, value in flat(card).items():
         print(f"  {key:26s} {value}")
-    if file:
-        with open(file + ".part", "w") as f:
-            json.dump(figures | {"card": card}, f, indent=1)
-        os.replace(file + ".part", file)
+    save(figures | {"card": card}, file)
 
 
-def score_run(args, networks, metrics, device):
-    """All guidances and seeds of one run: mean and spread (standard deviation, ddof 0) over seeds, curves over guidance, card."""
-    state, (model, config) = read_checkpoint(args.run[0]), load(args.run[0], device)
+def guidances(text, default):
+    """The values of --guidance."""
     try:
-        guidances = [float(g) for g in args.guidance.split(",")] if args.guidance else [config["guidance"]]
-        if not np.isfinite(guidances).all():
+        values = [float(g) for g in text.split(",")] if text else default
+        if text and not np.isfinite(values).all():
             raise ValueError
     except ValueError:
-        raise UserError(f"--guidance {args.guidance}: give numbers, such as 1,2,4")
+        raise UserError(f"--guidance {text}: give numbers, such as 1,2,4")
+    return values
+
+
+def run_reference(args, config, networks, metrics, n, ranks):
+    """({network: (n, D)} or None, words for the card): of --reference, else of n real images."""
+    if args.reference:
+        reference, size, words = open_reference(args.reference, networks, ranks)
+        same_size(networks, size, (config["resolution"],) * 2)
+        return reference, words
+    reference = real_features(config, n, networks, ranks) if set(DISTANCES) & set(metrics) else None
+    return reference, f"images {n} to {2 * n - 1} of {config['data']}" + ", which training never draws" * (config["data"] == "scenes")
+
+
+def run_zeroshot(args, model, config, n, seed, ranks):
+    """Zero-shot classification of --classes, else of scenes."""
+    if args.classes:
+        return zeroshot_folder(model, config, args.classes, args.template, n, seed, ranks=ranks)
+    if config["data"] != "scenes":
+        raise UserError("--metrics zeroshot: this run has seen no scenes: give --classes FOLDER with FOLDER/CLASS/*.png")
+    return zeroshot(model, config, held_out(config), n, seed, ranks=ranks)
+
+
+def score_run(args, networks, metrics, task, about, device, ranks):
+    """All guidances and seeds of one run: mean and spread (standard deviation, ddof 0) over seeds, curves over guidance, card."""
+    state, (model, config) = read_checkpoint(args.run[0]), load(args.run[0], device)
+    values, n = guidances(args.guidance, [config["guidance"]]), args.n or (len(task[0]) if task else 1000)
     args.steps, args.sampler = args.steps or config["sample_steps"], args.sampler or config["sampler"]
+    if task and n > len(task[0]):
+        raise UserError(f"--n {n}: {args.prompts or args.dsg} holds {len(task[0])} captions; give at most so many")
+    if args.keep and len(values) * args.seeds > 1:
+        raise UserError(f"--keep {args.keep}: {len(values)} guidances and {args.seeds} seeds would overwrite each other: give one value of each")
+    task = task or held_out_task(config, n)
+    task = keeping(task, args.keep, ranks) if args.keep else task
+    reference, words = run_reference(args, config, networks, metrics, n, ranks)    # once, for all guidances and seeds
+    told = functools.partial(evaluate, model, config, n, steps=args.steps, sampler=args.sampler, metrics=metrics, networks=networks,
+                             task=task, reference=reference, ranks=ranks)
+    classify = functools.cache(lambda seed: {"zeroshot": run_zeroshot(args, model, config, n, seed, ranks)} if "zeroshot" in metrics else {})
     rows, points = [], []
-    for guidance in guidances:
+    for guidance in values:
         for seed in range(args.seeds):
-            result = evaluate(model, config, args.n, guidance, args.steps, args.sampler, seed, metrics, networks=networks)
+            result = (told(guidance, seed=seed) if set(metrics) != {"zeroshot"} else {}) | classify(seed)      # which takes no guidance
             rows.append({"guidance": guidance, "seed": seed, "metrics": result})
             print(f"guidance {guidance:g}  seed {seed}  {report(result)}", flush=True)
-        results = [r["metrics"] for r in rows[-args.seeds:]]
+        results = [r["metrics"] for r in rows[-args.seeds:]]   # all seeds of this guidance
         points.append((guidance, over_seeds(results, np.mean), over_seeds(results, np.std) if args.seeds > 1 else None))
         if args.seeds > 1:
             print(f"guidance {guidance:g}  mean    {report(points[-1][1])}\nguidance {guidance:g}  spread  {report(points[-1][2])}")
+    if not ranks[0]:
+        networks = networks | ({"vqa": (None, about)} if about else {})
+        finish(args, networks, device, n, state, config, rows, points, words, ranks[1])
+
+
+def finish(args, networks, device, n, state, config, rows, points, reference, world):
+    """The last words about a run: the best guidance, the curves, the card."""
+    lowest = lambda p: -next((v for k, v in flat(p[1]).items() if k.startswith("fd_")), 0)  # where nothing is asked: the lowest Frechet distance
     asked = "questions" in points[0][1]
-    best = max(points, key=lambda p: p[1]["questions"]["dsg"] if asked else -p[1].get("fd_random", 0))
-    print(f"{args.n} images, {args.sampler}, {args.steps} steps, EMA weights of step {state['step']}"
-          + f"; highest dsg at guidance {best[0]:g}" * asked)
-    figures = {"run": args.run[0], "n": args.n, "guidance": best[0], "seeds": args.seeds, "metrics": best[1], "spread": best[2],
+    best = max(points, key=lambda p: p[1]["questions"]["dsg"] if asked else lowest(p))
+    print(f"{n} images, {args.sampler}, {args.steps} steps, EMA weights of step {state['step']}"
+          + f"; highest dsg at guidance {best[0]:g}" * (asked and len(points) > 1))
+    figures = {"run": args.run[0], "n": n, "guidance": best[0], "seeds": args.seeds, "metrics": best[1], "spread": best[2],
                "all": rows, "config": config}
-    if len(guidances) > 1:
+    if len(points) > 1:
         figures["tuning"] = tuning([(g, mean) for g, mean, _ in points])
         draw_tuning(figures["tuning"], free_name(os.path.join(args.run[0] if os.path.isdir(args.run[0]) else ".", "guidance.png")))
     file = os.path.join(args.run[0], "last.pt") if os.path.isdir(args.run[0]) else args.run[0]
-    unseen = ", which training never draws" if config["data"] == "scenes" else ""
-    card = make_card(networks, device, n=args.n, reference=f"images {args.n} to {2 * args.n - 1} of {config['data']}{unseen}",
-                     checkpoint=file_hash(file), checkpoint_step=state["step"], ema=True, guidance=guidances, sampler=args.sampler,
-                     steps=args.steps, seeds=list(range(args.seeds)))
+    prompts = args.prompts or args.dsg
+    card = make_card(networks, device, n=n, captions=f"{prompts}, sha256 {file_hash(prompts)}" if prompts else "held out", reference=reference,
+                     checkpoint=file_hash(file), checkpoint_step=state["step"], ema=True, guidance=[g for g, _, _ in points],
+                     sampler=args.sampler, steps=args.steps, seeds=list(range(args.seeds)), processes=world,
+                     **({"classes": f"{args.classes}, {args.template!r}"} if args.classes else {}))
     tell(card, figures, args.json)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # python eval.py
 
+METRICS = ("questions", *DISTANCES, "is", "counting", "zeroshot")
+
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="+", help="a run folder such as out/toy/grow; or two folders of images, reference first")
-    parser.add_argument("--n", type=int, default=1000, help="images")
-    parser.add_argument("--metrics", help="of questions,fd,mmd,kid,pr,prdc,counting,zeroshot; default questions,fd,mmd; for folders fd,mmd,pr,prdc")
-    parser.add_argument("--features", default="random", help="of random,inception,dino,clip: one or several")
-    parser.add_argument("--weights", default="", help="file or folder with the weights, one for each of --features that is not random")
-    parser.add_argument("--guidance", help="one value or several, such as 1,2,4; default: the run's own")
-    parser.add_argument("--sampler", choices=list(SAMPLERS), help="default: the run's own")
-    parser.add_argument("--steps", type=int, help="default: the run's own")
-    parser.add_argument("--seeds", type=int, default=1, help="repeat with seeds 0 to k-1 and tell mean and spread")
-    parser.add_argument("--json", help="write the figures to this file")
+    add = parser.add_argument
+    add("run", nargs="*", help="a run folder such as out/toy/grow; or two: folders of images, reference first, or runs with --sheet")
+    add("--n", type=int, help="images; default 1000, or all captions of a file, or 50 pairs of a sheet")
+    add("--metrics", help=f"of {','.join(METRICS)}; default questions,fd,mmd; for folders fd,mmd,pr,prdc")
+    add("--features", default="random", help="of random,inception,dino,clip: one or several")
+    add("--weights", default="", help="file or folder with the weights, one for each of --features that is not random")
+    add("--guidance", help="one value or several, such as 1,2,4; default: the run's own")
+    add("--sampler", choices=list(SAMPLERS), help="default: the run's own")
+    add("--steps", type=int, help="default: the run's own")
+    add("--seeds", type=int, default=1, help="repeat with seeds 0 to k-1 and tell mean and spread")
+    add("--prompts", metavar="FILE", help="captions, one a line; a blank line is the null caption")
+    add("--reference", metavar="PATH", help="folder of images to compare a run with, or the .pt file that was kept of one")
+    add("--dsg", metavar="FILE", help="questions about pictures, in the format of dsg-1k-anns.csv; of a run, or of a folder with ITEM.png")
+    add("--vqa", metavar="FOLDER", help="BLIP weights that answer them; without it, with --keep, the pictures are drawn for others to ask about")
+    add("--answers", metavar="FILE", help="or their answers: CSV with item_id, question_id, answer")
+    add("--keep", metavar="FOLDER", help="keep the pictures of a run there, for other programs")
+    add("--classes", metavar="FOLDER", help="FOLDER/CLASS/*.png to be told apart by --metrics zeroshot; default: scenes")
+    add("--template", default="a photo of a {}", help="the caption of a class")
+    add("--sheet", metavar="FOLDER", help="write a page there on which people compare two runs")
+    add("--ratings", metavar="FILE", nargs="+", help="the files that this page saved: win rates and agreement")
+    add("--json", help="write the figures to this file")
     args = parser.parse_args()
-    if args.n < 2 or args.seeds < 1 or (args.steps is not None and args.steps < 1):
+    if (args.vqa or args.answers) and not args.dsg:
+        raise UserError("--vqa and --answers need questions: give --dsg FILE")
+    least = {"n": 2, "seeds": 1, "steps": 1}
+    if any((getattr(args, key) is not None and getattr(args, key) < low) for key, low in least.items()):
         raise UserError(f"--n {args.n} --seeds {args.seeds} --steps {args.steps}: give n of at least 2, seeds and steps of at least 1")
+    wanted = 2 if args.sheet and not args.ratings else 1       # at least so many runs or folders
+    if not args.ratings and (len(args.run) < wanted or len(args.run) > 2 or len(args.run) == 2 and args.dsg):
+        raise UserError(f"too {'many' if len(args.run) > wanted else 'few'} folders: give one run, or two folders of images, the reference first, "
+                        "or two runs with --sheet")
     return args
 
 
@@ -844,24 +1505,50 @@ def chosen(text, known, flag):
     return words
 
 
-def main():
-    args, device = parse(), "cuda" if torch.cuda.is_available() else "cpu"
-    folders = len(args.run) == 2
-    if len(args.run) > 2:
-        raise UserError("too many folders: give one run, or two folders of images, the reference first")
-    known = ["questions", "fd", "mmd", "kid", "pr", "prdc", "counting", "zeroshot"]
-    metrics = chosen(args.metrics or ("fd,mmd,pr,prdc" if folders else "questions,fd,mmd"), known[1:-2] if folders else known, "--metrics")
+def is_run(path):
+    """A run folder or a checkpoint, rather than a folder of images."""
+    return os.path.isfile(os.path.join(path, "last.pt")) or os.path.isfile(path)
+
+
+def open_networks(args, metrics, device):
+    """{name: (features, card)} of --features, with the logits of the Inception score where it is asked for."""
     names = chosen(args.features, ["random", "inception", "dino", "clip"], "--features")
-    weights = iter([w for w in args.weights.split(",") if w])
+    weights = iter([w for w in args.weights.split(",") if w])  # in the order of --features
     files = {name: None if name == "random" else next(weights, None) for name in names}
-    networks = {name: open_network(name, file, device) for name, file in files.items()}
+    if "is" in metrics:
+        if "inception" not in files:
+            raise UserError("--metrics is: the Inception score needs --features inception --weights FILE")
+        files["logits"] = files["inception"]                   # one file, two outputs
+    return {name: open_network(name, file, device) for name, file in files.items()}
+
+
+def main():
+    args = parse()
+    if args.ratings:
+        return rate(args)
+    ranks = join_ranks()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    prompts = read_dsg(args.dsg)[:args.n] if args.dsg else None
+    if args.dsg and (args.answers or not is_run(args.run[0])):                     # pictures, or even answers, from elsewhere
+        return score_dsg(args, prompts, device, ranks)
+    unasked = not args.dsg or (args.keep or args.sheet) and not args.vqa           # pictures alone
+    ask, about = (None, None) if unasked else open_vqa(args.vqa, device)
+    task = dsg_task(prompts, ask) if args.dsg else prompts_task(args.prompts) if args.prompts else None
+    if args.sheet:
+        return write_sheet(args, task, device, ranks)
+    folders = len(args.run) == 2
+    usual = ("fd,mmd,pr,prdc" if folders else "zeroshot" if args.classes else "questions" if args.dsg else "fd,mmd" if args.prompts
+             else "questions,fd,mmd")
+    metrics = chosen(args.metrics or usual, METRICS[1:-2] if folders else METRICS, "--metrics")
+    networks = open_networks(args, metrics, device)
     if not folders:
-        return score_run(args, networks, metrics, device)
-    if os.path.isfile(os.path.join(args.run[0], "last.pt")):
-        raise UserError(f"{args.run[0]!r} is a run: give one run alone, or two folders of images")
-    result, facts = score_folders(*args.run, networks, metrics)
-    print(report(result))
-    tell(make_card(networks, device, **facts), {"reference": args.run[0], "run": args.run[1], "n": facts["n"], "metrics": result}, args.json)
+        return score_run(args, networks, metrics, task, about, device, ranks)
+    if is_run(args.run[1]) or os.path.isdir(args.run[0]) and is_run(args.run[0]):
+        raise UserError("one of the two is a run: give one run alone, two folders of images, or two runs with --sheet")
+    result, facts = score_folders(*args.run, networks, metrics, ranks)
+    if not ranks[0]:
+        print(report(result))
+        tell(make_card(networks, device, **facts), {"reference": args.run[0], "run": args.run[1], "n": facts["n"], "metrics": result}, args.json)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import tarfile
 import tempfile
 import time
 import types
+import urllib.request
 import zlib
 
 import torch
@@ -1727,7 +1728,7 @@ def test_the_judge_is_right_on_real_renderings(resolution, world):
     """At least 99 % per kind of question, on worlds that no run has seen: the seed is the clock's."""
     seed = time.time_ns() % 2 ** 31
     world = Scenes(tiny(**world), seed=seed)
-    n = 1000 if resolution == 32 else 300
+    n = {32: 1000, 64: 300, 128: 200}[resolution]
     score = evaluation.judge(world, [world.scene(i) for i in range(n)], [world.image(i, resolution) for i in range(n)])
     assert score.pop("chance_dsg") < 0.4
     assert min(score.values()) >= 0.99, (seed, score)
@@ -1796,7 +1797,8 @@ def test_frechet_distance_on_cases_with_known_answers():
     assert evaluation.frechet_distance(torch.zeros(3), s1.diag(), torch.ones(3), s2.diag()) == pytest.approx(3 + 4 + 4)
 
 
-@pytest.mark.parametrize("n, m, width, rank", [(300, 200, 40, 40), (12, 200, 40, 40), (12, 9, 40, 40), (300, 200, 40, 5), (2, 3, 64, 64), (30, 30, 1, 1)])
+@pytest.mark.parametrize("n, m, width, rank", [
+    (300, 200, 40, 40), (12, 200, 40, 40), (12, 9, 40, 40), (300, 200, 40, 5), (2, 3, 64, 64), (30, 30, 1, 1)])
 def test_frechet_distance_is_exact_for_few_rows_and_low_rank(n, m, width, rank):
     mix = normal(rank, width, seed=1)
     x, y = normal(n, rank, seed=2) @ mix, 1.5 * normal(m, rank, seed=3) @ mix + 0.3
@@ -1961,11 +1963,13 @@ def test_other_bad_inputs_are_refused():
     x, e = normal(12, 6), evaluation
     mu, sigma = e.feature_stats(x)
     for call in (lambda: e.feature_stats(x[:1]), lambda: e.mmd(x[:1], x), lambda: e.clip_score(x, x[:1]), lambda: e.clip_score(x, 0 * x),
-                 lambda: e.kid(x, x), lambda: e.kid(x, x, 2, 1), lambda: e.precision_recall(x[:3], x), lambda: e.prdc(x, x[:5]), lambda: e.prdc(x, x, k=0),
+                 lambda: e.kid(x, x), lambda: e.kid(x, x, 2, 1), lambda: e.precision_recall(x[:3], x), lambda: e.prdc(x, x[:5]),
+                 lambda: e.prdc(x, x, k=0),
                  lambda: e.inception_score(x[:9]), lambda: e.inception_score(x, 0), lambda: e.frechet_distance(mu, sigma[:5], mu, sigma),
                  lambda: e.frechet_distance(mu[:5], sigma, mu, sigma), lambda: e.frechet_distance(mu, -sigma, mu, sigma),
                  lambda: e.frechet_distance(mu, sigma + sigma.triu(1), mu, sigma), lambda: e.frechet_distance(mu, float("nan") * sigma, mu, sigma),
-                 lambda: e.resize(torch.zeros(3, 8, 8), 4), lambda: e.resize(torch.zeros(1, 3, 8, 8) - 1, 4), lambda: e.resize(torch.zeros(1, 3, 8, 8), 0)):
+                 lambda: e.resize(torch.zeros(3, 8, 8), 4), lambda: e.resize(torch.zeros(1, 3, 8, 8) - 1, 4),
+                 lambda: e.resize(torch.zeros(1, 3, 8, 8), 0)):
         with pytest.raises(ValueError):
             call()
 
@@ -1980,12 +1984,82 @@ def test_distances_rank_real_pictures_before_spoilt_ones():
         assert abs(distance(f(real), f(other))) * 4 < distance(f(real), f(spoilt))
 
 
+# ---- the same figures as the packages that people know ---------------------------------------------------------------------------
+# Skipped where a package is not installed: the closed forms above stand without them.
+
+def public(name):
+    """A package of somebody else, or a skip: an optional package may also be installed but broken."""
+    try:
+        return importlib.import_module(name)
+    except Exception as e:
+        pytest.skip(f"{name}: {e}")
+
+
+def pairs_of_sets():
+    """Features far from the origin and of unequal scales, as networks give them."""
+    mix = normal(12, 12, seed=9)
+    return normal(400, 12) @ mix + 3, 1.2 * normal(300, 12, seed=1) @ mix + 3.4
+
+
+@pytest.mark.parametrize("module, name", [("pytorch_fid.fid_score", "calculate_frechet_distance"), ("cleanfid.fid", "frechet_distance"),
+                                          ("torch_fidelity.metric_fid", "fid_statistics_to_metric"), ("torchmetrics.image.fid", "_compute_fid")])
+@pytest.mark.filterwarnings("ignore")                          # scipy's, about an argument of sqrtm
+def test_frechet_distance_is_that_of(module, name):
+    other, (x, y) = getattr(public(module), name), pairs_of_sets()
+    stats = *evaluation.feature_stats(x), *evaluation.feature_stats(y)
+    if "fidelity" in module:
+        of = lambda f: public(module).fid_features_to_statistics(f)
+        told = next(iter(other(of(x), of(y), False).values()))
+    else:
+        told = float(other(*(stats if "torchmetrics" in module else [s.numpy() for s in stats])))
+    assert evaluation.frechet_distance(*stats) == pytest.approx(told, rel=1e-9)
+
+
+def test_root_of_the_product_is_that_of_scipy():
+    linalg, (x, y) = public("scipy.linalg"), pairs_of_sets()
+    (m1, s1), (m2, s2) = evaluation.feature_stats(x), evaluation.feature_stats(y)
+    told = float((m1 - m2).square().sum() + s1.trace() + s2.trace()) - 2 * np.trace(linalg.sqrtm((s1 @ s2).numpy())).real
+    assert evaluation.frechet_distance(m1, s1, m2, s2) == pytest.approx(told, rel=1e-9)
+
+
+def test_kid_precision_recall_and_inception_score_are_those_of_torch_fidelity():
+    (x, y), logits = pairs_of_sets(), 3 * normal(103, 7)
+    told = public("torch_fidelity.metric_kid").kid_features_to_metric(x, y, kid_subsets=7, kid_subset_size=100, rng_seed=5, verbose=False)
+    assert evaluation.kid(x, y, 7, 100, seed=5) == pytest.approx(tuple(told.values()), rel=1e-9)
+    told = public("torch_fidelity.metric_prc").prc_features_to_metric(y, x, verbose=False)       # generated first
+    assert evaluation.precision_recall(x, y) == pytest.approx((told["precision"], told["recall"]), rel=1e-6)   # it averages in float32
+    told = public("torch_fidelity.metric_isc").isc_features_to_metric(logits, shuffle=False)
+    assert evaluation.inception_score(logits) == pytest.approx(tuple(told.values()), rel=1e-12)
+
+
+def test_mmd_and_kid_are_those_of_torchmetrics_and_clean_fid():
+    x, y = pairs_of_sets()
+    x = x[:300]                                                # both take sets of one size
+    assert evaluation.mmd(x, y) == pytest.approx(float(public("torchmetrics.image.kid").poly_mmd(x, y)), rel=1e-9)
+    np.random.seed(0)                                          # all rows in each subset, so the draws do not matter
+    told = public("cleanfid.fid").kernel_distance(x.numpy(), y.numpy(), num_subsets=2, max_subset_size=300)
+    assert evaluation.kid(x, y, 2, 300)[0] == pytest.approx(told, rel=1e-9)
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_prdc_is_that_of_the_package(k, capsys):
+    x, y = pairs_of_sets()
+    assert evaluation.prdc(x, y, k) == pytest.approx(public("prdc").compute_prdc(x.numpy(), y.numpy(), k), rel=1e-12)
+
+
+def test_agreement_is_that_of_the_package():
+    units = np.random.default_rng(0).multinomial(5, [0.5, 0.2, 0.3], 40)
+    told = public("krippendorff").alpha(value_counts=units, value_domain=[0, 1, 2], level_of_measurement="ordinal")
+    assert evaluation.krippendorff(units) == pytest.approx(told, rel=1e-12)
+
+
 # ---- feature networks: tiny ones with random weights, built here ---------------------------------------------------------------
 
 def tiny_dino(folder, **changes):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=518, patch_size=14, initializer_range=0.5, **changes)
+    config = transformers.Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=518, patch_size=14,
+                                       initializer_range=0.5, **changes)
     net = transformers.Dinov2Model(config).eval()
     net.save_pretrained(folder)
     return net
@@ -1994,10 +2068,9 @@ def tiny_dino(folder, **changes):
 def tiny_clip(folder):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.CLIPConfig(text_config=dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=600,
-                                                      bos_token_id=0, eos_token_id=1, pad_token_id=1),
-                                     vision_config=dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14, projection_dim=12),
-                                     projection_dim=12)
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.CLIPConfig(text_config=dict(sizes, vocab_size=600, bos_token_id=0, eos_token_id=1, pad_token_id=1),
+                                     vision_config=dict(sizes, image_size=28, patch_size=14, projection_dim=12), projection_dim=12)
     net = transformers.CLIPModel(config).eval()
     net.save_pretrained(folder)
     return net
@@ -2023,7 +2096,8 @@ def test_dino_features_are_the_class_token_of_the_fixed_network(tmp_path):
     x = (x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     with torch.no_grad():
         ours, plain = features(images), net(x).last_hidden_state[:, 0]
-        hub = F.interpolate(net.embeddings.position_embeddings[:, 1:].view(1, 37, 37, 16).permute(0, 3, 1, 2), scale_factor=(16.1 / 37,) * 2, mode="bicubic")
+        table = net.embeddings.position_embeddings[:, 1:].view(1, 37, 37, 16).permute(0, 3, 1, 2)
+        hub = F.interpolate(table, scale_factor=(16.1 / 37,) * 2, mode="bicubic")
         net.embeddings.interpolate_pos_encoding = lambda *_: torch.cat([net.embeddings.position_embeddings[:, :1], hub.flatten(2).mT], 1)
         assert torch.allclose(ours, net(x).last_hidden_state[:, 0], atol=1e-6) and not torch.allclose(ours, plain, atol=1e-4)
     assert about["sha256"] == evaluation.file_hash(str(tmp_path / "dino/model.safetensors")) and "published: 1024" in about["network"]
@@ -2087,6 +2161,226 @@ def test_the_inception_file_gets_whole_levels_and_gives_its_features(tmp_path, m
     assert torch.equal(features(images), torch.full((2, 3), 200.)) and "TensorFlow 1" in about["resize"]
 
 
+# ---- questions about real images ------------------------------------------------------------------------------------------------
+
+DSG = """item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language
+zoo_1,"a red fox, left of two owls",fox,1,0,entity,whole,entity - whole (fox),Is there a fox?
+zoo_1,"a red fox, left of two owls","fox, red",2,1,attribute,color,"attribute - color (fox, red)",Is the fox red?
+zoo_1,"a red fox, left of two owls",owls,3,0,entity,whole,entity - whole (owls),Are there owls?
+zoo_1,"a red fox, left of two owls","owls, ==2",4,3,other,count,"other - count (owls, ==2)",Are there two owls?
+zoo_1,"a red fox, left of two owls","fox, owls",5,"1,3",relation,spatial,"relation - spatial (fox, owls)",Is the fox left of the owls?
+sea_7,a photo of the sea,photo,1,0,global,-,global - (photo),Is this a photo?
+sea_7,a photo of the sea,sea,2,"0, calm",entity,whole,entity - whole (sea),Is there a sea?
+"""
+ANSWERS = """t2i_model,item_id,question,question_id,answer
+m,zoo_1,,1,no
+m,zoo_1,,2,yes
+m,zoo_1,,3,yes
+m,zoo_1,,4,Yes
+m,zoo_1,,5,yes
+m,sea_7,,1,yes
+m,sea_7,,2,yes
+"""
+
+
+@pytest.fixture
+def says(monkeypatch, capsys):
+    """says(*words): what eval.py prints when called with these words; a refusal ends with status 2 and one line."""
+    def called(*words):
+        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
+        capsys.readouterr()
+        try:
+            evaluation.main()
+        except UserError as e:
+            assert e.code == 2
+        out = capsys.readouterr()
+        return out.err or out.out
+    return called
+
+
+def test_a_dsg_file_and_published_answers_give_the_columns_of_table_6(tmp_path, says):
+    (tmp_path / "dsg.csv").write_text(DSG)
+    (tmp_path / "said.csv").write_text(ANSWERS)
+    prompts = evaluation.read_dsg(str(tmp_path / "dsg.csv"))
+    assert [p["text"] for p in prompts] == ["a red fox, left of two owls", "a photo of the sea"] and prompts[0]["parents"][5] == [1, 3]
+    assert prompts[0]["categories"][4] == "attributes" and prompts[1]["parents"] == {}       # a count; a string that is no number
+    said = says("made/by/m", "--dsg", tmp_path / "dsg.csv", "--answers", tmp_path / "said.csv", "--json", tmp_path / "e.json")
+    told = json.load(open(tmp_path / "e.json"))
+    # no fox, so neither its colour nor its place counts; "Yes" is not "yes"; each prompt counts alike: (1 / 5 + 2 / 2) / 2
+    assert told["metrics"]["questions"] == {"entities": pytest.approx(2 / 3), "relations": 0, "attributes": 0, "global": 1, "dsg": pytest.approx(0.6)}
+    assert "1 answers are neither yes nor no" in said and "1 prompts have dependencies that cannot be read" in said and "dsg 0.600" in said
+    assert told["answers"]["sea_7"] == {"1": "yes", "2": "yes"} and len(told["card"]["networks"]["vqa"]["answers"].split("sha256 ")[1]) == 64
+    (tmp_path / "said.csv").write_text("\n".join(ANSWERS.splitlines()[:6]))
+    said = says("m", "--dsg", tmp_path / "dsg.csv", "--answers", tmp_path / "said.csv")
+    assert "2 questions have no answer" in said and "dsg 0.100" in said            # (1 / 5 + 0) / 2
+
+
+@pytest.mark.parametrize("file, old, new, words", [
+    ("dsg", "dependency", "parents", "lacks dependency"), ("dsg", ",global,", ",mood,", "category 'mood'"), ("dsg", "sea_7,", "../sea,", "'../sea'"),
+    ("dsg", DSG, "", "lacks item_id"), ("said", "m,sea_7,,2", "n,sea_7,,2", "answers for m, n"), ("said", "sea_7,,2", "sea_7,,9", "question '9'"),
+    ("said", "m,", "m,x", "answers none"), ("said", "answer", "reply", "lacks answer")])
+def test_bad_question_and_answer_files_are_refused(file, old, new, words, tmp_path, says):
+    texts = {"dsg": DSG, "said": ANSWERS}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.csv").write_text(text.replace(old, new) if name == file else text)
+    said = says("m", "--dsg", tmp_path / "dsg.csv", "--answers", tmp_path / "said.csv")
+    assert said.splitlines()[-1].startswith("error: ") and words in said
+
+
+def tiny_blip(folder):
+    """BLIP with random weights and a vocabulary of a few words."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[DEC]", "yes", "no", "is", "there", "a", "fox", "sea", "?"]
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, projection_dim=8, initializer_range=0.5)
+    config = transformers.BlipConfig(text_config=dict(sizes, vocab_size=len(words), bos_token_id=4, eos_token_id=3, sep_token_id=3, pad_token_id=0,
+                                                      max_position_embeddings=32, encoder_hidden_size=16),
+                                     vision_config=dict(sizes, image_size=32, patch_size=16), initializer_range=0.5)
+    net = transformers.BlipForQuestionAnswering(config).eval()
+    net.save_pretrained(folder)
+    return net
+
+
+def test_a_network_answers_questions_about_pictures(tmp_path, says, capsys):
+    net = tiny_blip(tmp_path / "blip")
+    ask, about = evaluation.open_vqa(str(tmp_path / "blip"), "cpu")
+    image = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    x = evaluation.resize(torch.from_numpy(image)[None].permute(0, 3, 1, 2), 32).round() / 255
+    mean, std = (torch.tensor(s).view(3, 1, 1) for s in ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]))
+    told = net.generate(input_ids=torch.tensor([[2, 7, 8, 9, 10, 12, 3]]), attention_mask=torch.ones(1, 7), pixel_values=(x - mean) / std,
+                        max_new_tokens=10)
+    words = (tmp_path / "blip/vocab.txt").read_text().split()
+    assert ask(image, "Is there a fox?").split() == [words[t] for t in told[0] if t not in (0, 2, 3)] and len(about["sha256"]) == 64
+    (tmp_path / "dsg.csv").write_text(DSG)
+    (tmp_path / "made").mkdir()
+    for item in ("zoo_1", "sea_7"):
+        assert f"such as {item}.png" in says(tmp_path / "made", "--dsg", tmp_path / "dsg.csv", "--vqa", tmp_path / "blip")
+        write_png(str(tmp_path / f"made/{item}.png"), image)
+    said = says(tmp_path / "made", "--dsg", tmp_path / "dsg.csv", "--vqa", tmp_path / "blip", "--json", tmp_path / "e.json")
+    answers = json.load(open(tmp_path / "e.json"))["answers"]
+    assert "dsg 0.0" in said and answers["zoo_1"]["1"] == ask(image, "Is there a fox?") and [len(a) for a in answers.values()] == [5, 2]
+    assert "no weights at" in says(tmp_path / "made", "--dsg", tmp_path / "dsg.csv")
+
+
+# ---- people compare two runs ----------------------------------------------------------------------------------------------------
+
+def tiny_sheet(folder, n=3):
+    """A sheet of n pairs: A draws the scene, B another one."""
+    world = Scenes(tiny())
+    images = [[world.image(i + shift, 32) for i in range(n)] for shift in (0, 50)]
+    captions = ['a "red" </script><b>circle</b> & \u2028 more', *(world.caption(i) for i in range(1, n))]
+    evaluation.make_sheet(str(folder), ["out/a", "out/b"], captions, images)
+    return json.load(open(folder / "key.json"))
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """ask(method, path, **body) of a headless Chromium, spoken to in the WebDriver protocol (W3C), which is plain HTTP."""
+    driver, chromium = shutil.which("chromedriver"), shutil.which("chromium")
+    if not driver or not chromium:
+        pytest.skip("needs chromium and chromedriver: apt-get install chromium chromium-driver")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    process = subprocess.Popen([driver, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def ask(method, path, **body):
+        call = urllib.request.Request(f"http://127.0.0.1:{port}{path}", json.dumps(body).encode() if method == "POST" else None, method=method)
+        return json.load(urllib.request.urlopen(call, timeout=60))["value"]
+    for _ in range(100):
+        try:
+            ask("GET", "/status")
+            break
+        except OSError:
+            time.sleep(0.1)
+    options = {"binary": chromium, "args": ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=500,900"],
+               "prefs": {"download.default_directory": str(tmp_path)}}
+    session = "/session/" + ask("POST", "/session", capabilities={"alwaysMatch": {"goog:chromeOptions": options}})["sessionId"]
+    yield lambda method, path, **body: ask(method, session + path, **body)
+    ask("DELETE", session)
+    process.terminate()
+    process.wait()
+
+
+def test_people_compare_two_runs_in_a_browser(browser, tmp_path, capsys):
+    key = tiny_sheet(tmp_path / "sheet")
+    script = lambda text: browser("POST", "/execute/sync", script=text, args=[])
+    press = lambda *keys: browser("POST", "/actions", actions=[{"type": "key", "id": "k", "actions": [
+        {"type": kind, "value": k} for k in keys for kind in ("keyDown", "keyUp")]}])
+    left, down, right, back = "\ue012", "\ue015", "\ue014", "\ue003"
+
+    def wait(what):
+        for _ in range(50):
+            if script(f"return {what}"):
+                return True
+            time.sleep(0.05)
+    browser("POST", "/url", url=(tmp_path / "sheet/index.html").as_uri())
+    assert "out/a" not in script("return document.documentElement.outerHTML") and not script("return document.fonts.size")
+    assert wait("$('left').naturalWidth === 32 && $('right').naturalWidth === 32")
+    assert script("return document.documentElement.scrollWidth <= innerWidth")     # fits a phone
+    ids = script("return pairs.map(p => p.id)")
+    script("go(%d)" % ids.index("0"))                          # no caption is taken for a part of the page
+    assert script("return $('caption').textContent") == '\u201ca "red" </script><b>circle</b> & \u2028 more\u201d'
+    script("go(-9)")
+    press(left, down)                                          # aesthetics, consistency; then the next pair comes by itself
+    assert wait("at === 1") and script("return $('place').textContent") == "Pair 2 of 3, 1 answered"
+    browser("POST", "/refresh")                                # a page that was closed comes back where it was
+    assert wait("at === 1 && $('bar').value === 1")
+    press(back)
+    assert wait("at === 0") and script("return document.querySelector('#aesthetics-1').className") == "on"
+    script("$('next').click(); $('aesthetics1').click(); $('consistency1').click()")
+    assert wait("at === 2") and script("return $('done').hidden")
+    press(right, left)
+    assert wait("!$('done').hidden")
+    script("$('save').click()")
+    deadline = time.time() + 10
+    while not (files := list(tmp_path.glob("answers-*.json"))) and time.time() < deadline:
+        time.sleep(0.05)
+    told = json.load(open(files[0]))
+    given = {ids[0]: (-1, 0), ids[1]: (1, 1), ids[2]: (1, -1)}
+    assert told["sheet"] == key["sheet"] and told["answers"] == {i: dict(zip(evaluation.ASKED, pair)) for i, pair in given.items()}
+    _, votes = evaluation.read_ratings(str(tmp_path / "sheet"), [str(files[0])])
+    for i, pair in given.items():
+        for q, answer in enumerate(pair):                      # column 0 is for A, 2 for B
+            assert votes[q, list(key["swapped"]).index(i)].argmax() == 1 + (-answer if key["swapped"][i] else answer)
+
+
+def test_ratings_give_win_rates_and_agreement(tmp_path, says):
+    key = tiny_sheet(tmp_path / "sheet", 20)
+    side = lambda pair, for_b: for_b * (-1 if key["swapped"][pair] else 1)         # what a rater who prefers B presses: 1 is right
+
+    def answers(rater, aesthetics, consistency, sheet=key["sheet"]):
+        told = {pair: dict(aesthetics=side(pair, aesthetics(int(pair))), consistency=side(pair, consistency(int(pair)))) for pair in key["swapped"]}
+        (tmp_path / f"{rater}.json").write_text(json.dumps(dict(sheet=sheet, rater=rater, answers=told)))
+        return tmp_path / f"{rater}.json"
+    prefers = lambda i: (-1, -1, -1, 0)[i % 4]                 # 15 for A, 5 neutral
+    files = [answers("ann", prefers, lambda i: 1), answers("bob", prefers, lambda i: -1)]
+    said = says("--sheet", tmp_path / "sheet", "--ratings", *files, "--json", tmp_path / "e.json")
+    told = json.load(open(tmp_path / "e.json"))["metrics"]
+    value = lambda question: {k: v["value"] for k, v in told[question].items()}
+    assert value("aesthetics") == {"wins_a": 0.75, "neutral": 0.25, "wins_b": 0, "alpha": 1}
+    assert value("consistency") == {"wins_a": 0.5, "neutral": 0, "wins_b": 0.5, "alpha": pytest.approx(1 - 39 / 20)}   # always apart
+    assert value("together")["wins_a"] == 0.625 and value("together")["neutral"] == 0.125
+    low, high = told["aesthetics"]["wins_a"]["interval"]
+    assert 0.5 < low < 0.65 and 0.85 < high < 1 and "2 raters, 20 pairs" in said   # binomial: 0.75 +- 1.96 sqrt(0.75 x 0.25 / 20)
+    assert "of one rater" in says("--sheet", tmp_path / "sheet", "--ratings", *files, files[0])
+    assert "another sheet" in says("--sheet", tmp_path / "sheet", "--ratings", answers("cat", prefers, prefers, sheet="x"))
+    assert "cannot be read" in says("--ratings", files[0])
+    assert "leave the runs away" in says("x", "y", "--sheet", tmp_path / "sheet", "--ratings", files[0])
+    assert "holds a sheet already" in says("x", "y", "--sheet", tmp_path / "sheet")
+
+
+def test_agreement_is_that_of_the_published_example():
+    """Krippendorff 2011, example C: four observers, twelve units; ordinal alpha 0.815."""
+    rows = ["123321412   ", "1233224125 3", " 3332342251 ", "12332441251 "]
+    units = [[sum(r[u] == str(level) for r in rows) for level in range(1, 6)] for u in range(12)]
+    assert evaluation.krippendorff(units) == pytest.approx(0.815, abs=5e-4)
+    assert np.isnan(evaluation.krippendorff([[2, 0, 0], [3, 0, 0]]))               # all alike: there is no chance to agree by
+
+
 # ---- the command line -----------------------------------------------------------------------------------------------------------
 
 def folder_of_scenes(path, first, n, side=16):
@@ -2097,19 +2391,9 @@ def folder_of_scenes(path, first, n, side=16):
     return path
 
 
-def test_two_folders_are_compared_and_bad_ones_refused(tmp_path, monkeypatch, capsys):
+def test_two_folders_are_compared_and_bad_ones_refused(tmp_path, says):
     pytest.importorskip("PIL")
     a, b = folder_of_scenes(tmp_path / "a", 0, 30), folder_of_scenes(tmp_path / "b", 100, 20)
-
-    def says(*words):
-        """What eval.py prints; a refusal ends with status 2."""
-        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, words)])
-        try:
-            evaluation.main()
-        except UserError as e:
-            assert e.code == 2
-        out = capsys.readouterr()
-        return out.err or out.out
     said = says(a, b, "--json", tmp_path / "e.json")
     told = json.load(open(tmp_path / "e.json"))
     assert "biased: 20 images" in said and "FID" not in said and told["n"] == 20
@@ -2129,22 +2413,133 @@ def test_two_folders_are_compared_and_bad_ones_refused(tmp_path, monkeypatch, ca
         assert reason in says(a, a, *words)
 
 
-def test_evaluation_from_the_command_line(runs, tmp_path):
+def test_evaluation_from_the_command_line(runs, tmp_path, says):
     file, out = tmp_path / "e.json", runs[0] / "toy/pretrain"
-    said = run("eval.py", out, "--n", 12, "--steps", 3, "--guidance", "1,2", "--seeds", 2, "--json", file)
+    said = says(out, "--n", 12, "--steps", 3, "--guidance", "1,2", "--seeds", 2, "--json", file)
     told = json.load(open(file))
     assert "FID" not in said and told["n"] == 12 and len(told["all"]) == 4 and said.count("spread") == 2
     assert set(told["metrics"]) == {"questions", "fd_random", "mmd_random"}
     assert set(told["metrics"]["questions"]) == {"entities", "attributes", "relations", "counts", "global", "dsg", "chance_dsg"}
     two = [r["metrics"]["fd_random"] for r in told["all"] if r["guidance"] == told["guidance"]]
     assert told["metrics"]["fd_random"] == pytest.approx(np.mean(two)) and told["spread"]["fd_random"] == pytest.approx(np.std(two))
-    assert {"n", "reference", "networks", "images", "guidance", "sampler", "steps", "ema", "seeds", "versions", "device", "checkpoint"} <= set(told["card"])
+    assert {"n", "reference", "networks", "images", "guidance", "sampler", "steps", "ema", "seeds", "versions", "device", "checkpoint",
+            "captions"} <= set(told["card"])
     assert told["tuning"]["guidance"] == [1, 2] and len(told["tuning"]["curves"]["dsg"]) == 2 and told["tuning"]["range"]
     assert (out / "guidance.png").exists() or "pip install matplotlib" in said
-    assert "error: --n 1" in run("eval.py", out, "--n", 1, code=2)
-    said = run("eval.py", out, "--n", 6, "--steps", 2, "--metrics", "counting,zeroshot", "--json", file)
+    assert "error: --n 1" in says(out, "--n", 1)
+    said = says(out, "--n", 6, "--steps", 2, "--metrics", "counting,zeroshot", "--json", file)
     told = json.load(open(file))["metrics"]
-    assert set(told) == {"counting", "zeroshot"} and set(told["counting"]) <= {"1", "2", "3"} and told["zeroshot"]["shape"]["chance"] == pytest.approx(1 / 3)
+    assert set(told) == {"counting", "zeroshot"} and set(told["counting"]) <= {"1", "2", "3"}
+    assert told["zeroshot"]["shape"]["chance"] == pytest.approx(1 / 3)
+
+
+def test_the_features_of_a_reference_are_kept_and_refused_for_another_network(tmp_path, says):
+    pytest.importorskip("PIL")
+    a, b = folder_of_scenes(tmp_path / "a", 0, 30), folder_of_scenes(tmp_path / "b", 100, 20)
+    first, (file,) = says(a, b), tmp_path.glob("a.random-*.pt")
+    figures = lambda said: next(line for line in said.splitlines() if line.startswith("fd_random"))
+    assert figures(says(a, b)) == figures(first) and "from" in says(a, b)          # the same file serves again
+    assert figures(says(file, b)) == figures(first)                                # and stands in for the folder
+    write_png(str(a / "000.png"), np.zeros((16, 16, 3), np.uint8))                 # an image changed: so does the name of the file
+    assert figures(says(a, b)) != figures(first) and len(list(tmp_path.glob("a.random-*.pt"))) == 2
+    assert "depend on the size" in says(file, folder_of_scenes(tmp_path / "large", 0, 3, 32))
+    kept = torch.load(file, weights_only=True)
+    x, network = kept["features"], kept["network"]
+    for key, value, words in (("network", network | {"sha256": "0"}, "made with sha256 = '0'"), ("features", x[:1], "at least 2"),
+                              ("features", x * float("nan"), "NaN"), ("network", network | {"network": "dinov2"}, "'dinov2'")):
+        torch.save(kept | {key: value}, tmp_path / "odd.pt")
+        assert "error: " in (said := says(tmp_path / "odd.pt", b)) and words in said
+    assert "holds no features" in says(b / "100.png", b)
+    tiny_dino(tmp_path / "dino")
+    assert "made with" in says(file, b, "--features", "dino", "--weights", tmp_path / "dino")
+
+
+def test_the_inception_score_from_the_command_line(tmp_path, says, monkeypatch):
+    class Stand(torch.nn.Module):                              # sure of one of three classes, by the brightest channel
+        def forward(self, x: torch.Tensor, return_features: bool = False, no_output_bias: bool = False) -> torch.Tensor:
+            return x.float().mean((2, 3)) if return_features else (1e3 * (x.float().mean((2, 3)) - int(no_output_bias))).softmax(1)
+    pytest.importorskip("PIL")
+    torch.jit.script(Stand()).save(str(tmp_path / "i.pt"))
+    monkeypatch.setattr(evaluation, "INCEPTION", evaluation.file_hash(str(tmp_path / "i.pt")))
+    (tmp_path / "b").mkdir()
+    for i in range(60):
+        write_png(str(tmp_path / f"b/{i:02d}.png"), np.full((4, 4, 3), np.eye(3, dtype=np.uint8)[i // 20] * 200))
+    said = says(tmp_path / "b", tmp_path / "b", "--metrics", "is", "--features", "inception", "--weights", tmp_path / "i.pt",
+                "--json", tmp_path / "e.json")
+    told = json.load(open(tmp_path / "e.json"))["metrics"]
+    # in the order of the files each split would see one class and score 1; shuffled, a split of 6 sees nearly all three
+    assert set(told) == {"inception_score"} and 2 < told["inception_score"]["mean"] < 3 and "inception_score mean 2." in said
+    assert "needs --features inception" in says(tmp_path / "b", tmp_path / "b", "--metrics", "is")
+
+
+def test_captions_from_a_file_against_images_of_ones_own(runs, tmp_path, says):
+    pytest.importorskip("PIL")
+    out, real = runs[0] / "toy/pretrain", folder_of_scenes(tmp_path / "real", 0, 12)
+    (tmp_path / "p.txt").write_text("a large red circle on a white background\n\na small blue square on a black background\n")
+    said = says(out, "--prompts", tmp_path / "p.txt", "--reference", real, "--steps", 2, "--json", tmp_path / "e.json")
+    told = json.load(open(tmp_path / "e.json"))
+    assert told["n"] == 3 and set(told["metrics"]) == {"fd_random", "mmd_random"} and "12 images of" in told["card"]["reference"] and "biased" in said
+    (kept,) = tmp_path.glob("real.random-*.pt")
+    said = says(out, "--prompts", tmp_path / "p.txt", "--reference", kept, "--steps", 2, "--json", tmp_path / "e.json")
+    assert json.load(open(tmp_path / "e.json"))["metrics"] == told["metrics"] and "is now" in said and (tmp_path / "e_1.json").exists()
+    model, config = models.load(str(out))
+    captions, *_ = evaluation.prompts_task(str(tmp_path / "p.txt"))
+    assert len(captions) == 3 and captions[1] == "" and not sampling.encode_captions(captions, config)[1].any()    # blank: the null caption
+    assert "holds 3 captions" in says(out, "--prompts", tmp_path / "p.txt", "--n", 4)
+    (tmp_path / "p.txt").write_text("\n\n")
+    assert "holds no caption" in says(out, "--prompts", tmp_path / "p.txt") and "cannot be read" in says(out, "--prompts", tmp_path / "none.txt")
+    assert "depend on the size" in says(out, "--n", 4, "--reference", folder_of_scenes(tmp_path / "large", 0, 3, 32))
+
+
+def test_runs_are_drawn_for_people_and_for_other_networks(runs, tmp_path, says):
+    a, b = runs[0] / "toy/pretrain", runs[0] / "toy/grow"
+    assert "4 pairs" in says(a, b, "--sheet", tmp_path / "sheet", "--n", 4, "--steps", 2)
+    page = (tmp_path / "sheet/index.html").read_text()
+    pairs = json.loads(re.search(r"const pairs = (.*?), sheet =", page)[1])
+    pictures = {p[side] for p in pairs for side in ("left", "right")}
+    assert len(pairs) == 4 and len(pictures) == 8 and str(runs[0]) not in page and "http" not in page
+    (tmp_path / "dsg.csv").write_text(DSG)
+    assert "no weights at None" in says(b, "--dsg", tmp_path / "dsg.csv")
+    tiny_blip(tmp_path / "blip")
+    said = says(b, "--dsg", tmp_path / "dsg.csv", "--vqa", tmp_path / "blip", "--steps", 2, "--keep", tmp_path / "kept")
+    assert sorted(f.name for f in (tmp_path / "kept").iterdir()) == ["sea_7.png", "zoo_1.png"] and "dsg 0.0" in said
+    assert "2 images" in says(b, "--dsg", tmp_path / "dsg.csv", "--steps", 2, "--keep", tmp_path / "unasked")      # for others to ask about
+    assert len(list((tmp_path / "unasked").iterdir())) == 2
+    assert "give one value" in says(b, "--n", 4, "--guidance", "1,2", "--keep", tmp_path / "more")
+    assert "not empty" in says(b, "--n", 4, "--keep", tmp_path / "kept") and "need questions" in says(b, "--vqa", tmp_path / "blip")
+    says(b, "--dsg", tmp_path / "dsg.csv", "--vqa", tmp_path / "blip", "--steps", 2, "--guidance", "1,2", "--json", tmp_path / "e.json")
+    told = json.load(open(tmp_path / "e.json"))
+    assert told["n"] == 2 and len(told["tuning"]["curves"]["dsg"]) == 2 and set(told["metrics"]["questions"]) == {
+        "entities", "relations", "attributes", "global", "dsg"}
+
+
+@pytest.mark.parametrize("sampler", list(sampling.SAMPLERS))
+@pytest.mark.parametrize("guidance, steps", [(0, 3), (1, 3), (-1, 3), (50, 3), (2, 1), (2, 7)])
+def test_no_guidance_and_no_number_of_steps_gives_nan(sampler, guidance, steps):
+    config = tiny()
+    x = sampling.sample(shaken(build(config)), config, ["a red circle", ""], steps=steps, guidance=guidance, sampler=sampler)
+    assert x.isfinite().all() and x.std() > 0
+
+
+def test_two_processes_give_the_figures_of_one(runs, tmp_path, says):
+    words = [runs[0] / "toy/pretrain", "--n", 66, "--steps", 1, "--metrics", "questions,fd,mmd,counting", "--json"]      # two chunks
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    started = [start("eval.py", *words, tmp_path / f"{rank}.json", RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                     MASTER_PORT=port) for rank in "01"]       # as torchrun does
+    for process, _ in started:
+        process.join(120)
+    said = [said() for _, said in started]
+    assert "dsg" in said[0] and said[1].strip() == "" and not (tmp_path / "1.json").exists()     # one voice
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    says(*words, tmp_path / "alone.json")
+    torch.set_num_threads(threads)
+    two, one = (json.load(open(tmp_path / f"{name}.json")) for name in ("0", "alone"))
+    assert two["n"] == one["n"] == 66 and two["card"]["processes"] == 2
+    assert {k: two["metrics"][k] for k in ("questions", "counting")} == {k: one["metrics"][k] for k in ("questions", "counting")}
+    assert evaluation.flat(two["metrics"]) == pytest.approx(evaluation.flat(one["metrics"]), rel=1e-9)
 
 
 def test_the_range_of_guidance_lies_between_the_two_optima(tmp_path):
@@ -2168,17 +2563,37 @@ def test_zeroshot_finds_the_caption_of_least_loss(monkeypatch):
     world, model = Scenes(config), build(config)
     told = evaluation.zeroshot(model, config, world, 12, draws=2)                  # v = 0 whatever the caption: always the first class
     assert told["shape"]["circle"] == 1 and told["shape"]["square"] == 0 and told["colour"]["chance"] == 1 / 4
-    words = evaluation.tokenize([*world.shapes, *world.colours], 20, config["text_vocab"])[:, 0]
+    words = data.tokenize([*world.shapes, *world.colours], 20, config["text_vocab"])[:, 0]
     truth = {evaluation.to_tensor(world.image(i, 16)[None]).numpy().tobytes(): world.scene(i)["groups"][0] for i in range(100)}
 
     def knows(model, x, tokens, t, eps, config):
         """A loss that is lower for each word of the caption that is true of the picture."""
         group = truth[x[:1].contiguous().numpy().tobytes()]
         right = [words[[*world.shapes, *world.colours].index(group[k])] for k in ("shape", "colour")]
-        return -sum((tokens == r).any(1).float() + (tokens == evaluation.tokenize([group["shape"] + "s"], 20, config["text_vocab"])[0, 0]).any(1).float() for r in right)
+        plural = data.tokenize([group["shape"] + "s"], 20, config["text_vocab"])[0, 0]
+        return -sum((tokens == r).any(1).float() + (tokens == plural).any(1).float() for r in right)
     monkeypatch.setattr(evaluation, "diffusion_loss", knows)
     told = evaluation.zeroshot(model, config, world, 12, draws=2)
     assert told["shape"]["mean"] == 1 and told["colour"]["mean"] == 1
+
+
+def test_zeroshot_tells_the_classes_of_a_folder_apart(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("PIL")
+    config, shades = tiny(), {"dark": 20, "light_grey": 220}
+    for name, level in shades.items():
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            write_png(str(tmp_path / f"{name}/{i}.png"), np.full((20, 30, 3), level + i, np.uint8))
+    grey = data.tokenize(["grey"], 1, config["text_vocab"])[0, 0]
+    # a loss that is low where "grey" is said of a light picture, or not said of a dark one
+    loss = lambda model, x, text, t, eps, config: ((text == grey).any(1) != (x.mean((1, 2, 3)) > 0)).float()
+    monkeypatch.setattr(evaluation, "diffusion_loss", loss)
+    told = evaluation.zeroshot_folder(build(config), config, str(tmp_path), "a {} wall", 4, draws=2)
+    assert told == {"dark": 1, "light_grey": 1, "mean": 1, "chance": 0.5}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit):
+        evaluation.zeroshot_folder(build(config), config, str(tmp_path), "a {} wall", 4)
+    assert "'empty'" in capsys.readouterr().err
 
 
 @slow

@@ -57,8 +57,8 @@ STAGES = {
 SHELL_KEYS = ("shell", "channels", "residual_blocks", "entry_channels", "patch")
 CORE_KEYS = ("width", "depth", "heads", "mlp_ratio", "text_vocab", "encoder_id")
 # what may change when a run goes on: how it is looked at and spread over devices, the steps and the learning rate
-FREE_KEYS = ("steps", "lr", "lr_end", "micro", "workers", "compile", "checkpointing", "fsdp", "sharded", "dist_timeout", "keep", "guidance", "sampler",
-             "sample_steps", "log_every", "sample_every", "save_every", "eval_every", "eval_n", "tensorboard", "encoder_weights")
+FREE_KEYS = ("steps", "lr", "lr_end", "micro", "workers", "compile", "checkpointing", "fsdp", "sharded", "dist_timeout", "keep", "guidance",
+             "sampler", "sample_steps", "log_every", "sample_every", "save_every", "eval_every", "eval_n", "tensorboard", "encoder_weights")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # dense FLOP/s in half precision, TF32 and float32, and GiB of memory, by NVIDIA's data sheets
@@ -79,15 +79,15 @@ for word in words:
         flags[-1] = flags[-1][0], word
     else:
         raise UserError(f"cannot read {word!r}: write --KEY VALUE, as in --stage grow --lr 0.002")
-given = dict(flags)
+given = dict(flags)                                            # what remains of this are keys of configs.txt
 if len(given) < len(flags):
     raise UserError(f"a flag is given twice in {' '.join(words)!r}: give each once")
 name, stage, out = given.pop("config", "toy"), given.pop("stage", "grow"), given.pop("out", "out")
 core_file, fresh, planning = given.pop("core", None), given.pop("fresh", False), given.pop("plan", False)
-asked = {key: given.pop(key) for key in ("devices", "kind", "mfu", "json") if planning and key in given}
+asked = {key: given.pop(key) for key in ("devices", "kind", "mfu", "json") if planning and key in given}     # known to --plan alone
 if stage not in STAGES:
     raise UserError(f"unknown stage {stage!r}: {nearest(stage, STAGES)}")
-source, keeps, frozen, only_large = STAGES[stage]
+source, keeps, frozen, only_large = STAGES[stage]              # from here on nothing asks which stage this is
 config = load_config(name, stage, list(given.items()))
 starts = f"{name}/{source}" if keeps != "" or not config["starts"] else config["starts"]           # weak to strong: from another config's run
 check_sizes(config)                                            # before any file is opened
@@ -101,9 +101,11 @@ if core_file and not source:
 
 def shares(devices):
     """(images per step, images at once) of one device: `batch` is always the global batch."""
+    # a batch that changed with the number of devices would change the run
     unit = (config["micro"] or 1) * devices
     if config["batch"] % unit:
-        raise UserError(f"batch = {config['batch']} is not divisible by {config['micro'] or 1} (micro) x {devices} (devices): take a multiple of {unit}")
+        raise UserError(f"batch = {config['batch']} is not divisible by {config['micro'] or 1} (micro) x {devices} (devices): "
+                        f"take a multiple of {unit}")
     return config["batch"] // devices, config["micro"] or config["batch"] // devices
 
 
@@ -115,7 +117,7 @@ def freeze(model):
 
 def remember_less(model):
     """Activation checkpointing: a block keeps its input alone and computes the rest again in the backward."""
-    for block in model.modules():
+    for block in model.modules():                              # forward is replaced, not wrapped, so that names of parameters stay
         if block in set(model.core.blocks) or isinstance(block, ResidualBlock):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
@@ -142,12 +144,12 @@ def state_bytes(model):
 
 def measure(model, images, dtype):
     """(FLOPs, bytes kept for the backward) of a training pass over so many images, with checkpointing if it is on. Runs on fake tensors."""
-    own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
+    own = {p.untyped_storage()._cdata for p in model.parameters()}                 # there in any case
     kept, spent, inputs = {}, [], {}                           # storages by address; what each block adds; what enters the blocks
     total = lambda of: sum(storage.nbytes() for storage in of.values())
 
     def keep(tensor, of=kept):
-        if tensor.untyped_storage()._cdata not in own:
+        if tensor.untyped_storage()._cdata not in own:         # views of one storage count once
             of[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
     for block in model.modules():
@@ -170,7 +172,7 @@ def plan(devices=1, kind="h100", mfu=0.4):
     if kind not in KINDS:
         raise UserError(f"unknown kind {kind!r}: take one of {', '.join(KINDS)}")
     half, tf32, full, gib = KINDS[kind]
-    dtype = DTYPES.get(config["dtype"], torch.float16 if kind == "v100" else torch.bfloat16)
+    dtype = DTYPES.get(config["dtype"], torch.float16 if kind == "v100" else torch.bfloat16)       # a V100 has no bfloat16
     rate = half if dtype != torch.float32 else tf32 if config["tf32"] else full
     share, micro = shares(devices)
     with FakeTensorMode():
@@ -179,11 +181,13 @@ def plan(devices=1, kind="h100", mfu=0.4):
         flops, activations = measure(model, micro, dtype)
         state = state_bytes(model)
         unit = max(sum(p.numel() for p in part.parameters()) for part in (model.shell, *model.core.blocks))  # what FSDP gathers at a time
+    # FSDP cuts the state into shards; activations belong to the images of a device and stay
     memory = {"ddp": state | {"activations": activations},
               "fsdp": {k: v / devices for k, v in state.items()} | {"gathered": 4 * unit, "activations": activations}}
     memory = {way: {k: v / 2 ** 30 for k, v in (parts | {"total": sum(parts.values())}).items()} for way, parts in memory.items()}
     speed = devices * rate * mfu * micro / flops               # images per second
-    return {"config": name, "stage": stage, "parameters": {"total": state["weights"] // 4, "trainable": state["ema"] // 4}, "memory": memory, "memory_unit": "GiB per device",
+    return {"config": name, "stage": stage, "parameters": {"total": state["weights"] // 4, "trainable": state["ema"] // 4},
+            "memory": memory, "memory_unit": "GiB per device",
             "devices": devices, "kind": kind, "device_gib": gib, "dtype": str(dtype).split(".")[1], "micro": micro, "batch": config["batch"],
             "accumulation": share // micro, "flops_per_image": flops / micro, "mfu": mfu, "images_per_second": speed,
             "steps": config["steps"], "days": config["steps"] * config["batch"] / speed / 86400}
@@ -191,13 +195,15 @@ def plan(devices=1, kind="h100", mfu=0.4):
 
 def tell_plan(p):
     """The plan as a table for people."""
-    print(f"{stage} of config {name}: {p['parameters']['total']:,} parameters, {p['parameters']['trainable']:,} trained; {p['steps']} steps of {p['batch']} images")
-    print(f"{p['devices']} x {p['kind']} ({p['device_gib']} GiB), {p['dtype']}: batch {p['batch']} = {p['micro']} micro x {p['accumulation']} accumulated x {p['devices']} devices")
+    counts, product = p["parameters"], f"{p['micro']} micro x {p['accumulation']} accumulated x {p['devices']} devices"
+    print(f"{stage} of config {name}: {counts['total']:,} parameters, {counts['trainable']:,} trained; {p['steps']} steps of {p['batch']} images")
+    print(f"{p['devices']} x {p['kind']} ({p['device_gib']} GiB), {p['dtype']}: batch {p['batch']} = {product}")
     print("GiB per device " + "".join(f"{part:>13}" for part in p["memory"]["fsdp"]))
     for way, parts in p["memory"].items():
         fits = "fits" if parts["total"] < 0.95 * p["device_gib"] else "too much: lower --micro, or switch on --checkpointing"
         print(f"{way:>14} " + "".join(f"{parts.get(k, 0):13.2f}" for k in p["memory"]["fsdp"]) + f"   {fits}")
-    print(f"{p['flops_per_image'] / 1e9:,.1f} GFLOP per image; {p['images_per_second']:,.0f} images/s and {p['days']:.3g} days at {p['mfu']:.0%} of the peak rate, which is assumed (--mfu)")
+    print(f"{p['flops_per_image'] / 1e9:,.1f} GFLOP per image; {p['images_per_second']:,.0f} images/s and {p['days']:.3g} days "
+          f"at {p['mfu']:.0%} of the peak rate, which is assumed (--mfu)")
 
 
 if planning:
@@ -216,7 +222,7 @@ rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 cuda = torch.cuda.is_available()
 device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if cuda else "cpu"
 if cuda:
-    torch.cuda.set_device(device)
+    torch.cuda.set_device(device)                              # kernels and NCCL go by the current device
 if world > 1:                                                  # in a single process nothing of torch.distributed is touched
     import torch.distributed as dist
     try:
@@ -235,7 +241,7 @@ def say(*parts):
             tqdm.write(" ".join(map(str, parts)))
             sys.stdout.flush()
         except OSError:
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w")                 # log.jsonl goes on
 
 
 def agree(value):
@@ -285,7 +291,7 @@ sys.excepthook = explain
 signal.signal(signal.SIGINT, signal.SIG_DFL)                   # until the loop there is nothing to save
 
 # ---- data: looked at before anything is trained -----------------------------------------------------------------------------
-data = open_data(config)
+data = open_data(config)                                       # errors in it are found before hours of training
 batches = Batches(data, config, only_large, rank, world)
 config |= batches.identity                                     # which data and which encoder: compared when a run goes on or grows
 
@@ -302,6 +308,7 @@ def older_checkpoints():
     return sorted(files, key=lambda f: -int(os.path.basename(f)[5:-3]))
 
 
+# a kill may leave last.pt whole but missing, a disk may break it: the newest one that can be read counts
 for candidate in [] if fresh else [f for f in (file, *older_checkpoints()) if os.path.exists(f)]:
     saved, broken = open_checkpoint(candidate, shards=False)
     if saved:
@@ -317,7 +324,9 @@ if parent and not saved:
     if not core_file and (not start or start["step"] < start["config"]["steps"]):
         if world > 1:
             raise UserError(f"{parent} is not there or not finished: run it first, by torchrun with --config {starts.replace('/', ' --stage ')}")
-        say(f"{parent} stopped at step {start['step']}: going on with it first" if start else f"no {starts.split('/')[1]} run in {parent} yet: running it first")
+        why = f"{parent} stopped at step {start['step']}: going on with it" if start else f"no {starts.split('/')[1]} run in {parent} yet: running it"
+        say(why, "first")
+        # a process of its own: it saves, resumes and stops like any run, and leaves its memory behind
         passed = [w for key, value in flags if key not in ("config", "stage", "core", "resolution", "shell") for w in ("--" + key, value)]
         child = subprocess.Popen([sys.executable, os.path.abspath(__file__), "--config", *starts.replace("/", " --stage ").split(), *passed])
         signal.signal(signal.SIGTERM, lambda *_: child.terminate())
@@ -339,8 +348,9 @@ if parent and not saved:
 # ---- run folder: finished, to be continued, or new --------------------------------------------------------------------------
 if saved:
     if (saved["name"], saved["stage"]) != (name, stage):
-        raise UserError(f"{run} holds a {saved['stage']} run of {saved['name']}, expected {stage} of {name}: move it to its own place, or give --fresh")
-    differ = [k for k in config if saved["config"].get(k) != config[k]]
+        raise UserError(f"{run} holds a {saved['stage']} run of {saved['name']}, expected {stage} of {name}: "
+                        "move it to its own place, or give --fresh")
+    differ = [k for k in config if saved["config"].get(k) != config[k]]            # a run that mixes settings is no run to learn from
     said = ", ".join(f"{k} {saved['config'].get(k)} there, {config[k]} here" for k in differ if k not in FREE_KEYS)
     if said:
         raise UserError(f"{run} holds a run of other settings ({said}): repeat them, or start anew with --fresh")
@@ -350,7 +360,7 @@ if saved:
         say(f"{run} is finished: {saved['step']} steps. Look at it: python sample.py {run} {shlex.quote(data.caption(0))}")
         leave(0)
     say(f"{run}: going on at step {saved['step']} of {config['steps']}" + "".join(f", {k} {saved['config'].get(k)} -> {config[k]}" for k in differ))
-if rank == 0:
+if rank == 0:                                                  # one process owns the folder
     if fresh and os.path.exists(run):
         aside = next(f"{run}.{k}" for k in range(1, 10 ** 6) if not os.path.exists(f"{run}.{k}"))
         os.rename(run, aside)
@@ -384,6 +394,7 @@ if dtype == torch.float16 and not cuda:
 if dtype == torch.float32 and cuda:
     torch.set_float32_matmul_precision("high" if config["tf32"] else "highest")
     say("float32 products are rounded to TF32 (10 bits): --tf32 False for all 23" if config["tf32"] else "float32 products are exact: no TF32")
+# weights, moments, EMA and the sums of norms stay float32; only products and convolutions are rounded
 half_precision = lambda: torch.autocast(device.split(":")[0], dtype, enabled=dtype != torch.float32)
 scaler = torch.amp.GradScaler(device.split(":")[0], enabled=dtype == torch.float16)
 torch.backends.cudnn.deterministic = True                      # a run repeats itself on a GPU too
@@ -397,7 +408,7 @@ if parent and not saved:                                       # a new shell rou
     say(f"from {parent}: {carried}")
 origin = f"{parent} ({start['stage']}, step {start['step']})" if parent and not saved else None
 parents = saved["parents"] if saved else start["parents"] + [origin] if origin else []
-freeze(model)
+freeze(model)                                                  # before wrappers and optimizer, which look at requires_grad
 if config["checkpointing"]:
     remember_less(model)
 if config["fsdp"]:                                             # shards of weights, gradients and moments; each block and the core a unit
@@ -405,12 +416,12 @@ if config["fsdp"]:                                             # shards of weigh
     mesh = dist.init_device_mesh(device.split(":")[0], (world,))
     for unit in (*model.core.blocks, model.core, model):       # sharded before the optimizer is made, which must see the shards
         fully_shard(unit, mesh=mesh)
-    register_fsdp_forward_method(model.core, "condition")
+    register_fsdp_forward_method(model.core, "condition")      # called from outside the core's forward: gathers its weights too
 model.to(device)
 autoencoder = open_autoencoder(config, device)                 # the identity for pixels
 net = torch.compile(model) if config["compile"] else model     # the same weights; names are those of `model`
 if world > 1 and not config["fsdp"]:
-    net = torch.nn.parallel.DistributedDataParallel(net)
+    net = torch.nn.parallel.DistributedDataParallel(net)       # frozen weights take no part in the exchange
 trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
 count = lambda tensors: f"{sum(p.numel() for p in tensors):,}"
 say(f"model: {count(model.core.parameters())} parameters in the core, {count(model.shell.parameters())} in the {config['shell']} shell, "
@@ -425,12 +436,13 @@ optimizers = [torch.optim.AdamW(
     lr=config["lr"], betas=(config["beta1"], config["beta2"]), fused=True)]
 if matrices:
     optimizers.append(torch.optim.Muon(matrices.values(), lr=config["muon_lr"], weight_decay=config["weight_decay"]))
-peaks = [o.defaults["lr"] for o in optimizers]
+peaks = [o.defaults["lr"] for o in optimizers]                 # one schedule scales both
 averaged = {k: p.detach().clone() for k, p in trained.items()}
 
 
 def live():
     """{part: {name: tensor}} of all that training changes: the tensors themselves, by the names of the bare model's parameters."""
+    # the only scalar among the moments is the count of steps, which `step` tells
     moments = {f"{k}/{what}": v for k, p in trained.items() for o in optimizers for what, v in o.state.get(p, {}).items() if v.ndim}
     return {"model": model.state_dict(), "ema": averaged, "moments": moments}
 
@@ -451,7 +463,7 @@ def restore(saved):
         return load_shards(by_key(live()), storage_reader=HuggingFaceStorageReader(candidate), no_dist=world == 1)
     for part, tensors in live().items():
         for key, tensor in tensors.items():
-            value = saved[part][key].to(tensor.device)
+            value = saved[part][key].to(tensor.device)         # whole, by name: whatever number of devices wrote it
             if config["fsdp"]:
                 value = torch.distributed.tensor.distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
             tensor.detach().copy_(value)
@@ -479,7 +491,7 @@ def write(path, about, parts):
         with open(path, "wb") as f:
             torch.save(about | parts, f)
             f.flush()
-            os.fsync(f.fileno())
+            os.fsync(f.fileno())                               # on the disk before the name changes
         again = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if not all(torch.equal(again[part][k], v.cpu()) for part, tensors in parts.items() for k, v in tensors.items()):
             raise OSError("what was read back differs from what was written")
@@ -489,6 +501,7 @@ def save(step, drawn):
     """All state, replaced as a whole: a kill at any moment leaves the old file or the new one. The last `keep` checkpoints stay."""
     about = {"format": FORMAT, "stage": stage, "name": name, "config": config, "step": step, "drawn": drawn, "parents": parents,
              "scaler": scaler.state_dict()}
+    # weights that are not finite would lock the run into them
     spoilt = next((k for k, v in by_key(live()).items() if not torch.isfinite(v.to_local() if config["fsdp"] else v).all()), None)
     if agree(spoilt is not None):
         say(f"error: {spoilt} is not finite and is not saved: start anew with a lower --lr and --fresh, or go on from {file}")
@@ -498,7 +511,7 @@ def save(step, drawn):
     try:
         if rank == 0:
             remove(file + ".part")                             # left by a kill
-        agree(0)
+        agree(0)                                               # nobody writes before that
         write(file + ".part", about, live())
         if rank == 0:
             if os.path.exists(file) and held not in (0, step):
@@ -524,7 +537,7 @@ def remove(path):
 @contextlib.contextmanager
 def ema_weights_in_place():
     """Inside, the model has its averaged weights; after it its own again."""
-    own = [p.detach().clone() for p in trained.values()]
+    own = [p.detach().clone() for p in trained.values()]       # a second model would need its own shards under FSDP
     with torch.no_grad():
         for p, mean in zip(trained.values(), averaged.values()):
             p.copy_(mean)
@@ -587,6 +600,7 @@ def exchange(last):
     """Gradients travel between processes after the last micro-batch only; before it each process adds up its own."""
     if config["fsdp"]:
         model.set_requires_gradient_sync(last)
+    # no_sync must hold round the forward as well, where DDP decides
     return net.no_sync() if world > 1 and not config["fsdp"] and not last else contextlib.nullcontext()
 
 
@@ -613,6 +627,7 @@ def schedule(step):
     """Share of the peak learning rate: linear warm-up, then a cosine down to lr_end."""
     if step < config["warmup"]:
         return (step + 1) / config["warmup"]
+    # of optimizer steps: a step that fp16 skips does not move it
     done = (step - config["warmup"]) / max(1, config["steps"] - config["warmup"])
     return config["lr_end"] + (1 - config["lr_end"]) * 0.5 * (1 + math.cos(math.pi * done))
 
@@ -638,6 +653,7 @@ def sgemm_rate():
 def first_fault(x, text, t, eps, size):
     """The first module, in the order of the forward, whose output is not finite, or None; for the log, so it runs only then."""
     found, hooks = [], []
+    # leaves alone: a parent is not finite because a leaf was not
     note = lambda key: lambda m, _, y: found.append(key) if torch.is_tensor(y) and not torch.isfinite(y).all() else None
     for key, module in model.named_modules():
         if not list(module.children()):
@@ -682,7 +698,7 @@ def tell_step(losses, times, waited, norm):
 step, drawn, held, stopping = 0, 0, 0, []                      # optimizer steps, batches drawn (skipped ones too), step of the file, signals
 if saved:
     step, drawn, held = saved["step"], saved["drawn"], saved["step"]
-    restore(saved)
+    restore(saved)                                             # no generator among it: every draw is a function of (seed, drawn, row)
     scaler.load_state_dict(saved["scaler"])
     saved = None                                               # its memory
 room = (config["keep"] + 1) * sum(state_bytes(model)[part] for part in ("weights", "optimizer", "ema"))
@@ -694,7 +710,8 @@ with FakeTensorMode():                                         # on shapes alone
     counted = build(config)
     freeze(counted)
     flops = config["batch"] * measure(counted, 1, dtype)[0]    # per step
-peak = next((KINDS[k][0 if dtype != torch.float32 else 1 if config["tf32"] else 2] for k in KINDS if cuda and k.split("-")[0] in torch.cuda.get_device_name().lower()), None)
+known = [rates for kind, rates in KINDS.items() if cuda and kind.split("-")[0] in torch.cuda.get_device_name().lower()]
+peak = known[0][0 if dtype != torch.float32 else 1 if config["tf32"] else 2] if known else None    # FLOP/s, for the share that is used
 if step == 0:
     save(0, 0)                                                 # a rehearsal: a folder that cannot be written is found out now
 
@@ -707,7 +724,7 @@ def stop(signum, _):
 
 
 for signum in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(signum, stop)
+    signal.signal(signum, stop)                                # heard after a step, and between the steps of a sampler
 loader = iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(drawn, sys.maxsize), num_workers=config["workers"],
                                           multiprocessing_context="fork" if config["workers"] else None))
 log = open(os.path.join(run, "log.jsonl"), "a", buffering=1) if rank == 0 else None
@@ -718,7 +735,7 @@ losses, times, waited, first, bad, skipped = [], [], 0.0, step, 0, 0   # times: 
 while step < config["steps"]:
     tick = time.perf_counter()
     batch = [part.to(device, non_blocking=True) for part in next(loader)]
-    x, text, size = batch                                      # (b, C, H, W), (b, L), (b, 6)
+    x, text, size = batch                                      # (b, C, H, W), (b, L) or (b, L, E), (b, 6)
     waited += time.perf_counter() - tick
     x = x if batches.latents else autoencoder.encode(x)        # latents that were not made beforehand
 
@@ -740,9 +757,9 @@ while step < config["steps"]:
             scaler.scale(loss.sum() * world / config["batch"]).backward()          # the exchange takes the mean over processes
         losses.append(loss.detach())
     for o in optimizers:
-        scaler.unscale_(o)
+        scaler.unscale_(o)                                     # so that the norm is that of the gradient itself
     norm = torch.nn.utils.clip_grad_norm_(trained.values(), config["clip"] or math.inf)
-    norm = float(norm.full_tensor() if config["fsdp"] else norm)
+    norm = float(norm.full_tensor() if config["fsdp"] else norm)                   # of the whole gradient, equal in all processes
 
     # a step that is not finite moves nothing: neither weights nor step, learning rate, EMA; many in a row end the run
     if moved := math.isfinite(norm):
@@ -759,7 +776,7 @@ while step < config["steps"]:
             advice = "--dtype bf16 or a lower --lr" if dtype == torch.float16 else "a lower --lr"
             say(f"error: 20 steps in a row were not finite: start anew with {advice} and --fresh; {file} holds the last good state")
             leave(3)
-    scaler.update()
+    scaler.update()                                            # halves the scale after an overflow, doubles it after 2000 good steps
     model.zero_grad()
 
     # tell, look, keep, leave
