@@ -432,7 +432,7 @@ def jittered(image, draws, strength):
 SAMPLE = np.dtype([("file", "<i4"), ("offset", "<i8"), ("length", "<i8"), ("width", "<i4"), ("height", "<i4"),   # pixels as shown
                    ("crc", "<u4"), ("first", "<i8"), ("raw", "<u2"), ("long", "<u2")])   # its captions: raw ones from `first`, then long ones
 RAW, LONG, FILE = ("caption", "captions", "text"), ("long_caption", "long_captions"), ("file", "file_name", "filename", "image", "path", "key")
-LISTS = ("captions.jsonl", "captions.csv")
+LISTS, SIDECARS = ("captions.jsonl", "captions.csv"), ((".txt", ".TXT"), (".json", ".JSON"))
 LONGEST = 8000                                                 # characters of a caption that are kept
 MOST = 1000                                                    # captions of an image, of each kind
 CHUNK = 256                                                    # files of a folder that a worker takes at a time
@@ -474,7 +474,7 @@ class Found:
             width, height = header(blob)
         except Unfit as e:
             return self.bad.append((name, str(e)))
-        raw, long = ([c for c in dict.fromkeys(map(self.clean, part[:MOST])) if c] for part in texts)
+        raw, long = ([c for c in dict.fromkeys(map(self.clean, part[:MOST])) if c] for part in texts)          # each caption once
         if not raw and not long:
             self.counts["empty" if any(texts) else "missing"] += 1
         self.rows.append((len(self.files) - 1, offset, len(blob), width, height, zlib.crc32(blob), 0, len(raw), len(long)))
@@ -502,7 +502,7 @@ def sidecars(found, name, text, fields):
     except (ValueError, RecursionError):                       # no JSON, or built to exhaust the stack
         raw, long = [], []
         found.bad.append((name, "unreadable .json, not skipped"))
-    return [text] if text is not None else raw, long
+    return [text] if text is not None else raw, long           # img2dataset writes the caption to both: take it once
 
 
 def scan_files(root, names, given, beside):
@@ -515,10 +515,10 @@ def scan_files(root, names, given, beside):
         except (OSError, Unfit) as e:                          # no permission, a loop of links, gone since it was listed; or too large
             found.bad.append((name, str(e) if isinstance(e, Unfit) else "unreadable"))
             continue
-        for end in (".txt", ".json"):
+        for ends in SIDECARS:
             try:
-                parts.append(read_whole(stem + end) if os.path.splitext(name)[0] + end in beside else None)
-            except (OSError, Unfit):
+                parts.append(next((read_whole(stem + end) for end in ends if os.path.splitext(name)[0] + end in beside), None))
+            except (OSError, Unfit):                           # as if it were not there: the caption counts as missing
                 parts.append(None)
         found.files.append(name)
         found.sizes.append(len(blob))
@@ -612,7 +612,7 @@ def walk(path):
         bad += [(here + f, "linked folder") for f in folders if os.path.islink(os.path.join(folder, f))]
         folders[:] = [f for f in folders if not f.endswith(INDEX)]
         names += [here + f for f in files]
-    names.sort(key=os.fsencode)
+    names.sort(key=os.fsencode)                                # the same on every machine, also for names that are no UTF-8
     ends = lambda kinds: [n for n in names if n.lower().endswith(kinds)]
     shards, files = ends(".tar"), ends(IMAGES)
     for name in names:
@@ -641,7 +641,7 @@ def scan(path, workers=None):
     jobs = [(scan_shard, root, s) for s in shards]
     for k in range(0, len(files), CHUNK):
         chunk = files[k:k + CHUNK]
-        mine = {os.path.splitext(n)[0] + end for n in chunk for end in (".txt", ".json")} & beside         # what a worker need not look for
+        mine = {os.path.splitext(n)[0] + end for n in chunk for ends in SIDECARS for end in ends} & beside # so that none looks for the others
         jobs.append((scan_files, root, chunk, {n: given[n] for n in chunk if n in given}, mine))
     parts = list(tqdm(spread(jobs, workers), "index", len(jobs), unit="shard" if shards else "chunk", disable=None))
 
@@ -807,7 +807,8 @@ def misfit(arrays):
         s = arrays["samples"][k:k + 2 ** 20]
         good = (s["file"] >= 0) & (s["file"] < files) & (s["offset"] >= 0) & (s["length"] > 0) & (s["length"] <= LARGEST) & (s["first"] >= 0)
         good &= (s["width"] > 0) & (s["height"] > 0) & (s["first"] <= captions - s["raw"].astype(np.int64) - s["long"])
-        good[good] &= s["offset"][good] <= arrays["sizes"][s["file"][good]] - s["length"][good]      # so no sum can overflow
+        # of the rows that are good so far, since a wild file number cannot be looked up; a difference, since a sum could overflow
+        good[good] &= s["offset"][good] <= arrays["sizes"][s["file"][good]] - s["length"][good]
         if not good.all():
             return f"sample {k + int(np.argmin(good))} of samples.npy lies outside of its file"
     return None
@@ -837,7 +838,7 @@ class Indexed:
         return np.stack([self.samples["width"], self.samples["height"]], 1)
 
     def choose(self, i, which=0.0, long=False):
-        """Number of a caption of image i: a long one if `long` says so and there is one; of several the one that `which` in [0, 1) points at; or -1."""
+        """Number of a caption of image i, -1 where it has none: a long one if `long` and there is one; of several the one at `which` in [0, 1)."""
         s = self.samples[i]
         first, raw, more = int(s["first"]), int(s["raw"]), int(s["long"])
         first, count = (first + raw, more) if more and (long or not raw) else (first, raw)
@@ -910,8 +911,7 @@ class Indexed:
                 what = "is gone" if size is None else f"has {size} bytes instead of {self.sizes[k]}"
                 raise UserError(f"{path} {what} since it was indexed: put it back, or index again: python data.py index {self.root}")
         some = np.unique(np.linspace(0, len(self) - 1, 64).astype(int)) if len(self) else ()
-        changed = [i for i in some if zlib.crc32(read_part(os.path.join(self.root, self.file(self.samples[i]["file"])), int(self.samples[i]["offset"]),
-                                                           int(self.samples[i]["length"]))) != self.samples[i]["crc"]]
+        changed = [i for i in some if not self.same(i, i)]     # read() compares checksums
         if len(changed) * 4 > len(some):                       # one bad byte is passed over in training; this is another data set
             raise UserError(f"{len(changed)} of {len(some)} images looked at under {self.root} have changed since they were indexed, such as "
                             f"{self.where(changed[0])}: put them back, or index again: python data.py index {self.root}")
@@ -994,13 +994,14 @@ def encode_captions(captions, config):
         if config["encoder_id"] not in ("", here):
             raise UserError(f"this model reads captions of {config['encoder_id']}, and {kind} is {here}: give it the former file")
         return padded([[1 + t for t in row] for row in pieces.encode(list(captions))], config["text_length"])
-    if not any(captions):
+    if not any(captions):                                      # the null caption takes no weights
         return torch.zeros(len(captions), config["text_length"], max(config["encoder_width"]))
     if not config["encoder_weights"]:
         return embed_known(captions, config)
     encoders = open_encoders(kind, config["encoder_weights"], config["encoder_id"].split(" ")[1] if config["encoder_id"] else "fp32")
     if (here := ", ".join(e.id for e in encoders)) != config["encoder_id"] != "":
-        raise UserError(f"this model reads captions embedded by {config['encoder_id']}, and encoder_weights holds {here}: give it the weights of the former")
+        raise UserError(f"this model reads captions embedded by {config['encoder_id']}, and encoder_weights holds {here}: "
+                        "give it the weights of the former")
     return side_by_side([e(captions) for e in encoders], [e.tokens for e in encoders])
 
 
@@ -1063,8 +1064,7 @@ class Encoder:
 
     @torch.no_grad()
     def __call__(self, captions):
-        said = [c for c in captions if c]
-        rows = iter(())
+        said, rows = [c for c in captions if c], iter(())      # the null caption is no text at all, and its embedding has no token
         if said:
             tokens = self.words(said, padding=True, truncation=True, max_length=self.tokens, return_tensors="pt").to(self.device)
             out = self.net(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=self.layer != -1)
@@ -1132,17 +1132,19 @@ def fill(folder, about, arrays, make, batch, bar):
         if {k: old.get(k) for k in about} != about:
             raise UserError(f"{folder!r} holds what was made otherwise ({old}, not {about}): delete that folder first")
         return print(f"{folder} is complete")
-    os.makedirs(folder, exist_ok=True)
+    os.makedirs(folder, exist_ok=True)                         # a start by another encoder or dtype is thrown away, a result never
     if not os.path.exists(file("started.json")) or open(file("started.json")).read() != started:
         for name in ("values.bin", "ends.bin"):
             open(file(name), "wb").close()
         replace(file("started.json"), lambda f: f.write(started.encode()))
     step = about["width"] * TORCH[about["dtype"]].itemsize
     with open(file("values.bin"), "r+b") as values, open(file("ends.bin"), "r+b") as ends:
+        # what is on disk: ends whose values are there too, in whole batches, since an embedding's last bits may depend on its batch
         done = np.frombuffer(ends.read()[:os.path.getsize(file("ends.bin")) // 8 * 8], np.int64)
-        done = done[:np.searchsorted(done, os.path.getsize(file("values.bin")) // step, "right") // batch * batch]   # whole batches, all on disk
+        done = done[:np.searchsorted(done, os.path.getsize(file("values.bin")) // step, "right") // batch * batch]
         rows = int(done[-1]) if len(done) else 0
-        values.truncate(rows * step), ends.truncate(8 * len(done)), values.seek(0, 2), ends.seek(0, 2)
+        values.truncate(rows * step), ends.truncate(8 * len(done))
+        values.seek(0, 2), ends.seek(0, 2)
         for first in tqdm(range(len(done), arrays, batch), bar, initial=len(done) // batch, total=-(-arrays // batch), disable=None):
             for part in make(range(first, min(first + batch, arrays))):
                 rows += len(part)
@@ -1186,7 +1188,8 @@ class Embeddings:
         self.id = ", ".join(c.about["id"] for c in self.caches)
         widths = tuple(c.width for c in self.caches)
         if widths != config["encoder_width"]:
-            raise UserError(f"encoder_width = {config['encoder_width']}: the embeddings of {config['encoder']} are {widths} wide: set encoder_width to that")
+            raise UserError(f"encoder_width = {config['encoder_width']}: the embeddings of {config['encoder']} are {widths} wide: "
+                            "set encoder_width to that")
         if config["encoder_id"] not in ("", self.id):
             raise UserError(f"the model reads captions embedded by {config['encoder_id']}, and {data.name} holds those of {self.id}: "
                             "embed its captions with the former, or train another model")
@@ -1221,7 +1224,7 @@ def embed_known(captions, config):
 
 def to_tensor(images):
     """(B, H, W, 3) uint8 -> x (B, 3, H, W) float in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)     # in place: large batches are bound by memory
 
 
 def to_uint8(x):
@@ -1281,7 +1284,8 @@ def read_autoencoder(folder, device):
     except ImportError:
         raise UserError("latents need diffusers: pip install diffusers")
     try:
-        vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)   # else it asks for accelerate
+        vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, use_safetensors=True,                            # no pickles
+                                            low_cpu_mem_usage=False)               # else it asks for accelerate
     except Exception as e:                                     # diffusers raises many kinds
         raise UserError(f"{folder!r} does not open as an AutoencoderKL ({type(e).__name__}: {str(e)[:200]}): take another folder")
     return vae.float().eval().requires_grad_(False).to(device)
@@ -1328,12 +1332,12 @@ class Latents:
 
     def __init__(self, data, config):
         self.cache, want = Ragged(latents_folder(data, config)), about_latents(data, config)
-        self.shape, self.stride = (config["latent_channels"],), config["latent_stride"]
         if differ := [f"{k} {self.cache.about.get(k)} there, {v} here" for k, v in want.items() if self.cache.about.get(k) != v]:
             raise UserError(f"{latents_folder(data, config)!r} was made otherwise ({', '.join(differ)}): delete it and run data.py embed --vae again")
         if config["flip"] or config["jitter"]:
-            raise UserError("flip and jitter need pixels, and the cache of latents holds one view of each image: switch them off, or delete the cache")
-        self.data = data
+            raise UserError("flip and jitter need pixels, and the cache of latents holds one view of each image: "
+                            "switch them off, or delete the cache")
+        self.data, self.stride = data, config["latent_stride"]
 
     def view(self, i, height, width, draws, rule):
         """(c, H/s, W/s) float, and top and left of the crop that was encoded."""
@@ -1370,7 +1374,7 @@ def bucket_sizes(config):
 
 def nearest_bucket(sizes, images):
     """For each image (n, 2) of (width, height) the number of the bucket of nearest aspect ratio, in logarithms: int16 (n,)."""
-    aspect = np.log(images[:, 0] / images[:, 1])
+    aspect = np.log(images[:, 0] / images[:, 1])               # in logarithms 2:1 is as far from 1:1 as 1:2 is
     best, where = np.full(len(images), np.inf), np.zeros(len(images), np.int16)
     for k, (h, w) in enumerate(sizes):                         # one at a time: memory does not grow with the number of buckets
         distance = abs(aspect - math.log(w / h))
@@ -1397,15 +1401,16 @@ class Batches(torch.utils.data.Dataset):
         self.sizes, images = bucket_sizes(c), data.all_sizes()                     # (n, 2)
         self.bucket = nearest_bucket(self.sizes, images)
         target = np.array(self.sizes, np.int32)[self.bucket][:, ::-1]              # (n, 2)
-        large = (images >= target).all(1)                      # keep what is at least as large as the target (Sec. 3.3)
+        large = (images >= target).all(1)                      # both sides: keep what is at least as large as the target (Sec. 3.3)
         kept = large if filtered and not c["upscale"] else np.ones(len(images), bool)
         self.usable, self.removed = np.flatnonzero(kept), 1 - kept.mean()
         self.members = [np.flatnonzero(kept & (self.bucket == k)).astype(np.int32) for k in range(len(self.sizes))]
         if not len(self.usable):
-            raise UserError(f"none of {len(data)} images is {c['resolution']} px or more on both sides: lower --resolution, or --upscale True keeps them")
+            raise UserError(f"none of {len(data)} images is {c['resolution']} px or more on both sides: "
+                            "lower --resolution, or --upscale True keeps them")
         if len(self.usable) < c["batch"]:
             raise UserError(f"batch = {c['batch']} and only {len(self.usable)} usable images: lower --batch, or add images")
-        self.orders = {}
+        self.orders = {}                                       # {(bucket, epoch): its samples in order}
         real = isinstance(data, Indexed)
         self.embeddings = Embeddings(data, c) if real and is_frozen(c["encoder"]) else None
         self.latents = Latents(data, c) if real and c["autoencoder"] and os.path.exists(latents_folder(data, c)) else None
@@ -1427,9 +1432,11 @@ class Batches(torch.utils.data.Dataset):
         while made(r + 1).sum() <= step:
             r += 1
         before, now = made(r), made(r + 1)
-        order = np.random.default_rng((self.config["seed"], r, 1)).permutation(np.repeat(np.arange(len(before)), now - before))
-        place = step - before.sum()
-        return order[place], int(before[order[place]] + (order[:place] == order[place]).sum())
+        order = np.repeat(np.arange(len(before)), now - before)                    # this round's batches by bucket, to be shuffled
+        order = np.random.default_rng((self.config["seed"], r, 1)).permutation(order)
+        place = step - before.sum()                            # of the step in its round
+        bucket = order[place]
+        return bucket, int(before[bucket] + (order[:place] == bucket).sum())
 
     def order(self, bucket, epoch):
         """The samples of a bucket in this epoch's order. The last two epochs are kept, since a batch may span them."""
@@ -1442,6 +1449,7 @@ class Batches(torch.utils.data.Dataset):
         """The (epoch, sample) of each row of the step's whole batch: the same on every device, whatever their number."""
         bucket, before = self.bucket_at(step) if len(self.members) > 1 else (0, step)
         batch, n = self.config["batch"], len(self.members[bucket])
+        # a bucket's batches are consecutive places of its epochs, one permutation after the other: a batch may span two
         return [(p // n, int(self.order(bucket, p // n)[p % n])) for p in range(before * batch, (before + 1) * batch)]
 
     def sample(self, epoch, i, source=None):
@@ -1450,12 +1458,12 @@ class Batches(torch.utils.data.Dataset):
         caption are functions of (seed, epoch, i). With a source of latents, the image is (c, h, w) float.
         """
         c, source = self.config, source or self.data
-        x, y, flip, drop, which, long, *jitter = uniforms(c["seed"], (epoch + 1 << 40) + i, 9)
+        x, y, flip, drop, which, long, *jitter = uniforms(c["seed"], (epoch + 1 << 40) + i, 9)       # always nine: a key changes none of the others
         height, width = self.sizes[self.bucket[i]]
         i, (image, top, left) = self.readable(source, i, height, width, (x, y))
         w, h = self.data.size(i)
         if c["flip"] and flip < 0.5:
-            image, left = image[:, ::-1], covering((w, h), height, width, c["resize"])[0] - width - left
+            image, left = image[:, ::-1], covering((w, h), height, width, c["resize"])[0] - width - left        # from the other side
         if c["jitter"]:
             image = jittered(image, jitter, c["jitter"])
         number = -1 if drop < c["caption_dropout"] else self.data.choose(i, which, long < c["long_captions"])
@@ -1488,8 +1496,8 @@ class Batches(torch.utils.data.Dataset):
     def summary(self):
         """Lines that tell what is used and what is left out."""
         c, n = self.config, len(self.data)
-        lines = [f"data {self.data.name}: {len(self.usable)} of {n} images are used" +
-                 (f"; {self.removed:.1%} are smaller than {c['aspects'] or c['resolution']} px and left out (--upscale True keeps them)" if self.removed else "")]
+        lost = f"; {self.removed:.1%} are smaller than {c['aspects'] or c['resolution']} px and left out (--upscale True keeps them)"
+        lines = [f"data {self.data.name}: {len(self.usable)} of {n} images are used" + lost * bool(self.removed)]
         if len(self.sizes) > 1:
             lines.append("  buckets " + ", ".join(f"{h}x{w}: {len(m)}" for (h, w), m in zip(self.sizes, self.members) if len(m)))
         return "\n".join(lines + (self.data.table() if isinstance(self.data, Indexed) else []))
@@ -1627,7 +1635,8 @@ def stats(args, config):
     for kind, captions in kinds.items():
         counts = Counter(n for c in captions for n in nouns(c))
         length = sum(len(words(c)) for c in captions) / len(captions)
-        print(f"{kind:7s} {len(captions):8d} {sum(v > 10 for v in counts.values()):9d} {len(counts):9d} {counts.total():12d} {length:7.1f} {counts.total() / len(captions):12.1f}")
+        valid, total = sum(v > 10 for v in counts.values()), counts.total()
+        print(f"{kind:7s} {len(captions):8d} {valid:9d} {len(counts):9d} {total:12d} {length:7.1f} {total / len(captions):12.1f}")
 
 
 def vocabulary(args, config):

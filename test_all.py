@@ -818,7 +818,7 @@ def test_index_tells_all_that_was_found_and_why_some_is_not_used(tmp_path):
     names = ["plain.jpg", "UPPER.JPG", "a b.c.d.jpeg", "new\nline.png", "ünï\u202e😀.webp", "sub.dir/x.y.jpg"]
     for k, name in enumerate(names):
         (folder / name).write_bytes(picture(32, 32, k, {"png": "PNG", "ebp": "WEBP"}.get(name[-3:], "JPEG")))
-        (folder / name).with_suffix(".txt").write_text(f"caption {k}")
+        (folder / name).with_suffix(".TXT" if k == 1 else ".txt").write_text(f"caption {k}")
     for k in range(60):                                        # so that a few without captions are under one in twenty
         (folder / f"n{k}.jpg").write_bytes(picture(32, 32, 100 + k))
         (folder / f"n{k}.json").write_text(json.dumps({"caption": f"raw {k}", "long_captions": [f"long {k}", f"longer {k}"]}))
