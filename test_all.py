@@ -46,6 +46,7 @@ from data import Batches, Scenes, UserError, load_config, write_png
 from model import build
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+torch.set_num_threads(1)                                       # small tensors: threads would wait for each other, all the more where cores are shared
 TINY = ["--width", "32", "--depth", "2", "--batch", "8", "--steps", "6", "--eval_n", "0", "--sample_every", "4", "--scene_count", "200",
         "--log_every", "2", "--sample_steps", "4", "--weight_decay", "0.1"]
 
@@ -346,7 +347,7 @@ def test_attention_over_many_blocks(Nq, Nk, D, poisoned):
         assert_close_to_float64("attention", D, torch.float16, Nq=Nq, Nk=Nk, **options)
 
 
-@pytest.mark.parametrize("width, ratio", [(9, 3), (48, 2), (72, 4), (1152, 2)])
+@pytest.mark.parametrize("width, ratio", [(9, 3), (48, 2), (72, 4), pytest.param(1152, 2, marks=slow)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @needs_triton
 def test_kv_merge_in_every_dtype_and_ratio(dtype, width, ratio, poisoned):
@@ -1655,9 +1656,9 @@ def test_deterministic_samplers_agree_in_the_limit_and_twenty_steps_of_second_or
     config = tiny()
     net = shaken(models.build(config))
     make = lambda sampler, steps: sampling.sample(net, config, ["a red circle", "a blue square"], steps=steps, sampler=sampler)
-    limit = make("heun", 100)
-    off = {(sampler, steps): (make(sampler, steps) - limit).square().mean().sqrt() for sampler in ("ddim", "dpm") for steps in (20, 200)}
-    assert off["ddim", 200] < 0.02 and off["dpm", 200] < 0.005
+    limit = make("heun", 60)
+    off = {(sampler, steps): (make(sampler, steps) - limit).square().mean().sqrt() for sampler, steps in (("ddim", 20), ("ddim", 160), ("dpm", 20), ("dpm", 80))}
+    assert off["ddim", 160] < 0.02 and off["dpm", 80] < 0.005
     assert off["dpm", 20] < 0.7 * off["ddim", 20]
 
 
@@ -2640,7 +2641,7 @@ def test_baselines_differ_in_one_thing_each(runs, stage):
     said = run("train.py", "--stage", stage, "--out", out, *TINY)
     state, grown = models.read_checkpoint(str(out / "toy" / stage)), models.read_checkpoint(str(out / "toy/grow"))
     assert set(state["model"]) == set(grown["model"]) == set(state["ema"])         # same model, everything trained
-    assert ("tensors kept" in said) == (stage == "finetune") and "at least 32 px" in said
+    assert ("tensors kept" in said) == (stage == "finetune") and "smaller than 32 px and left out" in said
     assert {k for k in state["config"] if state["config"][k] != grown["config"][k]} == set()
 
 
