@@ -558,6 +558,7 @@ def open_checkpoint(file, shards=True):
             state = torch.load(file, map_location="cpu", weights_only=True)
         if state["format"] != FORMAT:
             return None, f"{file!r} is a checkpoint of format {state['format']} and this code reads {FORMAT}: train it again"
+        state["config"] = {**default_config(), **state["config"]}
         parts = {} if os.path.isdir(file) and not shards else {**state["model"], **state["ema"]}
     except Exception as e:                                     # of many kinds: cut off, not a checkpoint, not allowed to be loaded
         return None, f"{file!r} is no complete checkpoint ({type(e).__name__}): take another, or train again with --fresh"
@@ -575,7 +576,6 @@ def read_checkpoint(path):
     state, broken = open_checkpoint(file)
     if broken:
         raise UserError(broken)
-    state["config"] = {**default_config(), **state["config"]}
     return state
 
 

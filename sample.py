@@ -81,6 +81,17 @@ def heun(denoise, z, logsnrs, draw):
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm": dpm, "heun": heun}
 
 
+def levels(config, steps, sampler, device="cpu"):
+    """
+    (steps,) logsnrs from noise to image. Even steps in t, as in training, end in one so wide that it decides the error of the second-order
+    samplers, and even steps in logsnr are too wide in the middle: these take the mean of both.
+    """
+    logsnrs = logsnr_at(torch.linspace(1, 0, steps, device=device), config)
+    if sampler in ("dpm", "heun"):
+        logsnrs = (logsnrs + logsnrs[0] + (logsnrs[-1] - logsnrs[0]) * torch.linspace(0, 1, steps, device=device)) / 2
+    return logsnrs
+
+
 def guided(model, text, guidance, size=None, limit=1.0):
     """
     denoise(z, logsnr) -> x for these captions (B, L) or (B, L, E), with classifier-free guidance on all channels (Ho and Salimans
@@ -118,7 +129,7 @@ def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, 
     autoencoder, (channels, side, _) = open_autoencoder(config, device), image_shape(config)
     shape = channels, height * side // config["resolution"], width * side // config["resolution"]  # of z
     whole = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)                # a picture that was not cropped
-    logsnrs = logsnr_at(torch.linspace(1, 0, steps, device=device), config)       # from noise to image; the last one denoises
+    logsnrs = levels(config, steps, sampler, device)
     text = encode_captions(captions, config).to(device)
     passes = math.ceil(len(captions) / batch) * (2 * steps - 1 if sampler == "heun" else steps)
     images, progress = [], tqdm(total=passes, desc="sampling", leave=False, disable=None if bar else True)
