@@ -353,7 +353,8 @@ if saved:
     differ = [k for k in config if saved["config"].get(k) != config[k]]            # a run that mixes settings is no run to learn from
     said = ", ".join(f"{k} {saved['config'].get(k)} there, {config[k]} here" for k in differ if k not in FREE_KEYS)
     if said:
-        raise UserError(f"{run} holds a run of other settings ({said}): repeat them, or start anew with --fresh")
+        other = f", or take these data in place of the former with --data_id {saved['config'].get('data_id')}" * ("data_id" in differ)
+        raise UserError(f"{run} holds a run of other settings ({said}): repeat them{other}, or start anew with --fresh")
     if core_file and not saved["parents"][-1].startswith(f"{core_file} ("):
         raise UserError(f"{run} was grown from {saved['parents'][-1]}, not from {core_file}: leave --core out, or start anew with --fresh")
     if saved["step"] >= config["steps"] and (not config["eval_n"] or os.path.exists(os.path.join(run, "metrics.json"))):
