@@ -2666,7 +2666,7 @@ def assert_same_run(one, two, stage):
     assert (one["step"], one["drawn"]) == (two["step"], two["drawn"])
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "grow", "defrost"])
+@pytest.mark.parametrize("stage", ["pretrain", "defrost"])        # grow: the next test
 def test_a_run_stopped_and_continued_equals_an_unbroken_one_to_the_bit(runs, stage, tmp_path):
     """Stopped by SIGTERM at whatever step it has reached."""
     whole, broken = (with_parents(runs, tmp_path / name, stage) for name in ("whole", "broken"))
@@ -2683,7 +2683,7 @@ def test_a_run_stopped_and_continued_equals_an_unbroken_one_to_the_bit(runs, sta
     assert_same_run(whole, broken, stage)
 
 
-@pytest.mark.parametrize("stage, kills", [("grow", 3), *[pytest.param(s, 30, marks=slow) for s in ("pretrain", "grow", "defrost")]])
+@pytest.mark.parametrize("stage, kills", [("grow", 2), *[pytest.param(s, 30, marks=slow) for s in ("pretrain", "grow", "defrost")]])
 def test_kill_9_at_random_moments_loses_nothing(runs, stage, kills, tmp_path):
     """A checkpoint at every step, so that many kills hit a save."""
     whole, broken = (with_parents(runs, tmp_path / name, stage) for name in ("whole", "broken"))
@@ -2748,14 +2748,6 @@ def test_fresh_moves_the_old_run_aside(runs, tmp_path):
     old = (tmp_path / "toy/pretrain/last.pt").read_bytes()
     run("train.py", "--stage", "pretrain", "--out", tmp_path, *TINY, "--seed", 1, "--fresh")
     assert (tmp_path / "toy/pretrain.1/last.pt").read_bytes() == old != (tmp_path / "toy/pretrain/last.pt").read_bytes()
-
-
-def test_micro_batches_add_up(tmp_path):
-    lines = []
-    for micro in (0, 2):                                       # 8 images at once, or 2 + 2 + 2 + 2
-        run("train.py", "--stage", "pretrain", "--out", tmp_path / str(micro), *TINY, "--micro", micro)
-        lines.append(json.loads(open(tmp_path / str(micro) / "toy/pretrain/log.jsonl").readline()))
-    assert lines[0]["loss"] == pytest.approx(lines[1]["loss"], rel=1e-4) and lines[0]["norm"] == pytest.approx(lines[1]["norm"], rel=1e-2)
 
 
 # train.py: many devices, here processes on a CPU that talk through gloo
