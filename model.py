@@ -555,7 +555,7 @@ def open_checkpoint(file, shards=True):
                 part, name = key.split("/", 1)
                 state.setdefault(part, {})[name] = value
         else:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)       # read where used; many processes share the pages
         if state["format"] != FORMAT:
             return None, f"{file!r} is a checkpoint of format {state['format']} and this code reads {FORMAT}: train it again"
         state["config"] = {**default_config(), **state["config"]}
