@@ -38,7 +38,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import Batches, Scenes, UserError, grid, load_config, nearest, open_autoencoder, open_data, to_uint8, write_png
+from data import Batches, Scenes, UserError, default_config, grid, load_config, nearest, open_autoencoder, open_data, to_uint8, write_png
 from eval import HELD_OUT, evaluate, flat, report
 from model import (FORMAT, ResidualBlock, build, carry_over, check_sizes, diffusion_loss, ema_weights, example, noise, open_checkpoint,
                    read_checkpoint)
@@ -54,6 +54,7 @@ STAGES = {
     "scratch":  (None,        None,     False,  True),
     "finetune": ("pretrain",  "core.",  False,  True),
 }
+OWN_FLAGS = ("config", "stage", "out", "core", "fresh", "plan")   # those that are no keys of configs.txt
 SHELL_KEYS = ("shell", "channels", "residual_blocks", "entry_channels", "patch")
 CORE_KEYS = ("width", "depth", "heads", "mlp_ratio", "text_vocab", "encoder_id")
 # what may change when a run goes on: how it is looked at and spread over devices, the steps and the learning rate
@@ -74,7 +75,8 @@ if words and not words[0].startswith("--"):
 flags = []                                                     # (key, text); a flag without a value is switched on
 for word in words:
     if word.startswith("--"):
-        flags.append((word[2:], "True"))
+        key, equals, value = word[2:].partition("=")           # --lr=0.002 is --lr 0.002
+        flags.append((key, value if equals else "True"))
     elif flags[-1][1] == "True":
         flags[-1] = flags[-1][0], word
     else:
@@ -85,6 +87,10 @@ if len(given) < len(flags):
 name, stage, out = given.pop("config", "toy"), given.pop("stage", "grow"), given.pop("out", "out")
 core_file, fresh, planning = given.pop("core", None), given.pop("fresh", False), given.pop("plan", False)
 asked = {key: given.pop(key) for key in ("devices", "kind", "mfu", "json") if planning and key in given}     # known to --plan alone
+if wrong := [key for key in given if key in ("devices", "kind", "mfu", "json")]:
+    raise UserError(f"--{wrong[0]} belongs to --plan: add it, or leave --{wrong[0]} out")
+if wrong := [key for key in given if key not in default_config()]:                 # a flag of this script may be what was meant
+    raise UserError(f"unknown key {wrong[0]!r}: {nearest(wrong[0], OWN_FLAGS + tuple(sorted(default_config())))}")
 if stage not in STAGES:
     raise UserError(f"unknown stage {stage!r}: {nearest(stage, STAGES)}")
 source, keeps, frozen, only_large = STAGES[stage]              # from here on nothing asks which stage this is
