@@ -201,7 +201,7 @@ def plan(devices=1, kind="h100", mfu=0.4):
 
 def tell_plan(p):
     """The plan as a table for people."""
-    counts, product = p["parameters"], f"{p['micro']} micro x {p['accumulation']} accumulated x {p['devices']} devices"
+    counts, product = p["parameters"], f"{p['micro']} micro x {p['accumulation']} accumulated x {p['devices']} device{'s' * (p['devices'] > 1)}"
     print(f"{stage} of config {name}: {counts['total']:,} parameters, {counts['trainable']:,} trained; {p['steps']} steps of {p['batch']} images")
     print(f"{p['devices']} x {p['kind']} ({p['device_gib']} GiB), {p['dtype']}: batch {p['batch']} = {product}")
     print("GiB per device " + "".join(f"{part:>13}" for part in p["memory"]["fsdp"]))
@@ -214,9 +214,12 @@ def tell_plan(p):
 
 if planning:
     try:
-        p = plan(int(asked.get("devices", 1)), asked.get("kind", "h100"), float(asked.get("mfu", 0.4)))
+        devices, mfu = int(asked.get("devices", 1)), float(asked.get("mfu", 0.4))
     except ValueError as e:
-        raise UserError(f"--devices {asked.get('devices')} --mfu {asked.get('mfu')}: {e}: give numbers, such as --devices 64 --mfu 0.4")
+        raise UserError(f"--plan: {e}: give numbers, such as --devices 64 --mfu 0.4")
+    if devices < 1 or not 0 < mfu <= 1:
+        raise UserError(f"--plan for {devices} devices at {mfu:g} of the peak rate: give at least 1, and a share above 0 and up to 1")
+    p = plan(devices, asked.get("kind", "h100"), mfu)
     tell_plan(p)
     if "json" in asked:
         with open(asked["json"], "w") as f:
