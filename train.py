@@ -829,7 +829,8 @@ except InterruptedError:                                       # all is saved; t
 if rank == 0:
     draw_curves()
 say(finish)
-same = "".join(f" --{key} {shlex.quote(value)}" for key, value in flags if key in ("config", "out", "data"))
+dropped = ("stage", "core", "fresh") + ("resolution", "shell") * (stage == "pretrain")               # the rest must be said again, or does not fit
+same = "".join(f" --{key} {shlex.quote(value)}" for key, value in flags if key not in dropped)
 follows = {"pretrain": "grow", "grow": "defrost"}.get(stage)
 say("next: " + (f"python train.py --stage {follows}{same}, or " if follows else "") + f"python sample.py {run} {shlex.quote(data.caption(0))}")
 leave(0)
