@@ -194,7 +194,7 @@ def main():
     parser.add_argument("--to", default="grid.png")
     parser.add_argument("--encoder_weights", help="local folders of the encoders that the run was trained with, comma-separated")
     parser.add_argument("--describe", action="store_true", help="tell what the run is, and stop")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()                         # captions may follow the flags
     if args.describe:
         return print(describe_run(args.run))
     if not args.captions:
