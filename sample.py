@@ -184,14 +184,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder, such as out/toy/grow")
     parser.add_argument("captions", nargs="*", help="one or more captions in quotes; '' is the null caption")
-    parser.add_argument("--n", type=int, default=4, help="images per caption")
-    parser.add_argument("--steps", type=int, default=256)
+    parser.add_argument("--n", type=int, default=4, help="images per caption; default 4")
+    parser.add_argument("--steps", type=int, default=256, help="of the sampler; default 256")
     parser.add_argument("--guidance", type=float, help="default: the run's own; 1 is none")
-    parser.add_argument("--sampler", default="ddpm", choices=list(SAMPLERS))
+    parser.add_argument("--sampler", default="ddpm", choices=list(SAMPLERS), help="default ddpm")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=64, help="images at a time; does not change the images")
     parser.add_argument("--size", help="HxW in pixels: another shape of about the area that the run was trained at")
-    parser.add_argument("--to", default="grid.png")
+    parser.add_argument("--to", default="grid.png", help="PNG file, default grid.png; where it exists, a number is added")
     parser.add_argument("--encoder_weights", help="local folders of the encoders that the run was trained with, comma-separated")
     parser.add_argument("--describe", action="store_true", help="tell what the run is, and stop")
     args = parser.parse_intermixed_args()                         # captions may follow the flags
@@ -201,6 +201,8 @@ def main():
         raise UserError('no caption: python sample.py RUN "a large red circle on a white background"')
     if min(args.n, args.steps, args.batch) < 1:
         raise UserError("--n, --steps and --batch count things: give at least 1")
+    if not args.to.lower().endswith(".png"):
+        raise UserError(f"--to {args.to}: pictures are written as PNG: give a name that ends in .png")
     to = free_name(args.to)
     if not os.path.isdir(os.path.dirname(to) or "."):
         raise UserError(f"no folder for {to!r}: make it first")
