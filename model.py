@@ -645,6 +645,8 @@ def speed(name, device):
 
 
 if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv):
+        sys.exit(print(__doc__))
     largest = [f"pixart-sigma-{size}{kv}/defrost" for size in ("1k", "2k", "4k") for kv in ("", "-kv")] + ["huge/grow"]
     for name in sys.argv[1:] or largest:
         speed(name, "cuda" if torch.cuda.is_available() else "cpu")
