@@ -164,7 +164,8 @@ def test_every_key_is_documented_and_read():
 
 @pytest.mark.parametrize("flags, words", [
     (["--stage", "growth"], "did you mean 'grow'"), (["--wdith", "32"], "did you mean 'width'"), (["--lr", "1", "--lr", "2"], "twice"),
-    (["--lr"], "lr takes a float"), (["lr", "1"], "write --KEY VALUE"), (["--resolution", "48", "--data", "nowhere"], "take 32 or 64"), (["--data", "nowhere"], "no folder"),
+    (["--lr"], "lr takes a float"), (["lr", "1"], "write --KEY VALUE"), (["--stgae=grow"], "did you mean 'stage'"), (["--lr=x"], "lr takes a float"),
+    (["--devices", "8"], "belongs to --plan"), (["--plan", "--devices", "0"], "at least 1"), (["--resolution", "48", "--data", "nowhere"], "take 32 or 64"), (["--data", "nowhere"], "no folder"),
     (["--sampler", "euler"], "take one of ddpm, ddim, dpm, heun"), (["--dtype", "fp64"], "take one of auto")])
 def test_bad_flags_are_one_line_that_says_how_to_mend_them(flags, words, tmp_path):
     stage = [] if "--stage" in flags else ["--stage", "scratch"]
