@@ -610,10 +610,11 @@ def tar_members(path):
         return {}, False, size if "unexpected end" in str(e) else end, size
 
 
-def read_list(root, file, listed):
+def read_list(root, file, owners, listed):
     """
-    Add the rows of captions.jsonl or captions.csv to listed, {name: (raw, long)}. Names are relative to the list, and several rows of one
-    name add up. Returns the (file, reason) of rows that could not be read, for bad.tsv.
+    Add the rows of captions.jsonl or captions.csv to listed, {name: (raw, long)}. Names are relative to the list and may lack their
+    ending (owners: {name without ending: image}); several rows of one image add up. Returns the (file, reason) of rows that could not be
+    read, for bad.tsv.
     """
     broken = []
     with open(os.path.join(root, file), encoding="utf-8", errors="replace", newline="") as f:
@@ -624,7 +625,7 @@ def read_list(root, file, listed):
                 broken.append((file, "row without a file, not skipped"))
                 continue
             name = os.path.normpath(os.path.join(os.path.dirname(file), name))     # only ever compared with the names that walk found
-            for old, new in zip(listed.setdefault(name, ([], [])), texts_of(fields)):
+            for old, new in zip(listed.setdefault(owners.get(name, name), ([], [])), texts_of(fields)):
                 old += new
     return broken
 
@@ -652,10 +653,9 @@ def walk(path):
     for name in names:
         if os.path.basename(name) in LISTS:
             try:
-                bad += read_list(path, name, listed)
+                bad += read_list(path, name, owners, listed)
             except OSError:
                 bad.append((name, "unreadable"))
-    listed = {owners.get(name, name): texts for name, texts in listed.items()}     # a list may leave the ending out
     twice = {f for f in files if f not in listed and owners[stem(f)] != f}
     bad += [(n, "unsupported format") for n in ends(UNSUPPORTED)] + [(n, "same key") for n in twice]
     bad += [(n, "caption without image") for n in ends(".txt") if stem(n) not in owners]

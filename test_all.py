@@ -801,6 +801,15 @@ def test_what_cannot_serve_is_known_from_the_header(blob, reason):
         data.header(blob())
 
 
+def test_whatever_decoding_raises_is_a_reason_to_skip():
+    blob = picture(16, 16, kind="PNG")
+    end = blob.rindex(b"IEND") - 4
+    late = struct.pack(">I", 1) + b"tRNS" + b"x" + struct.pack(">I", zlib.crc32(b"tRNSx"))         # behind the pixels, and too short
+    assert data.header(blob[:end] + late + blob[end:]) == (16, 16)
+    with pytest.raises(data.Unfit, match="cannot be decoded"):
+        data.decode(blob[:end] + late + blob[end:])
+
+
 def bomb(width, height):
     """A PNG whose header claims width x height."""
     chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -863,12 +872,15 @@ def test_index_tells_all_that_was_found_and_why_some_is_not_used(tmp_path):
 def test_lists_of_captions_serve_a_folder(tmp_path):
     for k in range(4):
         (tmp_path / f"{k}.png").write_bytes(picture(16, 16, k, "PNG"))
-    rows = [{"file_name": "0.png", "text": "a"}, {"file": "1", "captions": ["b", "c"], "long_caption": "d"}, {"file": "0.png", "caption": "e"}, {"file": "gone.png", "caption": "x"}]
+    rows = [{"file_name": "0.png", "text": "a"}, {"file": "1", "captions": ["b", "c"], "long_caption": "d"}, {"file": "0.png", "caption": "e"}, {"file": "gone.png", "caption": "x"},
+            {"file": "0", "caption": "f"}]                     # without its ending: the same image
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\nno json\n")
     (tmp_path / "captions.csv").write_text('file,caption\n2.png,"with, a comma"\n3.png,"two\nlines"\n')
+    (tmp_path / "sub").mkdir()
+    os.symlink("captions.csv", tmp_path / "sub" / "captions.csv")                  # a loop: counted, not fatal
     world, bad = data.scan(str(tmp_path))
-    assert [[world.text(int(s["first"]) + k) for k in range(s["raw"] + s["long"])] for s in world.samples] == [["a", "e"], ["b", "c", "d"], ["with, a comma"], ["two lines"]]
-    assert bad == [("captions.jsonl", "row without a file, not skipped"), ("gone.png", "caption without image")]
+    assert [[world.text(int(s["first"]) + k) for k in range(s["raw"] + s["long"])] for s in world.samples] == [["a", "e", "f"], ["b", "c", "d"], ["with, a comma"], ["two lines"]]
+    assert bad == [("captions.jsonl", "row without a file, not skipped"), ("gone.png", "caption without image"), ("sub/captions.csv", "unreadable")]
     assert world.head["report"]["captions"] == dict(missing=0, empty=0, truncated=0, replaced=0)
 
 
@@ -1075,7 +1087,8 @@ def test_vermeers_sizes_and_sdxls_rule():
     assert data.nearest_bucket(data.bucket_sizes(vermeer), images).tolist() == [0, 1, 2, 0]
 
 
-@pytest.mark.parametrize("aspects, words", [("1024", "write HxW"), ("1000x1000", "multiples of a token, 32 px"), ("every 60", "multiples of a token, 32 px"), ("0x32", "multiples")])
+@pytest.mark.parametrize("aspects, words", [("1024", "write HxW"), ("1000x1000", "multiples of a token, 32 px"), ("every 60", "multiples of a token, 32 px"), ("0x32", "multiples"),
+                                            ("every 2048", "write HxW")])
 def test_aspects_that_do_not_fit_the_grid_are_refused(aspects, words, capsys):
     refused(capsys, lambda: data.bucket_sizes(tiny(resolution=1024, grid=32, aspects=aspects)), words)
 
@@ -1269,6 +1282,10 @@ def test_latents_are_made_once_and_read_as_batches(photos, capsys):
         assert torch.allclose(data.open_autoencoder(config).decode(z_[None]), data.to_tensor(np.stack([image])), atol=1e-6) and row[2:] == [top, left, 16, 16]
     refused(capsys, lambda: Batches(world, config | {"flip": True}, False), "flip and jitter need pixels")
     refused(capsys, lambda: Batches(world, config | {"resize": "stretch"}, False), "resize crop there, stretch here")
+    about = photos / data.INDEX / "latents-16" / "about.json"
+    about.rename(about.with_suffix(".away"))                   # killed half-way
+    refused(capsys, lambda: Batches(world, config, False), "is not complete", "data.py embed")
+    about.with_suffix(".away").rename(about)
     assert Batches(world, config | {"autoencoder": ""}, False)[0][0].shape == (24, 3, 16, 16)
 
 
