@@ -565,12 +565,12 @@ def scan_shard(root, name):
     """A tar shard -> Found. Members of one key (the name up to its last dot) belong together, in whatever order they come."""
     found, path = Found(), os.path.join(root, name)
     try:
-        members, whole, end, size = tar_members(path)
+        members, size, cut = tar_members(path)
     except OSError:
         found.bad.append((name, "unreadable"))
         return found
-    if not whole:                                              # what it still holds is not taken: half a shard would go unnoticed
-        found.bad.append((name, f"incomplete at byte {end}"))
+    if cut is not None:                                        # what it still holds is not taken: half a shard would go unnoticed
+        found.bad.append((name, f"incomplete at byte {cut}"))
         return found
     found.files.append(name)
     found.sizes.append(size)
@@ -591,8 +591,8 @@ def scan_shard(root, name):
 
 def tar_members(path):
     """
-    ({key: [(ending, name, offset, length)]}, whole, end, size) of a tar: its regular files by key, and whether it is whole. A whole tar
-    ends in zero blocks; one that was cut, or whose writer died, stops at byte `end`, between two members or within one.
+    ({key: [(ending, name, offset, length)]}, size, cut) of a tar: its regular files by key, its bytes, and None where it is whole. A whole
+    tar ends in zero blocks; one that was cut, or whose writer died, stops at byte `cut`, between two members or within one.
     """
     members, end, size = {}, 0, os.path.getsize(path)
     try:
@@ -603,11 +603,12 @@ def tar_members(path):
                     members.setdefault(key, []).append((kind.lower(), member.name, member.offset_data, member.size))
                 tar.members = []                               # else it keeps them all
             end = tar.offset                                   # where the zero blocks, two of 512 bytes or more, should begin
-        return members, end + 512 <= size and not read_part(path, end, 1024).strip(b"\0"), end, size
+        whole = end + 512 <= size and not read_part(path, end, 1024).strip(b"\0")
+        return members, size, None if whole else end
     except OSError:
         raise
     except Exception as e:                                     # tarfile raises many kinds on bytes that are no tar
-        return {}, False, size if "unexpected end" in str(e) else end, size
+        return {}, size, size if "unexpected end" in str(e) else end
 
 
 def read_list(root, file, owners, listed):
@@ -693,6 +694,7 @@ def in_parallel(jobs, workers):
     if workers < 2:
         yield from map(run_job, jobs)
         return
+    # fork: workers start at once, with all that is imported here
     pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
     try:
         yield from pool.map(run_job, jobs)
@@ -1001,7 +1003,7 @@ def tokenize(captions, length, vocab):
 def padded(rows, length):
     """Lists of tokens -> (B, L) int64, zeros behind; what is longer is cut."""
     tokens = np.zeros((len(rows), length), np.int64)
-    for row, found in zip(tokens, rows):
+    for row, found in zip(tokens, rows):                       # row is a view of tokens
         row[:len(found)] = found[:length]
     return torch.from_numpy(tokens)
 
@@ -1067,7 +1069,7 @@ def is_frozen(encoder):
 
 def encoder_parts(encoder):
     """"t5-xxl:128,clip-h:77" -> [("t5-xxl", 128), ("clip-h", 77)]."""
-    parts = [part.strip().partition(":")[::2] for part in encoder.split(",")]
+    parts = [part.strip().partition(":")[::2] for part in encoder.split(",")]      # [::2] leaves the colon out
     for name, tokens in parts:
         if name not in ENCODERS:
             raise UserError(f"encoder {name!r} is unknown: {nearest(name, ['words', 'sentencepiece', *ENCODERS])}")
@@ -1076,7 +1078,7 @@ def encoder_parts(encoder):
     return [(name, int(tokens)) for name, tokens in parts]
 
 
-@functools.lru_cache(8)
+@functools.lru_cache(8)                                        # reading 20 GB takes a while
 def digest_of(folder):
     """sha256 of all weights and vocabularies in a folder, 16 digits: the identity of a network."""
     digest, files = hashlib.sha256(), sorted(f for f in os.listdir(folder) if f.endswith((".safetensors", ".json", ".model", ".txt")))
@@ -1101,7 +1103,7 @@ class Encoder:
 
     def __init__(self, name, tokens, folder, dtype):
         library, (kind, self.layer, source) = need("transformers", f"encoder {name}"), ENCODERS[name]
-        self.words, net = from_folder(f"encoder {name}", folder, f"put {source} there, its weights as .safetensors", lambda: (
+        self.tokenizer, net = from_folder(f"encoder {name}", folder, f"put {source} there, its weights as .safetensors", lambda: (
             library.AutoTokenizer.from_pretrained(folder, local_files_only=True),
             getattr(library, kind).from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=DTYPES[dtype])))
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1112,7 +1114,7 @@ class Encoder:
     def __call__(self, captions):
         said, rows = [c for c in captions if c], iter(())      # the null caption is no text at all, and its embedding has no token
         if said:
-            tokens = self.words(said, padding=True, truncation=True, max_length=self.tokens, return_tensors="pt").to(self.device)   # (b, n) each
+            tokens = self.tokenizer(said, padding=True, truncation=True, max_length=self.tokens, return_tensors="pt").to(self.device)   # (b, n) each
             out = self.net(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=self.layer != -1)
             hidden = out.last_hidden_state if self.layer == -1 else out.hidden_states[self.layer]   # (b, n, E)
             rows = (h[real].cpu() for h, real in zip(hidden, tokens.attention_mask.bool()))        # (n of this caption, E), no padding
@@ -1120,10 +1122,10 @@ class Encoder:
 
     def count(self, captions):
         """Mean number of tokens that these captions keep."""
-        return float(np.mean([len(t) for t in self.words(captions, truncation=True, max_length=self.tokens).input_ids]))
+        return float(np.mean([len(t) for t in self.tokenizer(captions, truncation=True, max_length=self.tokens).input_ids]))
 
 
-@functools.lru_cache(1)
+@functools.lru_cache(1)                                        # they are large, and the same ones serve previews, scores and samples
 def open_encoders(encoder, weights, dtype):
     """The Encoders of "t5-xxl:128,clip-h:77" from as many folders, comma-separated."""
     parts, folders = encoder_parts(encoder), weights.split(",")
@@ -1190,18 +1192,18 @@ def fill(folder, about, arrays, make, batch, bar):
     step = about["width"] * DTYPES[about["dtype"]].itemsize    # bytes in a row
     with open(file("values.bin"), "r+b") as values, open(file("ends.bin"), "r+b") as ends:
         # what is on disk: ends whose values are there too, in whole batches, since an embedding's last bits may depend on its batch
-        done = np.frombuffer(ends.read()[:os.path.getsize(file("ends.bin")) // 8 * 8], np.int64)
+        done = np.frombuffer(ends.read()[:os.path.getsize(file("ends.bin")) // 8 * 8], np.int64)   # whole int64s
         done = done[:np.searchsorted(done, os.path.getsize(file("values.bin")) // step, "right") // batch * batch]
         rows = int(done[-1]) if len(done) else 0
         values.truncate(rows * step), ends.truncate(8 * len(done))                 # what lies behind is of a batch that was not finished
-        values.seek(0, 2), ends.seek(0, 2)
+        values.seek(0, 2), ends.seek(0, 2)                     # to their ends
         for first in tqdm(range(len(done), arrays, batch), bar, initial=len(done) // batch, total=-(-arrays // batch), disable=None):
             for part in make(range(first, min(first + batch, arrays))):
                 rows += len(part)
                 values.write(part.contiguous().view(torch.uint8).numpy().tobytes())        # as bytes, since numpy has no bf16
                 ends.write(np.int64(rows).tobytes())
             values.flush(), ends.flush()                       # so that a kill loses this batch at most
-        os.fsync(values.fileno()), os.fsync(ends.fileno())
+        os.fsync(values.fileno()), os.fsync(ends.fileno())     # before about.json vouches for them
     replace(file("about.json"), lambda f: f.write(json.dumps(about | {"arrays": arrays, "rows": rows}).encode()))
     os.remove(file("started.json"))                            # now about.json tells the same
 
@@ -1212,13 +1214,13 @@ def captions_digest(data):
 
 
 def encoder_identity(config):
-    """What turns captions into the model's input, as a string that tells two encoders apart; "" for hashed words, which have no file."""
+    """What turns captions into the model's input without a cache, as a string that tells two encoders apart; "" for hashed words."""
     kind = config["encoder"]
     if kind == "words":
         return ""
     if kind.startswith("sentencepiece:"):
         return open_pieces(kind.partition(":")[2], config["text_vocab"])[1]
-    return ", ".join(e.id for e in open_encoders(kind, config["encoder_weights"], "fp32"))         # no cache: as encode_captions opens them
+    return ", ".join(e.id for e in open_encoders(kind, config["encoder_weights"], "fp32"))         # as encode_captions opens them
 
 
 class Embeddings:
@@ -1232,7 +1234,7 @@ class Embeddings:
             if not data.folder or not os.path.exists(os.path.join(folder, "about.json")):
                 raise UserError(f"{data.name} has no embeddings by {name}:{tokens}: {command}" + (", after data.py index" if not data.folder else ""))
             cache = Ragged(folder)
-            if cache.about["captions"] != captions_digest(data):
+            if cache.about["captions"] != captions_digest(data):                   # numbers would mean other captions
                 raise UserError(f"{folder!r} holds embeddings of other captions than the index: delete it and run {command}")
             self.caches.append(cache)
         self.id = ", ".join(c.about["id"] for c in self.caches)
@@ -1265,7 +1267,7 @@ def embed_known(captions, config):
     lookup, embeddings = known_captions(tuple((k, config[k]) for k in ("data", "encoder", "encoder_width", "encoder_id")))
     if unknown := [c for c in captions if c and c not in lookup]:
         raise UserError(f"{unknown[0]!r} is not among the embedded captions of {config['data']}: {how}")
-    return embeddings([lookup.get(c, -1) for c in captions])
+    return embeddings([lookup.get(c, -1) for c in captions])   # -1: the null caption
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1599,7 +1601,7 @@ def sheet(images, captions, columns=4, cell=256):
 
 def index(args, config):
     """Scan, tell, and write the index beside the data or to --to."""
-    begin, folder = time.perf_counter(), args.to or index_folder(args.path)
+    begin, folder = time.perf_counter(), args.to or index_folder(args.path)        # seconds
     data, bad = scan(args.path, config["workers"])
     report = data.head["report"]
     print("\n".join(data.table()))
@@ -1672,7 +1674,7 @@ def nouns(caption):
 def stats(args, config):
     """The columns of PixArt-Sigma's Table 1: valid distinct nouns (in more than 10 captions' nouns), distinct nouns, all nouns, words per caption."""
     data, kinds = open_data(config), {}
-    for i in tqdm(range(len(data)), "stats", disable=None):
+    for i in tqdm(range(len(data)), "stats", disable=None):    # kinds: {"raw": captions, "long": captions}, one of each for an image
         for long in (False, True):
             number = data.choose(i, 0.0, long)
             if number >= 0 and (not long or number != data.choose(i)):             # long ones that stand in for missing raw ones count once
@@ -1681,7 +1683,7 @@ def stats(args, config):
     for kind, captions in kinds.items():
         counts = Counter(n for c in captions for n in nouns(c))
         length = sum(len(words(c)) for c in captions) / len(captions)
-        valid, total = sum(v > 10 for v in counts.values()), counts.total()
+        valid, total = sum(v > 10 for v in counts.values()), counts.total()        # VN: distinct nouns that are no slips of the pen
         print(f"{kind:7s} {len(captions):8d} {valid:9d} {len(counts):9d} {total:12d} {length:7.1f} {total / len(captions):12.1f}")
 
 
@@ -1702,7 +1704,7 @@ def embed(args, config):
     data = open_data(config)
     if not isinstance(data, Indexed) or not data.folder:
         raise UserError(f"{args.path!r} has no index, beside which embeddings are kept: python data.py index {args.path}")
-    if not args.encoder and not args.vae:
+    if not args.encoder and not args.vae:                      # both in one go are fine
         raise UserError("nothing to embed with: give --encoder t5-xxl:128 --weights FOLDER, or --vae FOLDER")
     if args.vae:
         embed_images(data, args, config | {"autoencoder": args.vae})
@@ -1740,7 +1742,7 @@ def embed_images(data, args, config):
     """Latents of one centred view of each image, in its bucket's size. What cannot be decoded leaves an empty array."""
     c, sizes = config, bucket_sizes(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    vae, bucket = open_autoencoder(c, device), nearest_bucket(sizes, data.all_sizes())
+    vae, bucket = open_autoencoder(c, device), nearest_bucket(sizes, data.all_sizes())             # buckets as in Batches
     area = np.mean([h * w for h, w in sizes]) / c["latent_stride"] ** 2            # latents per channel
     room(data.folder, len(data) * c["latent_channels"] * area * DTYPES[args.dtype].itemsize, f"latents of {len(data)} images")
 
@@ -1755,7 +1757,7 @@ def embed_images(data, args, config):
                 z = torch.zeros(0)                             # Latents.view passes over it
             if not z.isfinite().all():
                 raise UserError(f"the latents of {data.where(i)} are not finite: try --dtype fp32, or check the autoencoder")
-            rows.append(z.reshape(-1, 1).to(DTYPES[args.dtype]))
+            rows.append(z.reshape(-1, 1).to(DTYPES[args.dtype]))                   # (c H/s W/s, 1): see about_latents
         return rows
     fill(latents_folder(data, c), about_latents(data, c) | {"dtype": args.dtype}, len(data), make, config["batch"], "latents")
 

@@ -1194,7 +1194,7 @@ def test_cached_embeddings_are_those_of_the_encoders_with_nothing_in_the_padding
     direct = data.encode_captions(captions, config | {"encoder_weights": folders, "encoder_id": batches.identity["encoder_id"]})
     assert torch.allclose(text, direct, atol=1e-5) and torch.equal(data.encode_captions(captions, config), text)
     net = pytest.importorskip("transformers").T5EncoderModel.from_pretrained(encoders / "t5").eval()
-    tokens = data.open_encoders(BOTH, folders, "fp32")[0].words(captions[0], return_tensors="pt")
+    tokens = data.open_encoders(BOTH, folders, "fp32")[0].tokenizer(captions[0], return_tensors="pt")
     assert torch.allclose(text[0, :tokens.input_ids.shape[1]], net(**tokens).last_hidden_state[0], atol=1e-5)
     mask = text.any(-1)
     for row, caption in zip(mask, captions):
