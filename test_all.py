@@ -1730,7 +1730,7 @@ def test_the_judge_is_right_on_real_renderings(resolution, world):
     seed = time.time_ns() % 2 ** 31
     world = Scenes(tiny(**world), seed=seed)
     n = {32: 1000, 64: 300, 128: 200}[resolution]
-    score = evaluation.judge(world, [world.scene(i) for i in range(n)], [world.image(i, resolution) for i in range(n)])
+    score = evaluation.judge(world, [world.scene(i) for i in range(n)], [evaluation.look(world.image(i, resolution), world.cycles) for i in range(n)])
     assert score.pop("chance_dsg") < 0.4
     assert min(score.values()) >= 0.99, (seed, score)
 
@@ -1747,12 +1747,12 @@ def test_the_judge_sees_what_is_wrong():
         """Categories with a wrong answer when the first object, or the ground, is changed."""
         changed = dict(scene, ground=changes.pop("ground", "white"), objects=[dict(scene["objects"][0], **changes), scene["objects"][1]])
         ground, objects = evaluation.look(np.round(255 * world.render(changed, 32)).astype(np.uint8), 16)
-        return sorted({c for c, _, a in evaluation.answers(scene, ground, objects, middle) if not a})
+        return sorted({c for c, _, a in evaluation.judge_answers(scene, ground, objects, middle) if not a})
     assert no() == [] and no(ground="gray") == ["global"] and no(colour="green") == ["attributes"] and no(diameter=0.3) == ["attributes"]
     assert no(shape="triangle") == ["entities"]
     gone = dict(scene, objects=scene["objects"][1:])
     ground, objects = evaluation.look(np.round(255 * world.render(gone, 32)).astype(np.uint8), 16)
-    assert sum(a for _, _, a in evaluation.answers(scene, ground, objects, middle)) == 4
+    assert sum(a for _, _, a in evaluation.judge_answers(scene, ground, objects, middle)) == 4
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     score = evaluation.questions_score([scene], [evaluation.look(noise, 16)], middle)
     assert score["entities"] == 0 and score["dsg"] <= 1 / 8    # of eight questions, the ground's colour may be right by luck
