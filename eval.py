@@ -259,8 +259,9 @@ def pair_sum(kernel, x, y):
 
 def mmd(x, y):
     """
-    Unbiased squared MMD with the cubic kernel (x.y / D + 1)^3 over all rows at once: what kid's mean estimates (Binkowski et
-    al. 2018, eq. 4). x (n, D), y (m, D). It may be negative, and is for equal sets: pairs of a row with itself are left out.
+    Unbiased squared MMD, mean k(x, x') + mean k(y, y') - 2 mean k(x, y), with the cubic kernel k = (x.y / D + 1)^3 over all rows at
+    once: what kid's mean estimates (Binkowski et al. 2018, eq. 4). x (n, D), y (m, D). It may be negative, and is for equal
+    sets: pairs of a row with itself are left out.
     """
     check(x, y, least=2)
     kernel = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3      # (p, q)
@@ -670,7 +671,8 @@ def join_ranks():
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Folders of images, and the features of a reference, kept so that they are computed once
+# Folders of images, and the features of a reference, kept so that they are computed once. What a file may stand for is checked
+# by hashes: features of another network or of other pixels would give figures that look alike and mean nothing.
 
 
 def list_images(path):
@@ -1000,7 +1002,7 @@ def zeroshot(model, config, world, n, seed=0, draws=16, ranks=(0, 1)):
 
 def zeroshot_folder(model, config, folder, template, n, seed=0, draws=16, ranks=(0, 1)):
     """
-    On n images of folder/CLASS/* (a little more where classes do not divide n), evenly many of each class: {class: accuracy, "mean", "chance"}. The caption is the
+    On n images of folder/CLASS/*, evenly many of each class (rounded up): {class: accuracy, "mean", "chance"}. The caption is the
     `template` with the class in place of {}, an underscore being a space; a picture's centre square is shown.
     """
     classes = sorted(d for d in os.listdir(folder) if os.path.isdir(os.path.join(folder, d))) if os.path.isdir(folder) else []
@@ -1046,7 +1048,6 @@ let state = {rater: Math.random().toString(36).slice(2, 10), answers: {}}, at = 
 try { state = JSON.parse(localStorage[memory]) || state } catch (e) {}         // a page closed by mistake loses nothing
 const given = k => state.answers[pairs[k].id] || {};
 const open = k => asked.findIndex(([key]) => !(key in given(k)));              // the first open question of pair k, or -1
-const make = (tag, text, more) => Object.assign(document.createElement(tag), {textContent: text}, more);
 
 function show() {                                                              // the pair `at`, with the answers given so far
   const done = pairs.filter((_, k) => open(k) < 0).length;
@@ -1054,13 +1055,9 @@ function show() {                                                              /
   $("place").textContent = `Pair ${at + 1} of ${pairs.length}, ${done} answered`;
   $("caption").textContent = pairs[at].caption ? "\u201c" + pairs[at].caption + "\u201d" : "(no words)";
   for (const side of ["left", "right"]) $(side).src = pairs[at][side];
-  $("questions").replaceChildren(...asked.map(([key, text], q) => {
-    const field = make("fieldset", "", {className: q === open(at) ? "now" : ""}), row = make("div", "", {className: "scale"});
-    row.append(...scale.map(([value, word]) => make("button", word,
-      {id: key + value, className: given(at)[key] === value ? "on" : "", onclick: () => answer(key, value)})));
-    field.append(make("legend", text), row);
-    return field;
-  }));
+  $("questions").innerHTML = asked.map(([key, text], q) => `<fieldset class="${q === open(at) ? "now" : ""}"><legend>${text}</legend>
+    <div class="scale">${scale.map(([value, word]) => `<button id="${key}${value}" class="${given(at)[key] === value ? "on" : ""}"
+      onclick="answer('${key}', ${value})">${word}</button>`).join("")}</div></fieldset>`).join("");
   $("back").disabled = at === 0; $("next").disabled = at === pairs.length - 1;
 }
 function answer(key, value) {
@@ -1083,7 +1080,7 @@ document.onkeydown = event => {
 for (const side of ["left", "right"]) $(side).onload = () => $(side).classList.toggle("small", $(side).naturalWidth < 200);
 $("save").onclick = () => {
   const text = JSON.stringify({sheet, ...state}, null, 1), name = `answers-${sheet}-${state.rater}.json`;
-  make("a", "", {href: URL.createObjectURL(new Blob([text], {type: "application/json"})), download: name}).click();
+  Object.assign(document.createElement("a"), {href: URL.createObjectURL(new Blob([text], {type: "application/json"})), download: name}).click();
 };
 go(Math.max(0, pairs.findIndex((_, k) => open(k) >= 0)));                      // where the last visit stopped
 </script>
@@ -1142,14 +1139,16 @@ def write_sheet(args, task, device, ranks):
 
 def krippendorff(units):
     """
-    Krippendorff's alpha with ordinal differences (Krippendorff 2011) of units (n, levels): how many raters gave unit i level
-    k. 1 is full agreement, 0 that of chance. Units rated once say nothing; nan where all ratings are the same.
+    Krippendorff's alpha (2011) of units (n, levels): how many raters gave unit i level k. alpha = 1 - D_o / D_e, the squared ordinal
+    difference of two ratings of one unit over that of any two: 1 is full agreement, 0 that of chance. Units rated once say
+    nothing; nan where all ratings are the same.
     """
     units = np.asarray(units, float)
     units = units[units.sum(1) > 1]                            # a single rating has nothing to agree with
     of_level, of_unit = units.sum(0), units.sum(1)                                 # (levels,), (n,)
     place = of_level.cumsum() - of_level / 2                                       # mean ranks of the levels
     apart = np.square(place[:, None] - place)                                      # (levels, levels)
+    # both sums are over all pairs of ratings; what is left away from each is the same factor
     observed = (np.einsum("ui,ij,uj->u", units, apart, units) / (of_unit - 1)).sum()
     expected = of_level @ apart @ of_level / max(of_level.sum() - 1, 1)
     return 1 - observed / expected if expected > 0 else float("nan")
@@ -1201,7 +1200,8 @@ def rate(args):
           "alpha is Krippendorff's, ordinal; 95 % intervals by bootstrap over pairs")
     for q, figures in result.items():
         print(f"{q:12s}" + "  ".join(f"{k} {v['value']:.3f} [{v['interval'][0]:.3f}, {v['interval'][1]:.3f}]" for k, v in figures.items()))
-    card = {"sheet": key["sheet"], "answers": {file: f"sha256 {file_hash(file)}" for file in args.ratings}, "interval": "95 %, bootstrap over pairs, seed 0"}
+    answers = {file: f"sha256 {file_hash(file)}" for file in args.ratings}
+    card = {"sheet": key["sheet"], "answers": answers, "interval": "95 %, bootstrap over pairs, seed 0"}
     tell(card, {"runs": key["runs"], "raters": len(args.ratings), "metrics": result}, args.json)
 
 
@@ -1236,22 +1236,24 @@ def real_features(config, n, networks, ranks=(0, 1)):
 def evaluate(model, config, n, guidance=None, steps=None, sampler=None, seed=0, metrics=("questions", "fd", "mmd"), bar=True,
              networks=RANDOM, task=None, reference=None, ranks=(0, 1), poll=lambda: None):
     """
-    {metric: value} of n images, for held-out captions or those of `task`, against n real images or the features `reference`.
-    Each chunk is drawn, looked at, turned into features and forgotten, so n is not bound by memory. CLIP among the networks
-    adds the CLIP score. Of several ranks = (rank, world) each does its share, and rank 0 alone gets the result.
+    {metric: value} of n images, for held-out captions or those of `task`, against n real images or the features `reference`
+    {network: (m, D)}. Each chunk is drawn, looked at, turned into features and forgotten, so n is not bound by memory. CLIP among
+    the networks {name: (features, about)} adds the CLIP score. Of several ranks = (rank, world) each does its share, and rank 0
+    alone gets the result, the others {}. None for guidance, steps or sampler means the run's own. `poll` is called between the
+    steps of the sampler and may raise, as training does at a signal.
     """
     captions, _, see, score = task or held_out_task(config, n)
     captions, compared = captions[:n], bool(set(DISTANCES) & set(metrics))
     networks = needed(networks, metrics)
 
-    def work(rows):
+    def work(rows):                                            # a chunk of at most 64 places in the list of captions
         images = draw(model, config, captions, rows, seed, steps, guidance, sampler, bar and not ranks[0], poll)
-        seen = [see(image, i) for image, i in zip(images, rows)]
+        seen = [see(image, i) for image, i in zip(images, rows)]                   # objects, or answers
         said = networks["clip"][0](captions[rows.start:rows.stop]).cpu() if "clip" in networks else None
         return seen, each_network(networks, images), said
     if compared and reference is None:
         reference = real_features(config, n, networks, ranks)
-    parts = on_all_ranks(work, chunks(len(captions)), ranks, "images")                   # in order
+    parts = on_all_ranks(work, chunks(len(captions)), ranks, "images")             # in order
     if ranks[0]:
         return {}
     seen, features, said = zip(*parts)
@@ -1399,15 +1401,15 @@ def score_run(args, networks, metrics, task, about, device, ranks):
     task = task or held_out_task(config, n)
     task = with_kept_pictures(task, args.keep, ranks) if args.keep else task
     reference, words = run_reference(args, config, networks, metrics, n, ranks)    # once, for all guidances and seeds
+    # guidance plays no part in it: once for each seed
+    zeroshots = [run_zeroshot(args, model, config, n, seed, ranks) for seed in range(args.seeds)] if "zeroshot" in metrics else []
     rows, points = [], []                                      # a row per image set; a point per guidance: (guidance, mean, spread)
     for guidance in values:
         for seed in range(args.seeds):                         # the same noise for every guidance: the curves differ by guidance alone
             result = {}
             if set(metrics) != {"zeroshot"}:                   # which draws no pictures
                 result = evaluate(model, config, n, guidance, steps, sampler, seed, metrics, True, networks, task, reference, ranks)
-            if "zeroshot" in metrics:                          # guidance plays no part in it: once for each seed
-                first = next((r["metrics"] for r in rows if r["seed"] == seed), None)
-                result["zeroshot"] = first["zeroshot"] if first else run_zeroshot(args, model, config, n, seed, ranks)
+            result |= {"zeroshot": zeroshots[seed]} if zeroshots else {}
             rows.append({"guidance": guidance, "seed": seed, "metrics": result})
             print(f"guidance {guidance:g}  seed {seed}  {report(result)}", flush=True)
         results = [r["metrics"] for r in rows[-args.seeds:]]   # all seeds of this guidance
@@ -1447,6 +1449,7 @@ METRICS = ("questions", *DISTANCES, "is", "counting", "zeroshot")
 
 
 def parse():
+    """The command line. What cannot be meant is refused here, before any picture is drawn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("run", nargs="*", help="a run folder such as out/toy/grow; or two: folders of images, reference first, or runs with --sheet")
@@ -1478,7 +1481,7 @@ def parse():
     if args.json and (os.path.isdir(args.json) or not os.path.isdir(os.path.dirname(args.json) or ".")):
         raise UserError(f"--json {args.json}: give the name of a file in a folder that exists")  # now, rather than after hours
     wanted = 2 if args.sheet and not args.ratings else 1       # at least so many runs or folders
-    if not args.ratings and (len(args.run) < wanted or len(args.run) > 2 or len(args.run) == 2 and args.dsg):
+    if not args.ratings and (len(args.run) < wanted or len(args.run) > 2 or len(args.run) == 2 and args.dsg and not args.sheet):
         raise UserError(f"too {'many' if len(args.run) > wanted else 'few'} folders: give one run, or two folders of images, the reference first, "
                         "or two runs with --sheet")
     return args
@@ -1498,7 +1501,7 @@ def is_run(path):
 
 
 def open_networks(args, metrics, device):
-    """{name: (features, card)} of --features, with the logits of the Inception score where it is asked for."""
+    """{name: (features, about)} of --features, with the logits of the Inception score where it is asked for."""
     names = pick_words(args.features, ["random", "inception", "dino", "clip"], "--features")
     weights = iter([w for w in args.weights.split(",") if w])  # in the order of --features
     files = {name: None if name == "random" else next(weights, None) for name in names}
@@ -1510,6 +1513,7 @@ def open_networks(args, metrics, device):
 
 
 def main():
+    """One of five: answers of people, questions about pictures from elsewhere, a sheet of two runs, two folders, or a run."""
     args = parse()
     if args.ratings:
         return rate(args)
@@ -1518,9 +1522,9 @@ def main():
     prompts = read_dsg(args.dsg)[:args.n] if args.dsg else None
     if args.dsg and (args.answers or not is_run(args.run[0])):                     # pictures, or even answers, from elsewhere
         return score_dsg(args, prompts, device, ranks)
-    unasked = not args.dsg or (args.keep or args.sheet) and not args.vqa           # pictures alone
-    ask, about = (None, None) if unasked else open_vqa(args.vqa, device)
-    task = dsg_task(prompts, ask) if args.dsg else prompts_task(args.prompts) if args.prompts else None
+    drawn_only = (args.keep or args.sheet) and not args.vqa    # others will ask, or people look
+    ask, about = open_vqa(args.vqa, device) if args.dsg and not drawn_only else (None, None)
+    task = dsg_task(prompts, ask) if args.dsg else prompts_task(args.prompts) if args.prompts else None      # None: held-out captions
     if args.sheet:
         return write_sheet(args, task, device, ranks)
     folders = len(args.run) == 2
@@ -1533,7 +1537,7 @@ def main():
     if is_run(args.run[1]) or os.path.isdir(args.run[0]) and is_run(args.run[0]):
         raise UserError("one of the two is a run: give one run alone, two folders of images, or two runs with --sheet")
     if drawing := [f"--{flag}" for flag in ("n", "guidance", "sampler", "steps", "prompts", "reference", "keep", "classes") if getattr(args, flag)]:
-        raise UserError(f"{' '.join(drawing)}: two folders are compared as they are, all their images: leave that away")
+        raise UserError(f"{' '.join(drawing)}: two folders are compared as they are, with all their images: leave that away")
     result, facts = score_folders(*args.run, networks, metrics, ranks)
     if not ranks[0]:
         print(report(result))

@@ -2361,6 +2361,7 @@ def test_ratings_give_win_rates_and_agreement(tmp_path, says):
     files = [answers("ann", prefers, lambda i: 1), answers("bob", prefers, lambda i: -1)]
     said = says("--sheet", tmp_path / "sheet", "--ratings", *files, "--json", tmp_path / "e.json")
     told = json.load(open(tmp_path / "e.json"))["metrics"]
+    assert set(json.load(open(tmp_path / "e.json"))["card"]) == {"sheet", "answers", "interval"} and key["sheet"] in said
     value = lambda question: {k: v["value"] for k, v in told[question].items()}
     assert value("aesthetics") == {"wins_a": 0.75, "neutral": 0.25, "wins_b": 0, "alpha": 1}
     assert value("consistency") == {"wins_a": 0.5, "neutral": 0, "wins_b": 0.5, "alpha": pytest.approx(1 - 39 / 20)}   # always apart
@@ -2410,6 +2411,8 @@ def test_two_folders_are_compared_and_bad_ones_refused(tmp_path, says):
     (b / "odd.png").write_bytes((b / "100.png").read_bytes()[:-60])
     assert "odd.png" in (said := says(a, b)) and "breaks off" in said
     for words, reason in ((["--features", "dino"], "error: --features dino"), (["--metrics", "questions"], "error: --metrics questions"),
+                          (["--n", 10, "--steps", 2], "error: --n --steps: two folders"), (["--json", tmp_path / "none/e.json"], "folder that exists"),
+                          (["--json", tmp_path], "folder that exists"),
                           (["--features", "vgg"], "error: --features vgg"), (["--n", 1], "error: --n 1"), ([a], "too many folders")):
         assert reason in says(a, a, *words)
 
@@ -2429,6 +2432,7 @@ def test_evaluation_from_the_command_line(runs, tmp_path, says):
     assert (out / "guidance.png").exists() or "pip install matplotlib" in said
     assert "error: --n 1" in says(out, "--n", 1)
     said = says(out, "--n", 6, "--steps", 2, "--metrics", "counting,zeroshot", "--json", file)
+    assert "reference                  none: nothing is compared" in said
     told = json.load(open(file))["metrics"]
     assert set(told) == {"counting", "zeroshot"} and set(told["counting"]) <= {"1", "2", "3"}
     assert told["zeroshot"]["shape"]["chance"] == pytest.approx(1 / 3)
@@ -2495,12 +2499,14 @@ def test_captions_from_a_file_against_images_of_ones_own(runs, tmp_path, says):
 def test_runs_are_drawn_for_people_and_for_other_networks(runs, tmp_path, says):
     a, b = runs[0] / "toy/pretrain", runs[0] / "toy/grow"
     assert "4 pairs" in says(a, b, "--sheet", tmp_path / "sheet", "--n", 4, "--steps", 2)
+    assert "give one value" in says(a, b, "--sheet", tmp_path / "other", "--n", 4, "--guidance", "1,2")
     page = (tmp_path / "sheet/index.html").read_text()
     pairs = json.loads(re.search(r"const pairs = (.*?), sheet =", page)[1])
     pictures = {p[side] for p in pairs for side in ("left", "right")}
     assert len(pairs) == 4 and len(pictures) == 8 and str(runs[0]) not in page and "http" not in page
     (tmp_path / "dsg.csv").write_text(DSG)
     assert "no weights at None" in says(b, "--dsg", tmp_path / "dsg.csv")
+    assert "2 pairs" in says(a, b, "--sheet", tmp_path / "asked", "--dsg", tmp_path / "dsg.csv", "--steps", 2)     # its prompts, for people
     tiny_blip(tmp_path / "blip")
     said = says(b, "--dsg", tmp_path / "dsg.csv", "--vqa", tmp_path / "blip", "--steps", 2, "--keep", tmp_path / "kept")
     assert sorted(f.name for f in (tmp_path / "kept").iterdir()) == ["sea_7.png", "zoo_1.png"] and "dsg 0.0" in said
@@ -2512,6 +2518,18 @@ def test_runs_are_drawn_for_people_and_for_other_networks(runs, tmp_path, says):
     told = json.load(open(tmp_path / "e.json"))
     assert told["n"] == 2 and len(told["tuning"]["curves"]["dsg"]) == 2 and set(told["metrics"]["questions"]) == {
         "entities", "relations", "attributes", "global", "dsg"}
+
+
+def test_real_images_are_compared_as_they_are_and_not_augmented():
+    plain, augmented = (evaluation.real_features(tiny(**keys), 6, evaluation.RANDOM)["random"] for keys in ({}, dict(flip=True, jitter=0.5)))
+    assert torch.equal(plain, augmented)
+
+
+def test_a_sharded_checkpoint_is_a_run(tmp_path):
+    assert not evaluation.is_run(str(tmp_path))
+    (tmp_path / "last.pt").mkdir()                             # where training with --sharded puts its shards and about.pt
+    (tmp_path / "last.pt/about.pt").write_bytes(b"")
+    assert evaluation.is_run(str(tmp_path)) and evaluation.is_run(str(tmp_path / "last.pt"))
 
 
 @pytest.mark.parametrize("sampler", list(sampling.SAMPLERS))
