@@ -1747,7 +1747,7 @@ def test_the_judge_is_right_on_real_renderings(resolution, world):
     seed = time.time_ns() % 2 ** 31
     world = Scenes(tiny(**world), seed=seed)
     n = {32: 1000, 64: 300, 128: 200}[resolution]
-    score = evaluation.judge(world, [world.scene(i) for i in range(n)], [world.image(i, resolution) for i in range(n)])
+    score = evaluation.judge(world, [world.scene(i) for i in range(n)], [evaluation.look(world.image(i, resolution), world.cycles) for i in range(n)])
     assert score.pop("chance_dsg") < 0.4
     assert min(score.values()) >= 0.99, (seed, score)
 
@@ -1764,12 +1764,12 @@ def test_the_judge_sees_what_is_wrong():
         """Categories with a wrong answer when the first object, or the ground, is changed."""
         changed = dict(scene, ground=changes.pop("ground", "white"), objects=[dict(scene["objects"][0], **changes), scene["objects"][1]])
         ground, objects = evaluation.look(np.round(255 * world.render(changed, 32)).astype(np.uint8), 16)
-        return sorted({c for c, _, a in evaluation.answers(scene, ground, objects, middle) if not a})
+        return sorted({c for c, _, a in evaluation.judge_answers(scene, ground, objects, middle) if not a})
     assert no() == [] and no(ground="gray") == ["global"] and no(colour="green") == ["attributes"] and no(diameter=0.3) == ["attributes"]
     assert no(shape="triangle") == ["entities"]
     gone = dict(scene, objects=scene["objects"][1:])
     ground, objects = evaluation.look(np.round(255 * world.render(gone, 32)).astype(np.uint8), 16)
-    assert sum(a for _, _, a in evaluation.answers(scene, ground, objects, middle)) == 4
+    assert sum(a for _, _, a in evaluation.judge_answers(scene, ground, objects, middle)) == 4
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     score = evaluation.questions_score([scene], [evaluation.look(noise, 16)], middle)
     assert score["entities"] == 0 and score["dsg"] <= 1 / 8    # of eight questions, the ground's colour may be right by luck
@@ -2378,6 +2378,7 @@ def test_ratings_give_win_rates_and_agreement(tmp_path, says):
     files = [answers("ann", prefers, lambda i: 1), answers("bob", prefers, lambda i: -1)]
     said = says("--sheet", tmp_path / "sheet", "--ratings", *files, "--json", tmp_path / "e.json")
     told = json.load(open(tmp_path / "e.json"))["metrics"]
+    assert set(json.load(open(tmp_path / "e.json"))["card"]) == {"sheet", "answers", "interval"} and key["sheet"] in said
     value = lambda question: {k: v["value"] for k, v in told[question].items()}
     assert value("aesthetics") == {"wins_a": 0.75, "neutral": 0.25, "wins_b": 0, "alpha": 1}
     assert value("consistency") == {"wins_a": 0.5, "neutral": 0, "wins_b": 0.5, "alpha": pytest.approx(1 - 39 / 20)}   # always apart
@@ -2427,6 +2428,8 @@ def test_two_folders_are_compared_and_bad_ones_refused(tmp_path, says):
     (b / "odd.png").write_bytes((b / "100.png").read_bytes()[:-60])
     assert "odd.png" in (said := says(a, b)) and "breaks off" in said
     for words, reason in ((["--features", "dino"], "error: --features dino"), (["--metrics", "questions"], "error: --metrics questions"),
+                          (["--n", 10, "--steps", 2], "error: --n --steps: two folders"), (["--json", tmp_path / "none/e.json"], "folder that exists"),
+                          (["--json", tmp_path], "folder that exists"),
                           (["--features", "vgg"], "error: --features vgg"), (["--n", 1], "error: --n 1"), ([a], "too many folders")):
         assert reason in says(a, a, *words)
 
@@ -2446,6 +2449,7 @@ def test_evaluation_from_the_command_line(runs, tmp_path, says):
     assert (out / "guidance.png").exists() or "pip install matplotlib" in said
     assert "error: --n 1" in says(out, "--n", 1)
     said = says(out, "--n", 6, "--steps", 2, "--metrics", "counting,zeroshot", "--json", file)
+    assert "reference                  none: nothing is compared" in said
     told = json.load(open(file))["metrics"]
     assert set(told) == {"counting", "zeroshot"} and set(told["counting"]) <= {"1", "2", "3"}
     assert told["zeroshot"]["shape"]["chance"] == pytest.approx(1 / 3)
@@ -2512,12 +2516,14 @@ def test_captions_from_a_file_against_images_of_ones_own(runs, tmp_path, says):
 def test_runs_are_drawn_for_people_and_for_other_networks(runs, tmp_path, says):
     a, b = runs[0] / "toy/pretrain", runs[0] / "toy/grow"
     assert "4 pairs" in says(a, b, "--sheet", tmp_path / "sheet", "--n", 4, "--steps", 2)
+    assert "give one value" in says(a, b, "--sheet", tmp_path / "other", "--n", 4, "--guidance", "1,2")
     page = (tmp_path / "sheet/index.html").read_text()
     pairs = json.loads(re.search(r"const pairs = (.*?), sheet =", page)[1])
     pictures = {p[side] for p in pairs for side in ("left", "right")}
     assert len(pairs) == 4 and len(pictures) == 8 and str(runs[0]) not in page and "http" not in page
     (tmp_path / "dsg.csv").write_text(DSG)
     assert "no weights at None" in says(b, "--dsg", tmp_path / "dsg.csv")
+    assert "2 pairs" in says(a, b, "--sheet", tmp_path / "asked", "--dsg", tmp_path / "dsg.csv", "--steps", 2)     # its prompts, for people
     tiny_blip(tmp_path / "blip")
     said = says(b, "--dsg", tmp_path / "dsg.csv", "--vqa", tmp_path / "blip", "--steps", 2, "--keep", tmp_path / "kept")
     assert sorted(f.name for f in (tmp_path / "kept").iterdir()) == ["sea_7.png", "zoo_1.png"] and "dsg 0.0" in said
@@ -2529,6 +2535,18 @@ def test_runs_are_drawn_for_people_and_for_other_networks(runs, tmp_path, says):
     told = json.load(open(tmp_path / "e.json"))
     assert told["n"] == 2 and len(told["tuning"]["curves"]["dsg"]) == 2 and set(told["metrics"]["questions"]) == {
         "entities", "relations", "attributes", "global", "dsg"}
+
+
+def test_real_images_are_compared_as_they_are_and_not_augmented():
+    plain, augmented = (evaluation.real_features(tiny(**keys), 6, evaluation.RANDOM)["random"] for keys in ({}, dict(flip=True, jitter=0.5)))
+    assert torch.equal(plain, augmented)
+
+
+def test_a_sharded_checkpoint_is_a_run(tmp_path):
+    assert not evaluation.is_run(str(tmp_path))
+    (tmp_path / "last.pt").mkdir()                             # where training with --sharded puts its shards and about.pt
+    (tmp_path / "last.pt/about.pt").write_bytes(b"")
+    assert evaluation.is_run(str(tmp_path)) and evaluation.is_run(str(tmp_path / "last.pt"))
 
 
 @pytest.mark.parametrize("sampler", list(sampling.SAMPLERS))
