@@ -10,17 +10,21 @@ What goes in: settings, captioned pictures, and captions turned into tokens or e
     python data.py vocabulary PATH --to captions.model        train a SentencePiece model on the captions
 
 Notable features:
-- every random choice (scene, crop, flip, colours, order, bucket, caption) is a pure function of (seed, epoch, sample) or (seed, step),
-  so that a run can be resumed anywhere, on any number of devices, without saving the state of any generator;
+- every random choice (scene, crop, flip, colours, caption; order and bucket) is a pure function of (seed, epoch, sample) or of
+  (seed, step), so that a run can be resumed anywhere, on any number of devices, without saving the state of any generator;
 - `scenes`, a small world drawn by formula at any resolution. Because each picture is known exactly, eval.py can
   tell without learned weights whether a generated image shows what its caption says;
 - real images are read where they lie, in files or in the middle of a tar, through one index of seven columns; nothing is repacked,
   nothing unpickled, and whatever cannot serve is counted and named.
 
-Two data sets, Scenes and Indexed, serve Batches through the same methods: size, view, choose, text.
+The way of an image: walk and scan_* find it (Found) -> merge lays all of them into arrays (Indexed) -> write_index, read_index
+-> Batches chooses sample and crop -> Indexed.view reads and decodes it -> x. Scenes come in at Batches: the two data sets, Scenes and
+Indexed, serve it through the same methods: size, all_sizes, view, choose, text. A caption has a number of its own, since an image may
+have several.
 
-Letters: B images in a batch, b on this device, C = 3 channels, H W height and width in pixels, L caption tokens, E their width,
-n items of a data set.
+Letters: B images in a batch, b on this device, C = 3 channels, H W height and width in pixels, c h w those of latents, s their stride,
+L caption tokens, E their width, n items of a data set. Images are (height, width, 3) arrays, as numpy has it, but a size that stands
+alone is (width, height), as image libraries have it.
 """
 import argparse
 import ast
@@ -58,6 +62,12 @@ from tqdm import tqdm
 # Settings: configs.txt -> dict. One parser for files and flags, so that both are checked the same way.
 
 CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs.txt")
+LEAST = {"seed": 0, "workers": 0, "micro": 0, "warmup": 0, "log_every": 0, "sample_every": 0, "eval_every": 0, "encoder_width": 0,
+         "kv_merge": 0, "text_vocab": 2, "eval_n": 2}          # of whole numbers, and of each in a tuple; of all others it is 1
+RANGES = [("be above 0", lambda v: v > 0, ("base", "scene_small", "scene_large", "latent_scale")),
+          ("not be negative", lambda v: v >= 0, ("lr", "weight_decay", "clip", "guidance", "ema_power")),
+          ("lie in [0, 1]", lambda v: 0 <= v <= 1, ("caption_dropout", "long_captions", "jitter", "ema", "beta1", "beta2")),
+          ("be crop or stretch", ("crop", "stretch").__contains__, ("resize",))]
 
 
 class UserError(SystemExit):
@@ -69,7 +79,7 @@ class UserError(SystemExit):
 
 
 def nearest(word, known):
-    """"did you mean 'x'?", or the known words where none is near. Initials count: learning_rate is near lr."""
+    """"did you mean 'x'?" for the known word nearest to `word`, or all of them where none is near. Initials count: learning_rate is near lr."""
     initials = "".join(part[0] for part in word.split("_") if part)
     close = difflib.get_close_matches(word, known, 1, 0.5) or [k for k in known if k == initials]
     return f"did you mean {close[0]!r}?" if close else "the known ones are " + ", ".join(known)
@@ -78,24 +88,25 @@ def nearest(word, known):
 def parse_value(key, text, default):
     """The value of `key` written as `text`, with the type of its default: int, float, bool, tuple or str."""
     try:
-        value = ast.literal_eval(text)
+        value = ast.literal_eval(text)                         # literals alone: a config cannot run code
     except (ValueError, SyntaxError):
-        value = text
+        value = text                                           # words need no quotes on the command line
     if isinstance(default, str):
-        return value if isinstance(value, str) else text
+        return value if isinstance(value, str) else text       # a folder may be named 2024
     if isinstance(default, tuple):
-        value = value if isinstance(value, tuple) else (value,)
+        value = value if isinstance(value, tuple) else (value,)                    # --channels 48 is (48,)
         good = all(isinstance(v, type(default[0])) for v in value)
     elif isinstance(default, float):
         value, good = (float(value), True) if type(value) in (int, float) else (value, False)
     else:
-        good = type(value) is type(default)
-    if not good or value != value:
+        good = type(value) is type(default)                    # isinstance would take True for an int
+    if not good or value != value:                             # NaN alone differs from itself
         raise UserError(f"{key} = {text}: {key} takes a {type(default).__name__} such as {default}")
     return value
 
 
 def read_configs(file=CONFIGS):
+    """The sections of a file as configparser reads them: every value is still text."""
     parser = configparser.ConfigParser(inline_comment_prefixes="#", interpolation=None)
     parser.read(file)
     return parser
@@ -108,8 +119,9 @@ def default_config(file=CONFIGS):
 
 def load_config(name="toy", stage="pretrain", flags=(), file=CONFIGS):
     """
-    Resolve a section of configs.txt. Later wins: [DEFAULT], the sections that `name` inherits, [name], then the same with the
-    stage, [name.stage], then flags (a list of (key, text)). A stage other than pretrain starts from [name.grow]. Returns a dict.
+    Resolve a section of configs.txt into {key: value}. Later wins: [DEFAULT], the sections that `name` inherits, [name], then the same
+    with the stage, [name.stage], then flags (a list of (key, text)). A stage other than pretrain starts from [name.grow]. Raises
+    UserError for an unknown name or key, a value of another type than the default's, and one out of range.
     """
     parser, defaults = read_configs(file), default_config(file)
     names = [s for s in parser.sections() if "." not in s]
@@ -126,6 +138,7 @@ def load_config(name="toy", stage="pretrain", flags=(), file=CONFIGS):
     chain = lineage(name)                                      # [toy], or [toy, small] where small inherits toy
     stages = ["pretrain"] if stage == "pretrain" else dict.fromkeys(["grow", stage])
     sections = chain + [f"{s}.{part}" for part in stages for s in chain]
+    # _sections: parser[s] would hold the keys of [DEFAULT] too, and these would win over what is inherited
     pairs = [(k, v) for s in sections if s in parser for k, v in parser._sections[s].items()] + list(flags)
     config = dict(defaults)
     for key, text in pairs:
@@ -133,39 +146,34 @@ def load_config(name="toy", stage="pretrain", flags=(), file=CONFIGS):
             raise UserError(f"unknown key {key!r}: {nearest(key, sorted(defaults))}")
         config[key] = parse_value(key, text, defaults[key])
     for key, value in config.items():
-        least = {"seed": 0, "workers": 0, "micro": 0, "warmup": 0, "log_every": 0, "sample_every": 0,
-                 "eval_every": 0, "text_vocab": 2, "eval_n": 2, "encoder_width": 0, "kv_merge": 0}.get(key, 1)
-        numbers = value if type(value) is tuple else [value] if type(value) is int else [least]
-        if not numbers or min(numbers) < least and not (key == "eval_n" and value == 0):
-            raise UserError(f"{key} = {value}: {key} must be at least {least}")
-        if key in ("base", "scene_small", "scene_large", "latent_scale") and value <= 0:
-            raise UserError(f"{key} = {value}: {key} must be above 0")
-        if key in ("lr", "weight_decay", "clip", "warmup", "guidance", "ema_power") and config[key] < 0:
-            raise UserError(f"{key} = {config[key]}: {key} must not be negative")
-        if key in ("caption_dropout", "long_captions", "jitter", "ema", "beta1", "beta2") and not 0 <= config[key] <= 1:
-            raise UserError(f"{key} = {config[key]}: {key} must lie in [0, 1]")
-        if key == "resize" and value not in ("crop", "stretch"):
-            raise UserError(f"resize = {value}: take crop or stretch")
+        least = LEAST.get(key, 1)
+        if isinstance(value, tuple) or type(value) is int:     # a bool, an int by isinstance, has no range
+            numbers = value if isinstance(value, tuple) else (value,)
+            if not numbers or min(numbers) < least and not (key == "eval_n" and value == 0):       # 0 switches evaluation off, 1 has no spread
+                raise UserError(f"{key} = {value}: {key} must be at least {least}")
+        for words, good, keys in RANGES:
+            if key in keys and not good(value):
+                raise UserError(f"{key} = {value}: {key} must {words}")
     return config
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Draws that are pure functions of their arguments
+# Draws: uniform numbers by hashing, so that the k-th number of sample i is known without drawing those before it
 
 
 def uniforms(seed, sample, count):
     """`count` uniforms in [0, 1) that depend on (seed, sample) alone. float64 (count,). splitmix64 (Steele et al. 2014)."""
     with np.errstate(over="ignore"):                           # arithmetic is meant to wrap modulo 2^64
-        x = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        x += np.uint64((sample * 0xD1342543DE82EF95 + seed * 0xDA942042E4DD58B5) % 2**64)
+        x = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)   # a counter in steps of 2^64 / golden ratio
+        x += np.uint64((sample * 0xD1342543DE82EF95 + seed * 0xDA942042E4DD58B5) % 2**64)      # odd factors: neighbours start far apart
         for multiplier in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):
             x = (x ^ (x >> np.uint64(30))) * np.uint64(multiplier)
         x ^= x >> np.uint64(31)
-    return (x >> np.uint64(11)).astype(np.float64) / 2**53
+    return (x >> np.uint64(11)).astype(np.float64) / 2**53     # a float64 holds 53 bits
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# scenes: a world in which everything can be checked. x runs right, y runs down, the picture is [0, 1] x [0, 1].
+# Scenes: a world in which everything can be checked. x runs right, y runs down, the picture is [0, 1] x [0, 1].
 
 SHAPES = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5, "cross": 5 / 9}     # area of a shape of diameter 1
 COLOURS = {"red": (.85, .15, .15), "green": (.15, .65, .20), "blue": (.20, .30, .85), "yellow": (.85, .80, .15),
@@ -236,23 +244,25 @@ class Scenes:
         return i
 
     def text(self, number):
+        """The caption of that number; -1 is the null caption."""
         return self.caption(number) if number >= 0 else ""
 
     def caption(self, i):
         return describe(self.scene(i))
 
     def view(self, i, height, width, draws, rule):
-        """(H, W, 3) uint8, and top and left of the crop: nothing is cut."""
+        """(H, W, 3) uint8, and top and left of the crop: a scene is drawn at the size asked for, so nothing is cut."""
         if height != width:
             raise UserError(f"scenes are square, and aspects asks for {height}x{width}: add {width}x{width}, or leave aspects empty")
         return self.image(i, height), 0, 0
 
-    def image(self, i, resolution, draws=None):
-        """(H, W, 3) uint8."""
+    def image(self, i, resolution):
+        """(H, W, 3) uint8, H = W = resolution."""
         return np.round(255 * self.render(self.scene(i), resolution)).astype(np.uint8)
 
-    @functools.lru_cache(2 ** 16)
+    @functools.lru_cache(2 ** 16)                              # small worlds are laid out once
     def scene(self, i):
+        """The scene of number i, a dict as above. Callers must not change it."""
         draws = iter(uniforms(self.seed, i, 64)[1:])           # the first one told the native size
         pick = lambda options: options[int(next(draws) * len(options))]
         ground, relation, layout = pick(list(GROUNDS)), pick(RELATIONS), next(draws)
@@ -264,7 +274,7 @@ class Scenes:
         groups = [dict(count=n, shape=pick(self.shapes), colour=pick(self.colours),
                        texture=pick(TEXTURES[1:]) if next(draws) < self.textured else "plain",
                        size="small" if n == 3 else pick(["small", "large"])) for n in counts]
-        if len(groups) == 2 and all(groups[0][k] == groups[1][k] for k in ("shape", "colour")):
+        if len(groups) == 2 and all(groups[0][k] == groups[1][k] for k in ("shape", "colour")):    # a relation between equals tells nothing
             groups[1]["shape"] = self.shapes[(self.shapes.index(groups[1]["shape"]) + 1) % len(self.shapes)]
         scene = dict(ground=ground, groups=groups, relation=relation if len(groups) == 2 else None)
         axis = RELATIONS.index(relation) if len(groups) == 2 else 1                # several alike stand side by side
@@ -274,13 +284,13 @@ class Scenes:
         """Groups follow each other along `axis` (0 is x), the members of a group along the other one; nothing overlaps."""
         def spread(diameters):                                 # centres of intervals thrown into [0, 1] in this order
             room, centres, end = max(0, 1 - sum(diameters) - GAP * (len(diameters) + 1)), [], 0
-            for k, thrown in enumerate(sorted(next(draws) for _ in diameters)):
+            for k, thrown in enumerate(sorted(next(draws) for _ in diameters)):    # sorted: the room before the k-th one never shrinks
                 before = self.scatter * thrown + (1 - self.scatter) * (k + 1) / (len(diameters) + 1)   # share of the room
                 centres.append(room * before + GAP * (k + 1) + end + diameters[k] / 2)
                 end += diameters[k]
             return centres
         for g in groups:
-            g["diameters"] = [self.diameters[g["size"]] * (0.95 + 0.1 * next(draws)) for _ in range(g["count"])]
+            g["diameters"] = [self.diameters[g["size"]] * (0.95 + 0.1 * next(draws)) for _ in range(g["count"])]   # +- 5 %
         middles = spread([max(g["diameters"]) for g in groups])
         centres = [(m, c) for g, m in zip(groups, middles) for c in spread(g["diameters"])]
         owners = [g for g in groups for _ in range(g["count"])]
@@ -296,8 +306,8 @@ class Scenes:
         image[:] = GROUNDS[scene["ground"]]
         for o in scene["objects"]:
             edge = distance(o["shape"], x - o["centre"][0], y - o["centre"][1], o["diameter"] / 2)
-            cover = np.clip(0.5 - resolution * edge, 0, 1)[..., None]
-            wave = texture_wave(o["texture"], resolution, self.cycles)[..., None]
+            cover = np.clip(0.5 - resolution * edge, 0, 1)[..., None]              # (H, W, 1)
+            wave = texture_wave(o["texture"], resolution, self.cycles)[..., None]  # (H, W, 1)
             image += cover * (COLOURS[o["colour"]] + CONTRAST * wave - image)
         return image
 
@@ -313,41 +323,46 @@ def describe(scene):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Image files -> pixels. All of it works on bytes, wherever they lay, and trusts nothing that a header claims
+# Reading images: bytes of a file -> pixels. It does not matter where the bytes lay, and nothing that a header claims is trusted
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-OTHERS = (".gif", ".svg", ".heic", ".heif", ".avif", ".tif", ".tiff", ".mp4", ".mov", ".webm", ".mkv", ".avi", ".tar.gz", ".tgz", ".zip")
-FOREIGN = (b"GIF8", b"<svg", b"<?xml", b"II*\0", b"MM\0*", b"\x1aE\xdf\xa3")       # their first bytes, where a name lies
-STARTS = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG", b"RIFF": "WEBP"}
-LARGEST = 2 ** 28                                              # bytes of an image file that are read at most
-LEAST_SIDE, LARGEST_ASPECT = 8, 8                              # below and beyond, no crop shows what a caption says
-SIDEWAYS = ("TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+UNSUPPORTED = (".gif", ".svg", ".heic", ".heif", ".avif", ".tif", ".tiff", ".mp4", ".mov", ".webm", ".mkv", ".avi", ".tar.gz", ".tgz", ".zip")
+UNSUPPORTED_STARTS = (b"GIF8", b"<svg", b"<?xml", b"II*\0", b"MM\0*", b"\x1aE\xdf\xa3")    # the first bytes of such files, where a name lies
+STARTS = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG", b"RIFF": "WEBP"}              # the first bytes of images that are ours
+MOST_BYTES = 2 ** 28                                           # of an image file; what is larger is not read
+LEAST_SIDE, MOST_ASPECT = 8, 8                                 # below and beyond, no crop shows what a caption says
 UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
+SIDEWAYS = ("TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")                  # those of them that swap width and height
 
 
 class Unfit(Exception):
-    """An image or caption that cannot serve; its text is the reason that tables count."""
+    """An image or caption that cannot serve; its text is the reason that tables count. Never leaves this file: it is counted or named."""
+
+
+def need(library, what, package=None):
+    """A library that only some need, imported where it is used. UserError says what to install."""
+    try:
+        return importlib.import_module(library)
+    except ImportError:
+        raise UserError(f"{what} needs {package or library}: pip install {package or library}")
 
 
 @functools.lru_cache(1)
 def pillow():
-    """The library that decodes images, an extra: `scenes` does without. Large headers are ours to refuse, so it need not warn."""
-    try:
-        import PIL.Image
-    except ImportError:
-        raise UserError("reading image files needs pillow: pip install pillow")
-    warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-    return PIL.Image
+    """The module PIL.Image, which decodes images; `scenes` does without. Large headers are ours to refuse, so it need not warn."""
+    image = need("PIL.Image", "reading image files", "pillow")
+    warnings.simplefilter("ignore", image.DecompressionBombWarning)
+    return image
 
 
 def open_image(blob):
-    """(image, turn): pillow's image, its pixels not decoded yet, and what sets it upright (a name in UPRIGHT, or None)."""
+    """(image, turn): pillow's image, its pixels not decoded yet, and what sets it upright (a name in UPRIGHT, or None). Raises Unfit."""
     try:
-        image = pillow().open(io.BytesIO(blob), formats=("JPEG", "PNG", "WEBP", "BMP"))
+        image = pillow().open(io.BytesIO(blob), formats=("JPEG", "PNG", "WEBP", "BMP"))    # no other decoder sees unknown bytes
     except pillow().DecompressionBombError:
         raise Unfit("too large")
     except Exception:                                          # pillow raises many kinds on bytes that are no image
-        foreign = blob.startswith(FOREIGN) or blob[4:8] == b"ftyp"                 # HEIC, AVIF, MP4
+        foreign = blob.startswith(UNSUPPORTED_STARTS) or blob[4:8] == b"ftyp"              # HEIC, AVIF, MP4
         kind = next((k for start, k in STARTS.items() if blob.startswith(start)), None)
         raise Unfit("unsupported format" if foreign else "truncated" if kind and not is_whole(blob, kind) else "not an image")
     if image.width * image.height > pillow().MAX_IMAGE_PIXELS: # 89 million: known from the header, before memory is taken
@@ -359,24 +374,24 @@ def open_image(blob):
         exif.load(image.info.get("exif", b""))
     except Exception:                                          # broken notes about a whole image
         pass
-    return image, UPRIGHT.get(exif.get(0x0112))
+    return image, UPRIGHT.get(exif.get(0x0112))                # the tag "Orientation": 1 to 8, 1 is upright
 
 
 def is_whole(blob, kind):
     """Does the file end as its format ends? A cut file still has a good header; decoding it to find out would cost 100 times more."""
     if kind in ("JPEG", "MPO"):                                # an end marker after the last scan; what follows may be anything
         return blob.endswith(b"\xff\xd9") or blob.rfind(b"\xff\xd9") > blob.rfind(b"\xff\xda")
-    if kind == "PNG":
+    if kind == "PNG":                                          # its last chunk and that chunk's checksum
         return b"IEND" in blob[-12:] or b"IEND\xaeB`\x82" in blob
-    told = int.from_bytes(blob[4:8], "little") + 8 if kind == "WEBP" else int.from_bytes(blob[2:6], "little")
+    told = int.from_bytes(blob[4:8], "little") + 8 if kind == "WEBP" else int.from_bytes(blob[2:6], "little")   # BMP: both tell their size
     return len(blob) >= told
 
 
 def header(blob):
-    """(width, height) of an image as shown, from its header alone; Unfit where training could not use it."""
+    """(width, height) of an image as shown, from its header alone; raises Unfit where training could not use it."""
     image, turn = open_image(blob)
     width, height = image.size[::-1] if turn in SIDEWAYS else image.size
-    if max(width, height) > LARGEST_ASPECT * min(width, height) > 0:
+    if max(width, height) > MOST_ASPECT * min(width, height) > 0:
         raise Unfit("aspect")
     if min(width, height) < LEAST_SIDE:
         raise Unfit("too small")
@@ -387,25 +402,28 @@ def header(blob):
 
 def decode(blob, least=None):
     """
-    An image upright, RGB, transparency over white, 16 bits scaled to 8. JPEGs are decoded at a fraction of their size, but at
-    least `least` (width, height) as shown.
+    Pillow's image, upright, RGB, transparency over white, 16 bits scaled to 8. JPEGs are decoded at a fraction of their size, but at
+    least `least` (width, height) as shown. Raises Unfit where the bytes cannot be decoded, which only decoding tells.
     """
     image, turn = open_image(blob)
-    if least:
-        image.draft("RGB", least[::-1] if turn in SIDEWAYS else least)
-    if image.mode.startswith("I"):                             # 16-bit grey: convert() would clip it
-        image = pillow().fromarray(np.round(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = pillow().alpha_composite(pillow().new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+    try:
+        if least:                                              # a JPEG at 1/2, 1/4, 1/8: fewer DCT coefficients, several times faster
+            image.draft("RGB", least[::-1] if turn in SIDEWAYS else least)
+        if image.mode.startswith("I"):                         # 16-bit grey: convert() would clip it
+            image = pillow().fromarray(np.round(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))    # 65535 = 257 * 255
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:     # info: a palette, or one colour, that is clear
+            image = image.convert("RGBA")
+            image = pillow().alpha_composite(pillow().new("RGBA", image.size, "white"), image)
+        image = image.convert("RGB")
+    except Exception as e:                                     # many kinds here too, such as struct.error and SyntaxError
+        raise Unfit(f"cannot be decoded: {e}")
     return image.transpose(pillow().Transpose[turn]) if turn else image
 
 
 def covering(size, height, width, rule):
     """
-    (w, h) that an image of this (width, height) is resized to. Rule "crop": as small as covers height x width, for a random crop
-    (Greedy Growing, Sec. 4); rule "stretch": each side by itself, nothing is cut (PixelGen-V2's anisotropic scaling).
+    (w, h) that an image of `size` (width, height) is resized to, so that height x width can be cut out of it. Rule "crop": the smallest
+    that covers it, its shape kept (Greedy Growing, Sec. 4); rule "stretch": just that, each side scaled by itself (PixelGen-V2).
     """
     scale = max(width / size[0], height / size[1])
     return (width, height) if rule == "stretch" else (max(width, round(size[0] * scale)), max(height, round(size[1] * scale)))
@@ -415,9 +433,9 @@ def jittered(image, draws, strength):
     """Brightness, contrast and saturation, each times a factor drawn from 1 +- strength. (H, W, 3) uint8, three draws in [0, 1)."""
     brightness, contrast, saturation = 1 + strength * (2 * np.array(draws) - 1)
     x = image * brightness                                                         # (H, W, 3)
-    x = x.mean() + contrast * (x - x.mean())
+    x = x.mean() + contrast * (x - x.mean())                                       # away from, or towards, one grey
     grey = x @ np.array([[0.299], [0.587], [0.114]])                               # (H, W, 1), luma of ITU-R BT.601
-    return (grey + saturation * (x - grey)).clip(0, 255).round().astype(np.uint8)
+    return (grey + saturation * (x - grey)).clip(0, 255).round().astype(np.uint8)  # away from, or towards, each pixel's grey
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -427,25 +445,29 @@ def jittered(image, draws, strength):
 #     tar shards  as img2dataset writes them: 0001.jpg, 0001.txt, 0001.json, in any order
 #
 # In .json and .jsonl, "caption" (or "captions", "text") is one caption or a list of them, and "long_caption" (or "long_captions")
-# likewise, told apart in training by the key `long_captions`.
+# likewise, told apart in training by the key `long_captions`. Below, texts is such a pair of lists, (raw, long).
 
-SAMPLE = np.dtype([("file", "<i4"), ("offset", "<i8"), ("length", "<i8"), ("width", "<i4"), ("height", "<i4"),   # pixels as shown
-                   ("crc", "<u4"), ("first", "<i8"), ("raw", "<u2"), ("long", "<u2")])   # its captions: raw ones from `first`, then long ones
-RAW, LONG, FILE = ("caption", "captions", "text"), ("long_caption", "long_captions"), ("file", "file_name", "filename", "image", "path", "key")
-LISTS, SIDECARS = ("captions.jsonl", "captions.csv"), ((".txt", ".TXT"), (".json", ".JSON"))
-LONGEST = 8000                                                 # characters of a caption that are kept
-MOST = 1000                                                    # captions of an image, of each kind
+SAMPLE = np.dtype([("file", "<i4"),                            # number of the file that holds the image: itself, or a tar
+                   ("offset", "<i8"), ("length", "<i8"),       # its bytes in there
+                   ("width", "<i4"), ("height", "<i4"),        # pixels, as shown
+                   ("crc", "<u4"),                             # crc32 of its bytes
+                   ("first", "<i8"), ("raw", "<u2"), ("long", "<u2")])             # its captions: raw ones from number `first`, then long ones
+RAW_KEYS, LONG_KEYS = ("caption", "captions", "text"), ("long_caption", "long_captions")
+FILE_KEYS = ("file", "file_name", "filename", "image", "path", "key")              # any of them names the image of a row
+LISTS = ("captions.jsonl", "captions.csv")
+MOST_CHARACTERS = 8000                                         # of a caption; the rest is cut
+MOST_CAPTIONS = 1000                                           # of an image, of each kind
 CHUNK = 256                                                    # files of a folder that a worker takes at a time
 
 
 def read_whole(path):
-    """Bytes of a regular file that is not too large. OSError for anything else, such as a pipe, which would wait for ever."""
+    """Bytes of a regular file. OSError for anything else, such as a pipe, which would wait for ever; Unfit where it is too large."""
     file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
-        status = os.fstat(file)
+        status = os.fstat(file)                                # of what was opened: the name may mean another file by now
         if not stat.S_ISREG(status.st_mode):
             raise OSError(f"{path} is no regular file")
-        if status.st_size > LARGEST:
+        if status.st_size > MOST_BYTES:
             raise Unfit("too large")
         return os.read(file, status.st_size)
     finally:
@@ -453,76 +475,89 @@ def read_whole(path):
 
 
 def read_part(path, offset, length):
-    """Bytes of a file, read in place: nothing is unpacked, and workers may share the open file."""
-    return os.pread(shared_file(path).fileno(), length, offset)
+    """Bytes of a file, read in place: nothing is unpacked. Fewer than `length` where the file ends."""
+    return os.pread(shared_file(path).fileno(), length, offset)                    # no position to move, so forked workers may share the file
 
 
-@functools.lru_cache(32)
+@functools.lru_cache(32)                                       # opening costs more than reading; what falls out of the cache is closed
 def shared_file(path):
     return open(path, "rb", buffering=0)
+
+
+def read_json(text):
+    """The dict that a JSON text (str or bytes) holds, or None."""
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError):                       # no JSON, or built to exhaust the stack
+        return None
+    return fields if isinstance(fields, dict) else None
 
 
 class Found:
     """What one worker found in a shard, or in some files of a folder. `bad` holds (name, reason)."""
 
     def __init__(self):
-        self.files, self.sizes, self.rows, self.captions, self.bad, self.counts = [], [], [], [], [], Counter()
+        self.files, self.sizes = [], []                        # names and bytes of the files that hold images
+        self.rows, self.captions = [], []                      # SAMPLEs with `file` counted from 0 here; captions of all rows, as bytes
+        self.bad, self.counts = [], Counter()                  # counts: captions that are missing, empty, truncated, replaced
 
     def add(self, name, blob, offset, texts):
-        """An image of the file begun last, and its captions: (raw, long), lists of str or bytes."""
+        """An image of the file begun last, and its captions, str or bytes."""
         try:
             width, height = header(blob)
         except Unfit as e:
             return self.bad.append((name, str(e)))
-        raw, long = ([c for c in dict.fromkeys(map(self.clean, part[:MOST])) if c] for part in texts)          # each caption once
+        raw, long = ([c for c in dict.fromkeys(map(self.clean, part[:MOST_CAPTIONS])) if c] for part in texts)     # each caption once
         if not raw and not long:
             self.counts["empty" if any(texts) else "missing"] += 1
-        self.rows.append((len(self.files) - 1, offset, len(blob), width, height, zlib.crc32(blob), 0, len(raw), len(long)))
+        self.rows.append((len(self.files) - 1, offset, len(blob), width, height, zlib.crc32(blob), 0, len(raw), len(long)))    # 0: see merge
         self.captions += raw + long
 
     def clean(self, caption):
-        """One line of UTF-8 bytes. What cannot be read becomes U+FFFD, what is longer than LONGEST is cut at a word."""
+        """One line of UTF-8 bytes. What cannot be read becomes U+FFFD, what is longer than MOST_CHARACTERS is cut at a word."""
+        # JSON may hold half of a surrogate pair, which has no UTF-8: encoded and decoded it becomes a question mark
         text = caption.decode("utf-8", "replace") if isinstance(caption, bytes) else str(caption).encode("utf-8", "replace").decode()
         self.counts["replaced"] += "\ufffd" in text or "\0" in text
         text = " ".join(text.replace("\0", " ").split())
-        self.counts["truncated"] += len(text) > LONGEST
-        return (text if len(text) <= LONGEST else (text[:LONGEST].rpartition(" ")[0] or text[:LONGEST])).encode()
+        if len(text) > MOST_CHARACTERS:
+            self.counts["truncated"] += 1
+            text = text[:MOST_CHARACTERS].rpartition(" ")[0] or text[:MOST_CHARACTERS]     # or: one word, longer than that
+        return text.encode()
 
 
 def texts_of(fields):
     """(raw, long) captions of a .json or a row of .jsonl or .csv, each one string or a list of them."""
     pick = lambda keys: [c for k in keys for c in (fields[k] if isinstance(fields.get(k), list) else [fields.get(k)]) if c is not None]
-    return (pick(RAW), pick(LONG)) if isinstance(fields, dict) else ([], [])
+    return pick(RAW_KEYS), pick(LONG_KEYS)
 
 
-def sidecars(found, name, text, fields):
+def texts_beside(found, name, text, fields):
     """(raw, long) captions from the bytes of a .txt and a .json, either of them None where there is no such file."""
-    try:
-        raw, long = texts_of(json.loads(fields)) if fields is not None else ([], [])
-    except (ValueError, RecursionError):                       # no JSON, or built to exhaust the stack
-        raw, long = [], []
+    row = read_json(fields) if fields is not None else {}
+    if row is None:
         found.bad.append((name, "unreadable .json, not skipped"))
+    raw, long = texts_of(row or {})
     return [text] if text is not None else raw, long           # img2dataset writes the caption to both: take it once
 
 
-def scan_files(root, names, given, beside):
-    """Some files of a folder -> Found. given: {name: (raw, long)} from captions.jsonl or .csv; else captions are in the files named in `beside`."""
+def scan_files(root, images):
+    """Some files of a folder -> Found. images: (name, its .txt or None, its .json or None, its texts in captions.jsonl or .csv or None)."""
     found = Found()
-    for name in names:
-        stem, parts = os.path.join(root, os.path.splitext(name)[0]), []
+    for name, *sidecars, texts in images:
         try:
             blob = read_whole(os.path.join(root, name))
         except (OSError, Unfit) as e:                          # no permission, a loop of links, gone since it was listed; or too large
             found.bad.append((name, str(e) if isinstance(e, Unfit) else "unreadable"))
             continue
-        for ends in SIDECARS:
+        parts = []
+        for sidecar in sidecars:
             try:
-                parts.append(next((read_whole(stem + end) for end in ends if os.path.splitext(name)[0] + end in beside), None))
+                parts.append(read_whole(os.path.join(root, sidecar)) if sidecar else None)
             except (OSError, Unfit):                           # as if it were not there: the caption counts as missing
                 parts.append(None)
         found.files.append(name)
         found.sizes.append(len(blob))
-        found.add(name, blob, 0, given.get(name) or sidecars(found, name, *parts))
+        found.add(name, blob, 0, texts or texts_beside(found, name, *parts))
     return found
 
 
@@ -530,34 +565,34 @@ def scan_shard(root, name):
     """A tar shard -> Found. Members of one key (the name up to its last dot) belong together, in whatever order they come."""
     found, path = Found(), os.path.join(root, name)
     try:
-        members, whole, end, size = tar_members(path)
+        members, size, cut = tar_members(path)
     except OSError:
         found.bad.append((name, "unreadable"))
         return found
-    if not whole:                                              # what it still holds is not taken: half a shard would go unnoticed
-        found.bad.append((name, f"incomplete at byte {end}"))
+    if cut is not None:                                        # what it still holds is not taken: half a shard would go unnoticed
+        found.bad.append((name, f"incomplete at byte {cut}"))
         return found
     found.files.append(name)
     found.sizes.append(size)
     for key, parts in members.items():
-        texts = {kind: read_part(path, offset, min(length, LARGEST)) for kind, _, offset, length in parts if kind in (".txt", ".json")}
-        pictures = [p for p in parts if p[0] in IMAGES + OTHERS]
-        if not pictures and ".txt" in texts:
+        sides = {kind: read_part(path, offset, min(length, MOST_BYTES)) for kind, _, offset, length in parts if kind in (".txt", ".json")}
+        pictures = [p for p in parts if p[0] in IMAGES + UNSUPPORTED]
+        if not pictures and ".txt" in sides:                   # a .json alone is no loss: img2dataset writes one for failed downloads too
             found.bad.append((f"{name}/{key}.txt", "caption without image"))
         for k, (kind, member, offset, length) in enumerate(pictures):
             member = f"{name}/{member}"
-            reason = "same key" if k else "unsupported format" if kind in OTHERS else "too large" if length > LARGEST else None
+            reason = "same key" if k else "unsupported format" if kind in UNSUPPORTED else "too large" if length > MOST_BYTES else None
             if reason:
                 found.bad.append((member, reason))
             else:
-                found.add(member, read_part(path, offset, length), offset, sidecars(found, member, texts.get(".txt"), texts.get(".json")))
+                found.add(member, read_part(path, offset, length), offset, texts_beside(found, member, sides.get(".txt"), sides.get(".json")))
     return found
 
 
 def tar_members(path):
     """
-    ({key: [(ending, name, offset, length)]}, whole, end, size) of a tar: its regular files by key, and whether it is whole. A whole tar
-    ends in zero blocks; one that was cut, or whose writer died, stops at byte `end`, between two members or within one.
+    ({key: [(ending, name, offset, length)]}, size, cut) of a tar: its regular files by key, its bytes, and None where it is whole. A whole
+    tar ends in zero blocks; one that was cut, or whose writer died, stops at byte `cut`, between two members or within one.
     """
     members, end, size = {}, 0, os.path.getsize(path)
     try:
@@ -567,68 +602,68 @@ def tar_members(path):
                 if member.isreg():
                     members.setdefault(key, []).append((kind.lower(), member.name, member.offset_data, member.size))
                 tar.members = []                               # else it keeps them all
-            end = tar.offset
-        return members, end + 512 <= size and not read_part(path, end, 1024).strip(b"\0"), end, size
+            end = tar.offset                                   # where the zero blocks, two of 512 bytes or more, should begin
+        whole = end + 512 <= size and not read_part(path, end, 1024).strip(b"\0")
+        return members, size, None if whole else end
     except OSError:
         raise
     except Exception as e:                                     # tarfile raises many kinds on bytes that are no tar
-        return {}, False, size if "unexpected end" in str(e) else end, size
+        return {}, size, size if "unexpected end" in str(e) else end
 
 
-def read_list(root, file, given):
+def read_list(root, file, owners, listed):
     """
-    Add the rows of captions.jsonl or captions.csv to given, {name: (raw, long)}. Names are relative to the list, and several rows of one
-    name add up. Returns the rows that could not be read, for bad.tsv.
+    Add the rows of captions.jsonl or captions.csv to listed, {name: (raw, long)}. Names are relative to the list and may lack their
+    ending (owners: {name without ending: image}); several rows of one image add up. Returns the (file, reason) of rows that could not be
+    read, for bad.tsv.
     """
-    def parse(line):
-        try:
-            fields = json.loads(line)
-            return fields if isinstance(fields, dict) else {}
-        except (ValueError, RecursionError):                   # no JSON, or built to exhaust the stack
-            return {}
     broken = []
     with open(os.path.join(root, file), encoding="utf-8", errors="replace", newline="") as f:
-        csv.field_size_limit(LARGEST)
-        for fields in csv.DictReader(f, strict=False) if file.endswith(".csv") else (parse(line) for line in f if line.strip()):
-            name = next((fields[k] for k in FILE if isinstance(fields.get(k), str)), None)
+        csv.field_size_limit(MOST_BYTES)                       # else it refuses captions of 128 kB, which we cut
+        for fields in csv.DictReader(f) if file.endswith(".csv") else (read_json(line) or {} for line in f if line.strip()):
+            name = next((fields[k] for k in FILE_KEYS if isinstance(fields.get(k), str)), None)
             if name is None:
                 broken.append((file, "row without a file, not skipped"))
                 continue
-            for old, new in zip(given.setdefault(os.path.normpath(os.path.join(os.path.dirname(file), name)), ([], [])), texts_of(fields)):
+            name = os.path.normpath(os.path.join(os.path.dirname(file), name))     # only ever compared with the names that walk found
+            for old, new in zip(listed.setdefault(owners.get(name, name), ([], [])), texts_of(fields)):
                 old += new
     return broken
 
 
 def walk(path):
-    """(root, shards, images, given, sidecars, bad): all that lies under a folder, in the order of the names; or one tar file."""
+    """(root, shards, images, bad): all that lies under a folder, in the order of the names; or one tar file. Images as in scan_files."""
     if os.path.isfile(path) and path.lower().endswith(".tar"):
-        return os.path.dirname(path) or ".", [os.path.basename(path)], [], {}, set(), []
+        return os.path.dirname(path) or ".", [os.path.basename(path)], [], []
     if not os.path.isdir(path):
         raise UserError(f"no folder {path!r}: give a folder with images ({' '.join(IMAGES)}) or .tar shards, or one .tar")
-    names, bad, given = [], [], {}
+    names, bad, listed = [], [], {}
     unreadable = lambda e: bad.append((os.path.relpath(e.filename, path), "unreadable"))
     for folder, folders, files in os.walk(path, onerror=unreadable):
         here = "" if folder == path else os.path.relpath(folder, path) + os.sep
-        bad += [(here + f, "linked folder") for f in folders if os.path.islink(os.path.join(folder, f))]
-        folders[:] = [f for f in folders if not f.endswith(INDEX)]
+        bad += [(here + f, "linked folder") for f in folders if os.path.islink(os.path.join(folder, f))]       # not followed: it may be a loop
+        folders[:] = [f for f in folders if not f.endswith(INDEX)]                 # os.walk goes into what is left
         names += [here + f for f in files]
     names.sort(key=os.fsencode)                                # the same on every machine, also for names that are no UTF-8
     ends = lambda kinds: [n for n in names if n.lower().endswith(kinds)]
+    stem = lambda name: os.path.splitext(name)[0]
     shards, files = ends(".tar"), ends(IMAGES)
-    for name in names:
-        if os.path.basename(name) in LISTS:
-            bad += read_list(path, name, given)
-    stems = {os.path.splitext(f)[0]: f for f in reversed(files)}                   # the first image of a name owns its .txt
-    given = {stems.get(name, name): texts for name, texts in given.items()}        # a list may leave the ending out
-    known = set(files)
-    bad += [(n, "unsupported format") for n in ends(OTHERS)]
-    bad += [(n, "caption without image") for n in ends(".txt") if os.path.splitext(n)[0] not in stems]
-    bad += [(n, "caption without image") for n in given if n not in known]
-    bad += [(n, "same key") for n in files if n not in given and stems[os.path.splitext(n)[0]] != n]
-    twice = {n for n, reason in bad if reason == "same key"}
     if not shards and not files:
         raise UserError(f"nothing to use under {path!r}: looked for images ({' '.join(IMAGES)}) and .tar shards")
-    return path, shards, [f for f in files if f not in twice], given, set(ends((".txt", ".json"))), bad
+    owners = {stem(f): f for f in reversed(files)}             # the first image of a name owns its .txt
+    for name in names:
+        if os.path.basename(name) in LISTS:
+            try:
+                bad += read_list(path, name, owners, listed)
+            except OSError:
+                bad.append((name, "unreadable"))
+    twice = {f for f in files if f not in listed and owners[stem(f)] != f}
+    bad += [(n, "unsupported format") for n in ends(UNSUPPORTED)] + [(n, "same key") for n in twice]
+    bad += [(n, "caption without image") for n in ends(".txt") if stem(n) not in owners]
+    bad += [(n, "caption without image") for n in set(listed).difference(files)]
+    sidecars = {stem(n) + n[len(stem(n)):].lower(): n for n in ends((".txt", ".json"))}            # a.txt comes after a.TXT, and wins
+    images = [(f, sidecars.get(stem(f) + ".txt"), sidecars.get(stem(f) + ".json"), listed.get(f)) for f in files if f not in twice]
+    return path, shards, images, bad
 
 
 def scan(path, workers=None):
@@ -637,38 +672,35 @@ def scan(path, workers=None):
     number of workers. head["report"] is {"found", "used", "skipped": {reason: count}, "captions": {...}}, with found = used + skipped.
     """
     pillow()                                                   # said once, and not by each worker, if it is not there
-    root, shards, files, given, beside, bad = walk(path)
-    jobs = [(scan_shard, root, s) for s in shards]
-    for k in range(0, len(files), CHUNK):
-        chunk = files[k:k + CHUNK]
-        mine = {os.path.splitext(n)[0] + end for n in chunk for ends in SIDECARS for end in ends} & beside # so that none looks for the others
-        jobs.append((scan_files, root, chunk, {n: given[n] for n in chunk if n in given}, mine))
-    parts = list(tqdm(spread(jobs, workers), "index", len(jobs), unit="shard" if shards else "chunk", disable=None))
+    root, shards, images, bad = walk(path)
+    jobs = [(scan_shard, root, s) for s in shards] + [(scan_files, root, images[k:k + CHUNK]) for k in range(0, len(images), CHUNK)]
+    parts = list(tqdm(in_parallel(jobs, workers), "index", len(jobs), unit="shard" if shards else "chunk", disable=None))
 
-    arrays, more = merge(root, parts)
-    bad = sorted(bad + [b for p in parts for b in p.bad] + more)
+    arrays, duplicates = merge(root, parts)
+    bad = sorted(bad + [b for p in parts for b in p.bad] + duplicates)
     counts = sum((p.counts for p in parts), Counter())
     skipped = Counter(reason_of(why) for _, why in bad if not why.endswith("not skipped"))
     used = len(arrays["samples"])
     report = {"found": used + skipped.total(), "used": used, "skipped": dict(sorted(skipped.items())),
               "captions": {k: counts[k] for k in ("missing", "empty", "truncated", "replaced")}}
     head = {"fingerprint": fingerprint(arrays), "counts": {k: len(a) for k, a in arrays.items()}, "report": report,
-            "such": {reason_of(why): ascii(name) for name, why in reversed(bad)}}                        # the first file of each reason
+            "such": {reason_of(why): ascii(name) for name, why in reversed(bad)}}  # the first file of each reason, as an example
     return Indexed(arrays, head, root), bad
 
 
-def spread(jobs, workers):
+def in_parallel(jobs, workers):
     """Results of jobs (function, *arguments), in their order, from so many processes; few jobs are not worth a process."""
     workers = min(len(jobs), workers or (os.cpu_count() if len(jobs) > 8 else 1))
     if workers < 2:
         yield from map(run_job, jobs)
         return
+    # fork: workers start at once, with all that is imported here
     pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
     try:
         yield from pool.map(run_job, jobs)
     except concurrent.futures.process.BrokenProcessPool:
         raise UserError("a worker of the index was killed, by lack of memory most likely: fewer --workers")
-    finally:                                                   # also on Ctrl-C, which reaches this process alone
+    finally:                                                   # also on Ctrl-C, which reaches this process alone: workers ignore it
         pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -678,17 +710,17 @@ def run_job(job):
 
 
 def reason_of(why):
-    """The reason that tables count, less what differs from file to file."""
+    """The reason that tables count, less what differs from file to file: "incomplete at byte 512" -> "incomplete shard"."""
     return re.sub(r" at byte \d+", " shard", why)
 
 
 def merge(root, parts):
-    """Arrays of all parts, and (name, "duplicate") of the images whose bytes and captions both came before."""
+    """({name: array} as in ARRAYS, [(name, "duplicate")]): all parts in one, less images whose bytes and captions both came before."""
     names, captions = ([x for p in parts for x in getattr(p, k)] for k in ("files", "captions"))
-    rows = np.concatenate([np.zeros(0, SAMPLE)] + [np.array(p.rows, SAMPLE) for p in parts])
+    rows = np.concatenate([np.zeros(0, SAMPLE)] + [np.array(p.rows, SAMPLE) for p in parts])       # zeros: there may be no parts
     before = np.cumsum([0] + [len(p.files) for p in parts])[:-1]                   # files of the parts before each part
     rows["file"] += np.repeat(before, [len(p.rows) for p in parts]).astype(np.int32)
-    count = rows["raw"].astype(np.int64) + rows["long"]
+    count = rows["raw"].astype(np.int64) + rows["long"]        # u2 + u2 would overflow
     rows["first"] = np.cumsum(count) - count                   # captions stand in the order of their images
 
     # strings of any length: all bytes one after the other, and where each ends; an object array would have to be pickled
@@ -698,7 +730,7 @@ def merge(root, parts):
     arrays["captions"], arrays["caption_ends"] = pack(captions)
 
     again, data = [], Indexed(arrays, {}, root)
-    said = lambda i: captions[rows["first"][i]:rows["first"][i] + count[i]]
+    said = lambda i: captions[rows["first"][i]:rows["first"][i] + count[i]]        # the captions of image i
     key = rows["crc"].astype(np.uint64) << np.uint64(32) | rows["length"].astype(np.uint64)
     _, first, group = np.unique(key, return_index=True, return_inverse=True)       # first: the earliest row of each key
     for i, earlier in ((i, first[group[i]]) for i in np.flatnonzero(first[group] != np.arange(len(rows)))):
@@ -717,17 +749,139 @@ def require(data, bad, allow=()):
             raise UserError(f"shard {name} is {reason}: fetch it again, or go on without it: python data.py index {path} --allow incomplete")
     if not report["used"]:
         raise UserError(f"none of {report['found']} files under {path!r} can serve: python data.py check {path} tells why")
-    if mute > report["used"] / 20 and "uncaptioned" not in allow:
+    if mute > report["used"] / 20 and "uncaptioned" not in allow:                  # one in twenty may lack one; more is a mistake in the names
         raise UserError(f"{mute} of {report['used']} images under {path!r} have no caption: put NAME.txt beside NAME.jpg, or take them with "
                         f"the null caption: python data.py index {path} --allow uncaptioned")
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The index: those arrays as files beside the data, read through memory maps
+# The index: those arrays as files beside the data, read through memory maps, and the data set that they make
+#
+#     samples.npy                      one SAMPLE per image
+#     sizes.npy                        bytes of each file that holds images, to see later whether it has changed
+#     names.npy, name_ends.npy         their names: all bytes one after the other, and where each ends (a 0 first)
+#     captions.npy, caption_ends.npy   captions likewise
+#     index.json                       format, root, fingerprint, counts, and the table of what was found
+#     bad.tsv                          every file that is not used, and why
 
 INDEX, INDEX_FORMAT = "nanovermeer.index", 1
 ARRAYS = {"samples": SAMPLE, "sizes": np.dtype("<i8"), "names": np.dtype("u1"), "name_ends": np.dtype("<i8"),
           "captions": np.dtype("u1"), "caption_ends": np.dtype("<i8")}
+
+
+class Indexed:
+    """
+    Real images and their captions, by number, straight from the files where they lie. Arrays are memory maps where the index is on
+    disk: workers share them, and memory does not grow with the number of samples. folder is where the index lies, or None.
+    """
+
+    def __init__(self, arrays, head, root, folder=None):
+        self.__dict__.update(arrays)                           # samples, sizes, names, name_ends, captions, caption_ends
+        self.head, self.root, self.folder, self.name = head, os.path.normpath(root), folder, os.path.abspath(root)
+        self.fingerprint = head.get("fingerprint", "")
+        self.unreadable, self.kept = set(), {}                 # images that failed; decoded ones, {(i, height, width, rule): array}
+
+    def __len__(self):
+        return len(self.samples)
+
+    def size(self, i):
+        """(width, height) in pixels, as shown."""
+        return int(self.samples[i]["width"]), int(self.samples[i]["height"])
+
+    def all_sizes(self):
+        """int32 (n, 2): width, height."""
+        return np.stack([self.samples["width"], self.samples["height"]], 1)
+
+    def choose(self, i, which=0.0, long=False):
+        """Number of a caption of image i, -1 where it has none: a long one if `long` and there is one; of several the one at `which` in [0, 1)."""
+        s = self.samples[i]
+        first, raw, more = int(s["first"]), int(s["raw"]), int(s["long"])
+        first, count = (first + raw, more) if more and (long or not raw) else (first, raw)         # long ones stand behind the raw ones
+        return first + int(which * count) if count else -1
+
+    def text(self, number):
+        """The caption of that number; -1 is the null caption."""
+        return bytes(self.captions[self.caption_ends[number]:self.caption_ends[number + 1]]).decode("utf-8", "replace") if number >= 0 else ""
+
+    def caption(self, i):
+        """The first caption of image i."""
+        return self.text(self.choose(i))
+
+    def file(self, k):
+        """Name of the k-th file that holds images, relative to the root."""
+        return os.fsdecode(bytes(self.names[self.name_ends[k]:self.name_ends[k + 1]]))
+
+    def table(self):
+        """Found, used, skipped by reason, captions that are odd: lines of text."""
+        report, such = self.head["report"], self.head["such"]
+        rows = [("found", report["found"], ""), ("used", report["used"], "")]
+        rows += [("skipped", count, f"{reason}, such as {such[reason]}") for reason, count in report["skipped"].items()]
+        rows += [("captions", count, reason) for reason, count in report["captions"].items() if count]
+        return [f"  {what:8s} {count:9d}  {why}".rstrip() for what, count, why in rows]
+
+    def where(self, i):
+        """Name of image i: its file; of one in a shard also the member's, which stands in the 512 bytes before it."""
+        s = self.samples[i]
+        name = self.file(s["file"])
+        if not name.lower().endswith(".tar"):
+            return name
+        try:                                                   # read again, so that the index need not hold millions of names
+            member = tarfile.TarInfo.frombuf(read_part(os.path.join(self.root, name), int(s["offset"]) - 512, 512), "utf-8", "replace").name
+        except (tarfile.TarError, OSError):
+            member = f"byte {s['offset']}"
+        return f"{name}/{member}"
+
+    def read(self, i):
+        """Bytes of image i. Raises Unfit if they are not those that were indexed, OSError if they cannot be read."""
+        s = self.samples[i]
+        blob = read_part(os.path.join(self.root, self.file(s["file"])), int(s["offset"]), int(s["length"]))
+        if zlib.crc32(blob) != s["crc"]:
+            raise Unfit("crc error: its bytes have changed since it was indexed")
+        return blob
+
+    def same(self, i, j):
+        """Have images i and j the same bytes, still those that were indexed?"""
+        try:
+            return self.read(i) == self.read(j)
+        except (OSError, Unfit):                               # gone, or written to, since it was looked at
+            return False
+
+    def view(self, i, height, width, draws=(0.5, 0.5), rule="crop"):
+        """
+        (H, W, 3) uint8, and top and left of the crop in the resized image, which two draws in [0, 1) place: 0.5 is the middle. Raises
+        Unfit, OSError. Callers must not write into it: small data sets keep resized images for the next epoch.
+        """
+        key = (i, height, width, rule)
+        image = self.kept.get(key)
+        if image is None:
+            w, h = covering(self.size(i), height, width, rule)
+            # decoded at twice the size at least: the coarse scaling of a JPEG decoder would show below that
+            image = np.asarray(decode(self.read(i), (2 * w, 2 * h)).resize((w, h), pillow().Resampling.BICUBIC))   # (h, w, 3)
+            if len(self) * height * width < 2 ** 25:           # 100 MB if all are cut to the square, more where shapes differ
+                self.kept[key] = image
+        h, w, _ = image.shape
+        left, top = int(draws[0] * (w - width + 1)), int(draws[1] * (h - height + 1))              # each place is as likely as any other
+        return image[top:top + height, left:left + width], top, left
+
+    def probe(self):
+        """Refuse an index whose files are gone or changed: the sizes of up to 4096 of them, and the checksums of 64 images, tell."""
+        again = f"put it back, or index again: python data.py index {self.root}"
+        for k in spaced(len(self.sizes), 4096):
+            path = os.path.join(self.root, self.file(k))
+            size = os.path.getsize(path) if os.path.exists(path) else None
+            if size != self.sizes[k]:
+                what = "is gone" if size is None else f"has {size} bytes instead of {self.sizes[k]}"
+                raise UserError(f"{path} {what} since it was indexed: {again}")
+        some = spaced(len(self), 64)
+        changed = [i for i in some if not self.same(i, i)]     # read() compares checksums
+        if len(changed) * 4 > len(some):                       # one bad byte is passed over in training; this is another data set
+            raise UserError(f"{len(changed)} of {len(some)} images looked at under {self.root} have changed since they were indexed, such as "
+                            f"{self.where(changed[0])}: {again}")
+
+
+def spaced(n, most):
+    """At most so many numbers of range(n), spread evenly over it: int (k,)."""
+    return np.unique(np.linspace(0, n - 1, most).astype(int)) if n else np.zeros(0, int)
 
 
 def index_folder(path):
@@ -736,16 +890,16 @@ def index_folder(path):
 
 
 def replace(path, write):
-    """Write a file as a whole: a kill at any moment leaves the old one or the new one."""
+    """Write a file as a whole, write(file) its contents: a kill at any moment leaves the old one or the new one."""
     with open(path + ".part", "wb") as f:
         write(f)
         f.flush()
-        os.fsync(f.fileno())
+        os.fsync(f.fileno())                                   # else the name could reach the disk before the contents
     os.replace(path + ".part", path)
 
 
 def fingerprint(arrays):
-    """sha256 of names, sizes, places, checksums and captions: other data have another one. Where the data lie does not matter."""
+    """sha256, 16 digits, of names, sizes, places, checksums and captions: other data have another one. Where the data lie does not matter."""
     digest = hashlib.sha256()
     for key in ARRAYS:
         digest.update(key.encode())
@@ -773,148 +927,43 @@ def read_index(folder):
     again = "make it again: python data.py index"
     try:
         with open(os.path.join(folder, "index.json"), encoding="utf-8") as f:
-            head = json.loads(f.read(2 ** 24))
+            head = json.loads(f.read(2 ** 24))                 # bounded: a header is a few kB
         if head["format"] != INDEX_FORMAT:
             raise UserError(f"index {folder!r} is of format version {head['format']}, this code reads {INDEX_FORMAT}: {again}")
         with np.errstate(over="ignore"):                       # of a header that claims 2^60 rows; the map then fails
-            arrays = {k: np.load(os.path.join(folder, k + ".npy"), mmap_mode="r" if head["counts"][k] else None, allow_pickle=False) for k in ARRAYS}
-        root = os.path.normpath(os.path.join(folder, head["root"]))
-        Indexed(arrays, head, root).table(), head["fingerprint"] + ""              # nothing of it is missing or of another type
+            arrays = {k: np.load(os.path.join(folder, k + ".npy"), mmap_mode="r" if head["counts"][k] else None, allow_pickle=False)
+                      for k in ARRAYS}                         # an empty file cannot be mapped
+        data = Indexed(arrays, head, os.path.join(folder, head["root"]), folder)
+        data.table(), head["fingerprint"] + ""                 # nothing of the header is missing or of another type
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, EOFError, RecursionError) as e:
         raise UserError(f"index {folder!r} is broken ({str(e)[:200]}): {again}")
-    for key, array in arrays.items():
-        if array.dtype != ARRAYS[key] or array.shape != (head["counts"][key],):
-            wrong = f"{key}.npy has {array.dtype} {array.shape}, index.json says {head['counts'][key]}"
-            raise UserError(f"index {folder!r} is broken ({wrong}): {again}")
-    if wrong := misfit(arrays):
-        raise UserError(f"index {folder!r} is broken ({wrong}): {again}")
-    data = Indexed(arrays, head, root, folder)
+    wrong = [f"{k}.npy has {a.dtype} {a.shape}, index.json says {head['counts'][k]}" for k, a in arrays.items()
+             if a.dtype != ARRAYS[k] or a.shape != (head["counts"][k],)] or misfits(arrays)
+    if wrong:
+        raise UserError(f"index {folder!r} is broken ({wrong[0]}): {again}")
     data.probe()
     return data
 
 
-def misfit(arrays):
-    """What is impossible in the arrays of an index, or None. Looks at a million rows at a time, so that memory stays bounded."""
+def misfits(arrays):
+    """What is impossible in the arrays of an index, a list of texts. Looks at a million rows at a time, so that memory stays bounded."""
     for key, blob in (("name_ends", "names"), ("caption_ends", "captions")):
         ends = arrays[key]
-        falls = (np.diff(ends[k:k + 2 ** 20 + 1]).min(initial=0) < 0 for k in range(0, len(ends), 2 ** 20))
+        falls = (np.diff(ends[k:k + 2 ** 20 + 1]).min(initial=0) < 0 for k in range(0, len(ends), 2 ** 20))    # a text of negative length
         if not len(ends) or ends[0] != 0 or ends[-1] != len(arrays[blob]) or any(falls):
-            return f"{key}.npy does not fit {blob}.npy"
+            return [f"{key}.npy does not fit {blob}.npy"]
     files, captions = len(arrays["sizes"]), len(arrays["caption_ends"]) - 1
     if files != len(arrays["name_ends"]) - 1:
-        return "sizes.npy does not fit name_ends.npy"
+        return ["sizes.npy does not fit name_ends.npy"]
     for k in range(0, len(arrays["samples"]), 2 ** 20):
         s = arrays["samples"][k:k + 2 ** 20]
-        good = (s["file"] >= 0) & (s["file"] < files) & (s["offset"] >= 0) & (s["length"] > 0) & (s["length"] <= LARGEST) & (s["first"] >= 0)
+        good = (s["file"] >= 0) & (s["file"] < files) & (s["offset"] >= 0) & (s["length"] > 0) & (s["length"] <= MOST_BYTES) & (s["first"] >= 0)
         good &= (s["width"] > 0) & (s["height"] > 0) & (s["first"] <= captions - s["raw"].astype(np.int64) - s["long"])
         # of the rows that are good so far, since a wild file number cannot be looked up; a difference, since a sum could overflow
         good[good] &= s["offset"][good] <= arrays["sizes"][s["file"][good]] - s["length"][good]
         if not good.all():
-            return f"sample {k + int(np.argmin(good))} of samples.npy lies outside of its file"
-    return None
-
-
-class Indexed:
-    """
-    Real images and their captions, by number, straight from the files where they lie. Arrays are memory maps where the index is on
-    disk: workers share them, and memory does not grow with the number of samples.
-    """
-
-    def __init__(self, arrays, head, root, folder=None):
-        self.__dict__.update(arrays)                           # samples, sizes, names, name_ends, captions, caption_ends
-        self.head, self.root, self.folder, self.name = head, os.path.normpath(root), folder, os.path.abspath(root)
-        self.unreadable, self.kept = set(), {}
-        self.fingerprint = head.get("fingerprint", "")
-
-    def __len__(self):
-        return len(self.samples)
-
-    def size(self, i):
-        """(width, height) in pixels, as shown."""
-        return int(self.samples[i]["width"]), int(self.samples[i]["height"])
-
-    def all_sizes(self):
-        """int32 (n, 2): width, height."""
-        return np.stack([self.samples["width"], self.samples["height"]], 1)
-
-    def choose(self, i, which=0.0, long=False):
-        """Number of a caption of image i, -1 where it has none: a long one if `long` and there is one; of several the one at `which` in [0, 1)."""
-        s = self.samples[i]
-        first, raw, more = int(s["first"]), int(s["raw"]), int(s["long"])
-        first, count = (first + raw, more) if more and (long or not raw) else (first, raw)
-        return first + int(which * count) if count else -1
-
-    def text(self, number):
-        """The caption of that number."""
-        return bytes(self.captions[self.caption_ends[number]:self.caption_ends[number + 1]]).decode("utf-8", "replace") if number >= 0 else ""
-
-    def caption(self, i):
-        return self.text(self.choose(i))
-
-    def file(self, k):
-        return os.fsdecode(bytes(self.names[self.name_ends[k]:self.name_ends[k + 1]]))
-
-    def table(self):
-        """Found, used, skipped by reason, captions that are odd: lines of text."""
-        report, such = self.head["report"], self.head["such"]
-        rows = [("found", report["found"], ""), ("used", report["used"], "")]
-        rows += [("skipped", count, f"{reason}, such as {such[reason]}") for reason, count in report["skipped"].items()]
-        rows += [("captions", count, reason) for reason, count in report["captions"].items() if count]
-        return [f"  {what:8s} {count:9d}  {why}".rstrip() for what, count, why in rows]
-
-    def where(self, i):
-        """Name of image i: its file; of one in a shard also the member's, which stands in the 512 bytes before it."""
-        s = self.samples[i]
-        name = self.file(s["file"])
-        if not name.lower().endswith(".tar"):
-            return name
-        try:
-            member = tarfile.TarInfo.frombuf(read_part(os.path.join(self.root, name), int(s["offset"]) - 512, 512), "utf-8", "replace").name
-        except (tarfile.TarError, OSError):
-            member = f"byte {s['offset']}"
-        return f"{name}/{member}"
-
-    def read(self, i):
-        """Bytes of image i. Unfit if they are not those that were indexed."""
-        s = self.samples[i]
-        blob = read_part(os.path.join(self.root, self.file(s["file"])), int(s["offset"]), int(s["length"]))
-        if zlib.crc32(blob) != s["crc"]:
-            raise Unfit("crc error: its bytes have changed since it was indexed")
-        return blob
-
-    def same(self, i, j):
-        """Have images i and j the same bytes?"""
-        try:
-            return self.read(i) == self.read(j)
-        except (OSError, Unfit):                               # gone, or written to, since it was looked at
-            return False
-
-    def view(self, i, height, width, draws=(0.5, 0.5), rule="crop"):
-        """(H, W, 3) uint8, and top and left of the crop in the resized image. Small worlds keep decoded images for the next epoch."""
-        key = (i, height, width, rule)
-        image = self.kept.get(key)
-        if image is None:
-            w, h = covering(self.size(i), height, width, rule)
-            image = np.asarray(decode(self.read(i), (2 * w, 2 * h)).resize((w, h), pillow().Resampling.BICUBIC))
-            if len(self) * height * width < 2 ** 25:           # about 100 MB at most
-                self.kept[key] = image
-        h, w, _ = image.shape
-        left, top = int(draws[0] * (w - width + 1)), int(draws[1] * (h - height + 1))
-        return image[top:top + height, left:left + width], top, left
-
-    def probe(self):
-        """Refuse an index whose files are gone or changed: the sizes of up to 4096 of them, and the checksums of 64 images, tell."""
-        for k in np.unique(np.linspace(0, len(self.sizes) - 1, 4096).astype(int)) if len(self.sizes) else ():
-            path = os.path.join(self.root, self.file(k))
-            size = os.path.getsize(path) if os.path.exists(path) else None
-            if size != self.sizes[k]:
-                what = "is gone" if size is None else f"has {size} bytes instead of {self.sizes[k]}"
-                raise UserError(f"{path} {what} since it was indexed: put it back, or index again: python data.py index {self.root}")
-        some = np.unique(np.linspace(0, len(self) - 1, 64).astype(int)) if len(self) else ()
-        changed = [i for i in some if not self.same(i, i)]     # read() compares checksums
-        if len(changed) * 4 > len(some):                       # one bad byte is passed over in training; this is another data set
-            raise UserError(f"{len(changed)} of {len(some)} images looked at under {self.root} have changed since they were indexed, such as "
-                            f"{self.where(changed[0])}: put them back, or index again: python data.py index {self.root}")
+            return [f"sample {k + int(np.argmin(good))} of samples.npy lies outside of its file"]
+    return []
 
 
 def open_data(config):
@@ -947,23 +996,16 @@ def tokenize(captions, length, vocab):
     Words hashed into `vocab` buckets: (B, L) int64, 0 where no word is. Needs no vocabulary file; its embedding is learned
     in the core. Captions longer than `length` words are cut. An empty caption is all zeros: the null caption of guidance.
     """
+    # crc32, since Python's own hash of a string differs from process to process; 1 to vocab - 1
     return padded([[1 + zlib.crc32(w.encode()) % (vocab - 1) for w in words(c)[:length]] for c in captions], length)
 
 
 def padded(rows, length):
     """Lists of tokens -> (B, L) int64, zeros behind; what is longer is cut."""
     tokens = np.zeros((len(rows), length), np.int64)
-    for row, found in zip(tokens, rows):
+    for row, found in zip(tokens, rows):                       # row is a view of tokens
         row[:len(found)] = found[:length]
     return torch.from_numpy(tokens)
-
-
-def need(library, what):
-    """An extra, imported where it is used."""
-    try:
-        return importlib.import_module(library)
-    except ImportError:
-        raise UserError(f"{what} needs {library}: pip install {library}")
 
 
 @functools.lru_cache(2)
@@ -983,8 +1025,8 @@ def open_pieces(file, vocab):
 
 def encode_captions(captions, config):
     """
-    What the model reads: (B, L) int64 tokens, or (B, L, E) float embeddings. A null caption is all zeros. Embedding a caption that is
-    not in the data's own cache takes the weights of the same encoder, under encoder_weights.
+    What the model reads: (B, L) int64 tokens, or (B, L, E) float embeddings. A null caption, "", is all zeros. Without encoder_weights
+    only captions of the data's own cache have embeddings. Raises UserError for an encoder other than encoder_id, the model's own.
     """
     kind = config["encoder"]
     if kind == "words":
@@ -993,12 +1035,13 @@ def encode_captions(captions, config):
         pieces, here = open_pieces(kind.partition(":")[2], config["text_vocab"])
         if config["encoder_id"] not in ("", here):
             raise UserError(f"this model reads captions of {config['encoder_id']}, and {kind} is {here}: give it the former file")
-        return padded([[1 + t for t in row] for row in pieces.encode(list(captions))], config["text_length"])
+        return padded([[1 + t for t in row] for row in pieces.encode(list(captions))], config["text_length"])       # 0 is no word
     if not any(captions):                                      # the null caption takes no weights
         return torch.zeros(len(captions), config["text_length"], max(config["encoder_width"]))
     if not config["encoder_weights"]:
         return embed_known(captions, config)
-    encoders = open_encoders(kind, config["encoder_weights"], config["encoder_id"].split(" ")[1] if config["encoder_id"] else "fp32")
+    dtype = config["encoder_id"].split(" ")[1] if config["encoder_id"] else "fp32"                 # of "t5-xxl fp32 0123456789abcdef, ..."
+    encoders = open_encoders(kind, config["encoder_weights"], dtype)
     if (here := ", ".join(e.id for e in encoders)) != config["encoder_id"] != "":
         raise UserError(f"this model reads captions embedded by {config['encoder_id']}, and encoder_weights holds {here}: "
                         "give it the weights of the former")
@@ -1006,7 +1049,7 @@ def encode_captions(captions, config):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Frozen text encoders, and the caches that keep what they made
+# Frozen text encoders, and the caches that keep what they made: beside the index a folder for each encoder, t5-xxl-128, a Ragged
 
 ENCODERS = {
     # name         class in transformers  layer  what to put under encoder_weights; layer -1 is the last one after its norm
@@ -1016,7 +1059,7 @@ ENCODERS = {
     "clip-l":     ("CLIPTextModel",       -2,    "openai/clip-vit-large-patch14"),         # SDXL reads the last but one layer (Sec. 2.1)
     "openclip-g": ("CLIPTextModel",       -2,    "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"),
 }
-TORCH = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def is_frozen(encoder):
@@ -1026,7 +1069,7 @@ def is_frozen(encoder):
 
 def encoder_parts(encoder):
     """"t5-xxl:128,clip-h:77" -> [("t5-xxl", 128), ("clip-h", 77)]."""
-    parts = [part.strip().partition(":")[::2] for part in encoder.split(",")]
+    parts = [part.strip().partition(":")[::2] for part in encoder.split(",")]      # [::2] leaves the colon out
     for name, tokens in parts:
         if name not in ENCODERS:
             raise UserError(f"encoder {name!r} is unknown: {nearest(name, ['words', 'sentencepiece', *ENCODERS])}")
@@ -1035,7 +1078,7 @@ def encoder_parts(encoder):
     return [(name, int(tokens)) for name, tokens in parts]
 
 
-@functools.lru_cache(8)
+@functools.lru_cache(8)                                        # reading 20 GB takes a while
 def digest_of(folder):
     """sha256 of all weights and vocabularies in a folder, 16 digits: the identity of a network."""
     digest, files = hashlib.sha256(), sorted(f for f in os.listdir(folder) if f.endswith((".safetensors", ".json", ".model", ".txt")))
@@ -1045,19 +1088,24 @@ def digest_of(folder):
     return digest.hexdigest()[:16]
 
 
+def from_folder(what, folder, hint, load):
+    """load(), which opens a frozen network from a local folder; UserError where that fails. Callers fetch nothing and unpickle nothing."""
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        raise UserError(f"no {what} in {folder!r}: {hint}")
+    try:
+        return load()
+    except Exception as e:                                     # transformers and diffusers raise many kinds
+        raise UserError(f"{folder!r} does not open as {what} ({type(e).__name__}: {str(e)[:200]}): {hint}")
+
+
 class Encoder:
     """A frozen text encoder from a local folder: captions -> a list of (n, E) float tensors, real tokens only, n <= tokens. '' gives n = 0."""
 
     def __init__(self, name, tokens, folder, dtype):
         library, (kind, self.layer, source) = need("transformers", f"encoder {name}"), ENCODERS[name]
-        hint = f"put {source} there, its weights as .safetensors"
-        if not os.path.isfile(os.path.join(folder, "config.json")):
-            raise UserError(f"no encoder {name} in {folder!r}: {hint}")
-        try:                                                   # nothing is fetched, and nothing unpickled
-            self.words = library.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            net = getattr(library, kind).from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=TORCH[dtype])
-        except Exception as e:                                 # transformers raises many kinds
-            raise UserError(f"{folder!r} does not open as encoder {name} ({type(e).__name__}: {str(e)[:200]}): {hint}")
+        self.tokenizer, net = from_folder(f"encoder {name}", folder, f"put {source} there, its weights as .safetensors", lambda: (
+            library.AutoTokenizer.from_pretrained(folder, local_files_only=True),
+            getattr(library, kind).from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=DTYPES[dtype])))
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.net, self.tokens = net.eval().requires_grad_(False).to(self.device), tokens
         self.name, self.width, self.id = name, net.config.hidden_size, f"{name} {dtype} {digest_of(folder)}"
@@ -1066,18 +1114,18 @@ class Encoder:
     def __call__(self, captions):
         said, rows = [c for c in captions if c], iter(())      # the null caption is no text at all, and its embedding has no token
         if said:
-            tokens = self.words(said, padding=True, truncation=True, max_length=self.tokens, return_tensors="pt").to(self.device)
+            tokens = self.tokenizer(said, padding=True, truncation=True, max_length=self.tokens, return_tensors="pt").to(self.device)   # (b, n) each
             out = self.net(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=self.layer != -1)
             hidden = out.last_hidden_state if self.layer == -1 else out.hidden_states[self.layer]   # (b, n, E)
-            rows = (h[real].cpu() for h, real in zip(hidden, tokens.attention_mask.bool()))
+            rows = (h[real].cpu() for h, real in zip(hidden, tokens.attention_mask.bool()))        # (n of this caption, E), no padding
         return [next(rows) if c else torch.zeros(0, self.width, dtype=self.net.dtype) for c in captions]
 
     def count(self, captions):
         """Mean number of tokens that these captions keep."""
-        return float(np.mean([len(t) for t in self.words(captions, truncation=True, max_length=self.tokens).input_ids]))
+        return float(np.mean([len(t) for t in self.tokenizer(captions, truncation=True, max_length=self.tokens).input_ids]))
 
 
-@functools.lru_cache(1)
+@functools.lru_cache(1)                                        # they are large, and the same ones serve previews, scores and samples
 def open_encoders(encoder, weights, dtype):
     """The Encoders of "t5-xxl:128,clip-h:77" from as many folders, comma-separated."""
     parts, folders = encoder_parts(encoder), weights.split(",")
@@ -1090,41 +1138,45 @@ def side_by_side(parts, tokens):
     """For each encoder a list of B embeddings (n, E) -> (B, L, E): each in its own span of rows, zeros behind it and to the widest E."""
     text = torch.zeros(len(parts[0]), sum(tokens), max(rows[0].shape[1] for rows in parts))
     for rows, start in zip(parts, itertools.accumulate(tokens, initial=0)):
-        for row, r in zip(text, rows):
+        for row, r in zip(text, rows):                         # row (L, E) of all encoders, r (n, its own E)
             row[start:start + len(r), :r.shape[1]] = r
     return text
 
 
 class Ragged:
     """
-    Arrays (n_i, width) made once and read through memory maps: all values one after the other in values.bin, the row at which each
-    array ends in ends.bin (int64), what they are in about.json, which is written last.
+    Arrays (n_i, width), n_i different for each, made once by fill() and read through memory maps: all values one after the other in
+    values.bin, the row at which each array ends in ends.bin (int64), what they are in about.json, which is written last. Raises
+    UserError where these do not fit.
     """
 
     def __init__(self, folder):
         file = lambda name: os.path.join(folder, name)
+        if not os.path.exists(file("about.json")):
+            raise UserError(f"{folder!r} is not complete: run data.py embed again, which goes on where it was")
         try:
             with open(file("about.json"), encoding="utf-8") as f:
                 self.about = json.loads(f.read(2 ** 20))
-            self.width, self.dtype, arrays = self.about["width"], TORCH[self.about["dtype"]], self.about["arrays"]
+            self.width, self.dtype, arrays = self.about["width"], DTYPES[self.about["dtype"]], self.about["arrays"]
             self.step = self.width * self.dtype.itemsize       # bytes in a row
             if os.path.getsize(file("ends.bin")) != 8 * arrays or os.path.getsize(file("values.bin")) != self.step * self.about["rows"]:
                 raise ValueError("its files have other sizes than about.json says")
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise UserError(f"{folder!r} is broken ({e}): delete it and run data.py embed again")
-        self.ends = np.memmap(file("ends.bin"), np.int64, "r") if arrays else np.zeros(0, np.int64)
+        self.ends = np.memmap(file("ends.bin"), np.int64, "r") if arrays else np.zeros(0, np.int64)        # an empty file has no map
         self.values = np.memmap(file("values.bin"), np.uint8, "r") if self.about["rows"] else np.zeros(0, np.uint8)
 
     def __getitem__(self, i):
         """float (n_i, width)."""
         first, last = (int(self.ends[i - 1]) if i else 0) * self.step, int(self.ends[i]) * self.step
-        return torch.from_numpy(np.array(self.values[first:last])).view(self.dtype).view(-1, self.width).float()
+        return torch.from_numpy(np.array(self.values[first:last])).view(self.dtype).view(-1, self.width).float()   # numpy has no bf16
 
 
 def fill(folder, about, arrays, make, batch, bar):
     """
-    Make a Ragged of `arrays` arrays in `folder`: make(numbers) gives those of a few numbers. Killed at any moment, it goes on at the
-    batch where it was, with the same result.
+    Make a Ragged of `arrays` arrays in `folder`: make(numbers) gives those of `batch` numbers, (n_i, width) each, in about["dtype"].
+    Killed at any moment, it goes on at the batch where it was, with the same result. about tells what makes them, and is kept with
+    them: UserError where the folder holds what was made otherwise.
     """
     file, started = lambda name: os.path.join(folder, name), json.dumps(about, sort_keys=True)
     if os.path.exists(file("about.json")):
@@ -1135,25 +1187,25 @@ def fill(folder, about, arrays, make, batch, bar):
     os.makedirs(folder, exist_ok=True)                         # a start by another encoder or dtype is thrown away, a result never
     if not os.path.exists(file("started.json")) or open(file("started.json")).read() != started:
         for name in ("values.bin", "ends.bin"):
-            open(file(name), "wb").close()
+            open(file(name), "wb").close()                     # empty
         replace(file("started.json"), lambda f: f.write(started.encode()))
-    step = about["width"] * TORCH[about["dtype"]].itemsize
+    step = about["width"] * DTYPES[about["dtype"]].itemsize    # bytes in a row
     with open(file("values.bin"), "r+b") as values, open(file("ends.bin"), "r+b") as ends:
         # what is on disk: ends whose values are there too, in whole batches, since an embedding's last bits may depend on its batch
-        done = np.frombuffer(ends.read()[:os.path.getsize(file("ends.bin")) // 8 * 8], np.int64)
+        done = np.frombuffer(ends.read()[:os.path.getsize(file("ends.bin")) // 8 * 8], np.int64)   # whole int64s
         done = done[:np.searchsorted(done, os.path.getsize(file("values.bin")) // step, "right") // batch * batch]
         rows = int(done[-1]) if len(done) else 0
-        values.truncate(rows * step), ends.truncate(8 * len(done))
-        values.seek(0, 2), ends.seek(0, 2)
+        values.truncate(rows * step), ends.truncate(8 * len(done))                 # what lies behind is of a batch that was not finished
+        values.seek(0, 2), ends.seek(0, 2)                     # to their ends
         for first in tqdm(range(len(done), arrays, batch), bar, initial=len(done) // batch, total=-(-arrays // batch), disable=None):
             for part in make(range(first, min(first + batch, arrays))):
                 rows += len(part)
-                values.write(part.contiguous().view(torch.uint8).numpy().tobytes())
+                values.write(part.contiguous().view(torch.uint8).numpy().tobytes())        # as bytes, since numpy has no bf16
                 ends.write(np.int64(rows).tobytes())
-            values.flush(), ends.flush()
-        os.fsync(values.fileno()), os.fsync(ends.fileno())
+            values.flush(), ends.flush()                       # so that a kill loses this batch at most
+        os.fsync(values.fileno()), os.fsync(ends.fileno())     # before about.json vouches for them
     replace(file("about.json"), lambda f: f.write(json.dumps(about | {"arrays": arrays, "rows": rows}).encode()))
-    os.remove(file("started.json"))
+    os.remove(file("started.json"))                            # now about.json tells the same
 
 
 def captions_digest(data):
@@ -1162,13 +1214,13 @@ def captions_digest(data):
 
 
 def encoder_identity(config):
-    """What turns captions into the model's input, as a string that tells two encoders apart; "" for hashed words, which have no file."""
+    """What turns captions into the model's input without a cache, as a string that tells two encoders apart; "" for hashed words."""
     kind = config["encoder"]
     if kind == "words":
         return ""
     if kind.startswith("sentencepiece:"):
         return open_pieces(kind.partition(":")[2], config["text_vocab"])[1]
-    return ", ".join(e.id for e in open_encoders(kind, config["encoder_weights"], "fp32"))
+    return ", ".join(e.id for e in open_encoders(kind, config["encoder_weights"], "fp32"))         # as encode_captions opens them
 
 
 class Embeddings:
@@ -1182,11 +1234,11 @@ class Embeddings:
             if not data.folder or not os.path.exists(os.path.join(folder, "about.json")):
                 raise UserError(f"{data.name} has no embeddings by {name}:{tokens}: {command}" + (", after data.py index" if not data.folder else ""))
             cache = Ragged(folder)
-            if cache.about["captions"] != captions_digest(data):
+            if cache.about["captions"] != captions_digest(data):                   # numbers would mean other captions
                 raise UserError(f"{folder!r} holds embeddings of other captions than the index: delete it and run {command}")
             self.caches.append(cache)
         self.id = ", ".join(c.about["id"] for c in self.caches)
-        widths = tuple(c.width for c in self.caches)
+        widths = tuple(c.width for c in self.caches)           # the core's projections have these
         if widths != config["encoder_width"]:
             raise UserError(f"encoder_width = {config['encoder_width']}: the embeddings of {config['encoder']} are {widths} wide: "
                             "set encoder_width to that")
@@ -1202,7 +1254,7 @@ class Embeddings:
 @functools.lru_cache(2)
 def known_captions(pairs):
     """({caption: number}, Embeddings) of the first 100,000 captions of a data set: previews and scores need no encoder for these."""
-    config = dict(pairs)
+    config = dict(pairs)                                       # pairs: a dict cannot be a key of the cache
     data = open_data(config)
     return {data.text(n): n for n in range(min(100000, len(data.caption_ends) - 1))}, Embeddings(data, config)
 
@@ -1215,25 +1267,22 @@ def embed_known(captions, config):
     lookup, embeddings = known_captions(tuple((k, config[k]) for k in ("data", "encoder", "encoder_width", "encoder_id")))
     if unknown := [c for c in captions if c and c not in lookup]:
         raise UserError(f"{unknown[0]!r} is not among the embedded captions of {config['data']}: {how}")
-    return embeddings([lookup.get(c, -1) for c in captions])
+    return embeddings([lookup.get(c, -1) for c in captions])   # -1: the null caption
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Images <-> numbers
+# Pixels and latents: uint8 <-> x in [-1, 1] <-> what an autoencoder makes of it
 
 
 def to_tensor(images):
     """(B, H, W, 3) uint8 -> x (B, 3, H, W) float in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)     # in place: large batches are bound by memory
+    x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)         # (B, 3, H, W), a view
+    return x.float().div_(127.5).sub_(1)                       # in place: large batches are bound by memory
 
 
 def to_uint8(x):
     """x (B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8, rounded and clamped."""
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Images <-> latents
 
 
 class Blocks:
@@ -1265,7 +1314,7 @@ class Autoencoder:
 
     @torch.no_grad()
     def encode(self, x):
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):     # float32 also where the training pass is in bf16
             return self.vae.encode(x.float()).latent_dist.mode() * self.scale      # (B, 3, H, W) -> (B, c, H/s, W/s)
 
     @torch.no_grad()
@@ -1276,18 +1325,10 @@ class Autoencoder:
 
 @functools.lru_cache(2)
 def read_autoencoder(folder, device):
-    """The AutoencoderKL in a local folder, as diffusers' save_pretrained leaves it. Nothing is downloaded."""
-    if not os.path.isfile(os.path.join(folder, "config.json")):
-        raise UserError(f"no autoencoder in {folder!r}: put a diffusers AutoencoderKL there (config.json and its weights), or set autoencoder = \"\"")
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError:
-        raise UserError("latents need diffusers: pip install diffusers")
-    try:
-        vae = AutoencoderKL.from_pretrained(folder, local_files_only=True, use_safetensors=True,                            # no pickles
-                                            low_cpu_mem_usage=False)               # else it asks for accelerate
-    except Exception as e:                                     # diffusers raises many kinds
-        raise UserError(f"{folder!r} does not open as an AutoencoderKL ({type(e).__name__}: {str(e)[:200]}): take another folder")
+    """The AutoencoderKL in a local folder, as diffusers' save_pretrained leaves it. Nothing is downloaded. UserError if it cannot be had."""
+    kind = need("diffusers", "an autoencoder").AutoencoderKL
+    load = lambda: kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False)      # True asks for accelerate
+    vae = from_folder("autoencoder", folder, "put a diffusers AutoencoderKL there, its weights as .safetensors, or set autoencoder = \"\"", load)
     return vae.float().eval().requires_grad_(False).to(device)
 
 
@@ -1303,32 +1344,30 @@ def open_autoencoder(config, device="cpu"):
         own, opened = {"latent_channels": 3 * c["latent_stride"] ** 2}, Blocks(c["latent_stride"], c["latent_scale"])
     else:
         vae = read_autoencoder(c["autoencoder"], str(device))
-        own = {"latent_channels": vae.config.latent_channels, "latent_stride": 2 ** (len(vae.config.block_out_channels) - 1),
+        own = {"latent_channels": vae.config.latent_channels,
+               "latent_stride": 2 ** (len(vae.config.block_out_channels) - 1),     # each block but the last halves the sides
                "latent_scale": vae.config.scaling_factor}
         opened = Autoencoder(vae, c["latent_scale"])
-    if wrong := [f"{k} = {v}" for k, v in own.items() if c[k] != v]:
+    if wrong := [f"{k} = {v}" for k, v in own.items() if c[k] != v]:               # the model was built, or will be, from the config
         raise UserError(f"the autoencoder {c['autoencoder']!r} has other latents than this config: set {', '.join(wrong)}")
     return opened
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Steps -> batches
-
-
 def latents_folder(data, config):
-    return os.path.join(data.folder or "", f"latents-{config['resolution']}")
+    """Where the latents of a data set lie at this resolution, beside its index; "" where it has none."""
+    return os.path.join(data.folder, f"latents-{config['resolution']}") if data.folder else ""
 
 
 def about_latents(data, config):
-    """What a cache of latents must have been made with."""
+    """What a cache of latents must have been made with: other settings, another autoencoder or other images are refused."""
     c = config
     made_by = digest_of(c["autoencoder"]) if os.path.isdir(c["autoencoder"]) else c["autoencoder"]
     return {k: c[k] for k in ("resolution", "aspects", "resize", "latent_channels", "latent_stride", "latent_scale")} | {
-        "id": made_by, "data": data.fingerprint, "width": 1}
+        "id": made_by, "data": data.fingerprint, "width": 1}   # width 1: images of different buckets have no row in common
 
 
 class Latents:
-    """The cache that `data.py embed --vae` made: read like images, one centred view of each."""
+    """The cache that `data.py embed --vae` made: viewed as images are, one centred view of each. UserError where it does not fit the config."""
 
     def __init__(self, data, config):
         self.cache, want = Ragged(latents_folder(data, config)), about_latents(data, config)
@@ -1341,11 +1380,16 @@ class Latents:
 
     def view(self, i, height, width, draws, rule):
         """(c, H/s, W/s) float, and top and left of the crop that was encoded."""
-        z = self.cache[i]
+        z = self.cache[i]                                      # (c H/s W/s, 1)
         if not len(z):
             raise Unfit("its latents could not be made")
         w, h = covering(self.data.size(i), height, width, rule)
+        # top and left as Indexed.view rounds them for draws of 0.5
         return z.view(-1, height // self.stride, width // self.stride), (h - height + 1) // 2, (w - width + 1) // 2
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Batches: which samples make up the batch of a step, in which bucket, and how each is cropped, mirrored, recoloured and captioned
 
 
 def bucket_sizes(config):
@@ -1357,14 +1401,16 @@ def bucket_sizes(config):
     side, aspects = config["resolution"], config["aspects"]
     if not aspects:
         return [(side, side)]
-    token = config["patch"] * (config["latent_stride"] if config["autoencoder"] else 1) if config["shell"] == "patch" else side / config["grid"]
+    pixels = config["latent_stride"] if config["autoencoder"] else 1               # per latent and side
+    token = config["patch"] * pixels if config["shell"] == "patch" else side / config["grid"]      # px; other shells grow with the resolution
+    sizes = []
     if rule := re.fullmatch(r"every (\d+)", aspects):
         step = max(1, int(rule[1]))
-        pairs = [(side * side // long // step * step, long) for long in range(side, 2 * side + 1, step)]
-        sizes = sorted({p for short, long in pairs if short for p in ((short, long), (long, short))})
+        pairs = [(side * side // long // step * step, long) for long in range(side, 2 * side + 1, step)]   # (short, long), rounded down
+        sizes = sorted({p for short, long in pairs if short for p in ((short, long), (long, short))})      # wide and tall
     elif re.fullmatch(r"\d+x\d+(, *\d+x\d+)*", aspects):
         sizes = [tuple(map(int, part.split("x"))) for part in aspects.split(",")]
-    else:
+    if not sizes:                                              # neither, or a step above the resolution
         raise UserError(f"aspects = {aspects!r}: write HxW,HxW,... or every N, such as 1024x1024,768x1376,1376x768 or every 64")
     for h, w in sizes:
         if not h * w or h % token or w % token:
@@ -1373,7 +1419,7 @@ def bucket_sizes(config):
 
 
 def nearest_bucket(sizes, images):
-    """For each image (n, 2) of (width, height) the number of the bucket of nearest aspect ratio, in logarithms: int16 (n,)."""
+    """For each image, (n, 2) of (width, height), the number in `sizes` of the bucket of nearest aspect ratio: int16 (n,)."""
     aspect = np.log(images[:, 0] / images[:, 1])               # in logarithms 2:1 is as far from 1:1 as 1:2 is
     best, where = np.full(len(images), np.inf), np.zeros(len(images), np.int16)
     for k, (h, w) in enumerate(sizes):                         # one at a time: memory does not grow with the number of buckets
@@ -1386,8 +1432,9 @@ def nearest_bucket(sizes, images):
 class Batches(torch.utils.data.Dataset):
     """
     Item `step` is the batch of that step: x (b, 3, H, W), or latents (b, c, h, w) where `latents` is set; text (b, L), or (b, L, E) of
-    cached embeddings; and size (b, 6): original height and width, top and left of the crop in the resized image, target height and
-    width in pixels (SDXL, Sec. 2.2). Of `world` devices, device `rank` gets the rank-th share of its rows.
+    cached embeddings; and size (b, 6) float: original height and width, top and left of the crop in the resized image, target height
+    and width in pixels (SDXL, Sec. 2.2). Of `world` devices, device `rank` gets the rank-th share of its rows. `filtered` leaves out
+    images that are smaller than the target. Raises UserError where fewer than a batch are left.
 
     Every batch is of one bucket, the same on every device. After r rounds through the data a bucket of n images has had
     floor(r n / batch) batches, in an order shuffled anew in each round: what a round leaves over is carried into the next, so nothing
@@ -1396,14 +1443,14 @@ class Batches(torch.utils.data.Dataset):
 
     def __init__(self, data, config, filtered, rank=0, world=1):
         self.data, self.config, c = data, config, config
-        share = c["batch"] // world
+        share = c["batch"] // world                            # b
         self.rows = slice(rank * share, (rank + 1) * share)
-        self.sizes, images = bucket_sizes(c), data.all_sizes()                     # (n, 2)
-        self.bucket = nearest_bucket(self.sizes, images)
-        target = np.array(self.sizes, np.int32)[self.bucket][:, ::-1]              # (n, 2)
+        self.sizes, images = bucket_sizes(c), data.all_sizes()                     # [(H, W)], (n, 2)
+        self.bucket = nearest_bucket(self.sizes, images)       # (n,)
+        target = np.array(self.sizes, np.int32)[self.bucket][:, ::-1]              # (n, 2), width first as in images
         large = (images >= target).all(1)                      # both sides: keep what is at least as large as the target (Sec. 3.3)
         kept = large if filtered and not c["upscale"] else np.ones(len(images), bool)
-        self.usable, self.removed = np.flatnonzero(kept), 1 - kept.mean()
+        self.usable, self.removed = np.flatnonzero(kept), 1 - kept.mean()          # numbers of images; a share
         self.members = [np.flatnonzero(kept & (self.bucket == k)).astype(np.int32) for k in range(len(self.sizes))]
         if not len(self.usable):
             raise UserError(f"none of {len(data)} images is {c['resolution']} px or more on both sides: "
@@ -1413,27 +1460,28 @@ class Batches(torch.utils.data.Dataset):
         self.orders = {}                                       # {(bucket, epoch): its samples in order}
         real = isinstance(data, Indexed)
         self.embeddings = Embeddings(data, c) if real and is_frozen(c["encoder"]) else None
+        # without a cache train.py encodes each batch anew
         self.latents = Latents(data, c) if real and c["autoencoder"] and os.path.exists(latents_folder(data, c)) else None
 
     def __len__(self):
         return self.config["steps"]
 
     def __getitem__(self, step):
-        rows = [self.sample(epoch, i, self.latents) for epoch, i in self.pairs(step)[self.rows]]
+        rows = [self.sample(epoch, i, self.latents) for epoch, i in self.pairs(step)[self.rows]]   # only this device's are read
         images, captions, sizes, numbers = zip(*rows)
         x = torch.stack(images) if self.latents else to_tensor(np.stack(images))   # (b, C, H, W)
         text = self.embeddings(numbers) if self.embeddings else encode_captions(captions, self.config)
         return x, text, torch.tensor(sizes, dtype=torch.float32)
 
     def bucket_at(self, step):
-        """(bucket, how many batches of it came before) of a step."""
-        batch, made = self.config["batch"], lambda r: np.array([r * len(m) // batch for m in self.members])
+        """(bucket, how many batches of it came before) of a step. A round goes through as many images as there are, whatever their buckets."""
+        batch, made = self.config["batch"], lambda r: np.array([r * len(m) // batch for m in self.members])        # batches after r rounds
         r = step * batch // len(self.usable)                   # this many rounds have at most `step` batches
         while made(r + 1).sum() <= step:
             r += 1
         before, now = made(r), made(r + 1)
         order = np.repeat(np.arange(len(before)), now - before)                    # this round's batches by bucket, to be shuffled
-        order = np.random.default_rng((self.config["seed"], r, 1)).permutation(order)
+        order = np.random.default_rng((self.config["seed"], r, 1)).permutation(order)      # 1: another stream than that of the samples
         place = step - before.sum()                            # of the step in its round
         bucket = order[place]
         return bucket, int(before[bucket] + (order[:place] == bucket).sum())
@@ -1441,7 +1489,7 @@ class Batches(torch.utils.data.Dataset):
     def order(self, bucket, epoch):
         """The samples of a bucket in this epoch's order. The last two epochs are kept, since a batch may span them."""
         if (bucket, epoch) not in self.orders:
-            self.orders = {(b, e): o for (b, e), o in self.orders.items() if b != bucket or abs(e - epoch) < 2}
+            self.orders = {(b, e): o for (b, e), o in self.orders.items() if b != bucket or abs(e - epoch) < 2}    # 4 bytes an image, each
             self.orders[bucket, epoch] = np.random.default_rng((self.config["seed"], epoch)).permutation(self.members[bucket])
         return self.orders[bucket, epoch]
 
@@ -1455,29 +1503,30 @@ class Batches(torch.utils.data.Dataset):
     def sample(self, epoch, i, source=None):
         """
         (image (H, W, 3) uint8, caption, row of size, number of the caption or -1) of sample i in this epoch: crop, flip, jitter and
-        caption are functions of (seed, epoch, i). With a source of latents, the image is (c, h, w) float.
+        caption are functions of (seed, epoch, i). From Latents as source, the image is (c, h, w) float. Raises UserError if no image is left.
         """
         c, source = self.config, source or self.data
         x, y, flip, drop, which, long, *jitter = uniforms(c["seed"], (epoch + 1 << 40) + i, 9)       # always nine: a key changes none of the others
         height, width = self.sizes[self.bucket[i]]
-        i, (image, top, left) = self.readable(source, i, height, width, (x, y))
+        i, (image, top, left) = self.readable(source, i, height, width, (x, y))    # i, or what stands in for it
         w, h = self.data.size(i)
         if c["flip"] and flip < 0.5:
             image, left = image[:, ::-1], covering((w, h), height, width, c["resize"])[0] - width - left        # from the other side
         if c["jitter"]:
             image = jittered(image, jitter, c["jitter"])
+        # no caption at times: guidance needs the model without one too (Ho and Salimans)
         number = -1 if drop < c["caption_dropout"] else self.data.choose(i, which, long < c["long_captions"])
         return image, self.data.text(number), (h, w, top, left, height, width), number
 
     def readable(self, source, i, height, width, draws):
         """(i, view). What cannot be decoded is named, and its successor in the same bucket stands in."""
         peers = self.members[self.bucket[i]]
-        at = int(np.searchsorted(peers, i))
+        at = int(np.searchsorted(peers, i))                    # members are in ascending order
         for j in itertools.chain([i], (int(peers[(at + k) % len(peers)]) for k in range(1, len(peers)))):
             try:
                 return j, source.view(j, height, width, draws, self.config["resize"])
-            except (OSError, ValueError, SyntaxError, Unfit) as e:                 # pillow's kinds, and ours
-                if j not in self.data.unreadable:
+            except (OSError, Unfit) as e:
+                if j not in self.data.unreadable:              # said once by each worker
                     print(f"skipped {self.data.where(j)}: {e}", file=sys.stderr)
                 self.data.unreadable.add(j)
         raise UserError(f"no image of {self.data.name} can be decoded: the lines above name them")
@@ -1504,7 +1553,7 @@ class Batches(torch.utils.data.Dataset):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Pictures to look at
+# Pictures to look at: PNG files, grids of images, images with their captions
 
 
 def write_png(path, image):
@@ -1513,17 +1562,16 @@ def write_png(path, image):
     rows = np.concatenate([np.zeros((h, 1), np.uint8), image.reshape(h, w * 3)], 1).tobytes()    # filter type 0 before each row
     chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
     head = struct.pack(">IIBBBBB", w, h, 8, 2, 0, 0, 0)        # 8 bits, RGB
-    with open(path + ".part", "wb") as f:
-        f.write(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
-    os.replace(path + ".part", path)
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    replace(path, lambda f: f.write(b"\x89PNG\r\n\x1a\n" + body))
 
 
 def grid(images, columns, pad=2, least=64):
-    """(B, H, W, 3) -> one picture, rows of `columns`, small images enlarged by whole pixels to about `least` px."""
+    """(B, H, W, 3) uint8 -> one picture (h, w, 3), rows of `columns`, small images enlarged by whole pixels to about `least` px."""
     images = np.asarray(images)
     zoom = max(1, least // images.shape[1])
     images = images.repeat(zoom, 1).repeat(zoom, 2)
-    rows = -(-len(images) // columns)
+    rows = -(-len(images) // columns)                          # rounded up
     h, w = images.shape[1] + pad, images.shape[2] + pad
     sheet = np.full((rows * h + pad, columns * w + pad, 3), 255, np.uint8)
     for k, image in enumerate(images):
@@ -1534,11 +1582,11 @@ def grid(images, columns, pad=2, least=64):
 
 def sheet(images, captions, columns=4, cell=256):
     """(B, H, W, 3) uint8 and their captions -> one picture (h, w, 3) with each caption beneath its image. Needs pillow."""
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw, ImageFont                # not need(): show goes on without
     font, zoom = ImageFont.load_default(13), max(1, cell // images[0].shape[1])
     height, width = zoom * images[0].shape[0], zoom * images[0].shape[1]
-    lines = [textwrap.wrap(c, max(8, width // 7))[:6] or ["(null caption)"] for c in captions]
-    step = height + 16 * max(map(len, lines)) + 12
+    lines = [textwrap.wrap(c, max(8, width // 7))[:6] or ["(null caption)"] for c in captions]     # a letter is about 7 px wide
+    step = height + 16 * max(map(len, lines)) + 12             # px from row to row
     picture = Image.new("RGB", (columns * (width + 8), -(-len(images) // columns) * step), "white")
     for k, (image, text) in enumerate(zip(images, lines)):
         left, top = k % columns * (width + 8) + 4, k // columns * step + 4
@@ -1548,19 +1596,19 @@ def sheet(images, captions, columns=4, cell=256):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# python data.py index|embed|vocabulary|show|stats|check
+# Commands: python data.py index|check|show|stats|vocabulary|embed. Each takes (args, config): the flags of main, and a config's dict
 
 
 def index(args, config):
     """Scan, tell, and write the index beside the data or to --to."""
-    begin, folder = time.perf_counter(), args.to or index_folder(args.path)
+    begin, folder = time.perf_counter(), args.to or index_folder(args.path)        # seconds
     data, bad = scan(args.path, config["workers"])
     report = data.head["report"]
     print("\n".join(data.table()))
     if args.json:
-        named = report | {"captions": {k: report["captions"][k] for k in ("missing", "empty", "truncated")}}
+        named = report | {"captions": {k: report["captions"][k] for k in ("missing", "empty", "truncated")}}       # what is promised, no more
         replace(args.json, lambda f: f.write(json.dumps(named).encode()))
-    require(data, bad, args.allow.split(","))
+    require(data, bad, args.allow.split(","))                  # after the table, which tells more than the refusal
     write_index(folder, data, bad)
     print(f"{folder}: {len(data)} images indexed in {time.perf_counter() - begin:.1f} s; bad.tsv there names what was not. "
           f"Train on it: python train.py --data {args.to or args.path}")
@@ -1572,18 +1620,18 @@ def check(args, config):
     print("\n".join(data.table()) if isinstance(data, Indexed) else f"{len(data)} scenes")
     if not len(data):
         return
-    lengths = np.array([len(words(data.caption(i))) for i in range(min(len(data), 10000))])
+    lengths = np.array([len(words(data.caption(i))) for i in range(min(len(data), 10000))])        # enough for a share
     print(f"captions of {lengths.mean():.1f} words; {np.mean(lengths > config['text_length']):.1%} are cut at text_length = {config['text_length']}")
-    least = data.all_sizes().min(1)
+    least = data.all_sizes().min(1)                            # (n,), the short sides
     for resolution in 16, 32, 64, 128, 256, 512, 1024:
         print(f"{resolution:5d} px keeps {np.mean(least >= resolution):7.1%}")
 
 
 def show(args, config):
     """A contact sheet of step 0's batch after all transforms, captions beneath; without pillow they go to the terminal alone."""
-    data, config = open_data(config), config | {"encoder": "words", "autoencoder": ""}
+    data, config = open_data(config), config | {"encoder": "words", "autoencoder": ""}             # pixels and captions, not what models read
     usable = len(Batches(data, config | {"batch": 1}, filtered=True).usable)
-    batches = Batches(data, config | {"batch": min(config["batch"], usable)}, filtered=True)
+    batches = Batches(data, config | {"batch": min(config["batch"], usable)}, filtered=True)       # a few images are worth a look too
     rows = [(i, *batches.sample(epoch, i)) for epoch, i in batches.pairs(0)]
     for i, image, caption, size, _ in rows:
         print(f"{i:8d}  {size[1]}x{size[0]} px, crop at {size[3]},{size[2]}  {caption or '(null caption)'}")
@@ -1597,7 +1645,7 @@ def show(args, config):
     print(f"{args.to or 'sheet.png'}: {len(images)} images of {w}x{h} px, in the order above\n{batches.summary()}")
 
 
-FUNCTION = frozenset("""a about above across after against all along also although am among an and another any are around as at away back be because been
+FUNCTION_WORDS = frozenset("""a about above across after against all along also although am among an and another any are around as at away back be because been
 before behind being below beneath beside between beyond both but by can could did do does doing down during each either else every few for from had
 has have left right having he her hers him his how i if in inside into is it its itself just let like many may me might more most much must my near neither no
 nor not of off on once one only onto or other our out outside over own per s same she should since so some such t than that the their them then there
@@ -1613,12 +1661,12 @@ def nouns(caption):
     -ly, -ing and -ed, are passed over. "Painting" and the first half of "stone church" are lost to that, and some verbs are counted.
     """
     found, last = [], None
-    for word in words(caption) + ["."]:
-        if re.fullmatch(r"\w*[aeiouy]\w+(ly|ing|ed)", word):
+    for word in words(caption) + ["."]:                        # the stop ends the last run
+        if re.fullmatch(r"\w*[aeiouy]\w+(ly|ing|ed)", word):  # with a vowel before the ending: not ring, fly, red
             continue
-        if word.isalpha() and word not in FUNCTION:
+        if word.isalpha() and word not in FUNCTION_WORDS:
             last = word
-        elif last:
+        elif last:                                             # a run ends here
             found, last = found + [last], None
     return found
 
@@ -1626,23 +1674,23 @@ def nouns(caption):
 def stats(args, config):
     """The columns of PixArt-Sigma's Table 1: valid distinct nouns (in more than 10 captions' nouns), distinct nouns, all nouns, words per caption."""
     data, kinds = open_data(config), {}
-    for i in tqdm(range(len(data)), "stats", disable=None):
+    for i in tqdm(range(len(data)), "stats", disable=None):    # kinds: {"raw": captions, "long": captions}, one of each for an image
         for long in (False, True):
             number = data.choose(i, 0.0, long)
-            if number >= 0 and (not long or number != data.choose(i)):
+            if number >= 0 and (not long or number != data.choose(i)):             # long ones that stand in for missing raw ones count once
                 kinds.setdefault("long" if long else "raw", []).append(data.text(number))
     print("caption   volume        VN        DN   total noun     ACL  average/img     (nouns by rule, without a tagger: see data.nouns)")
     for kind, captions in kinds.items():
         counts = Counter(n for c in captions for n in nouns(c))
         length = sum(len(words(c)) for c in captions) / len(captions)
-        valid, total = sum(v > 10 for v in counts.values()), counts.total()
+        valid, total = sum(v > 10 for v in counts.values()), counts.total()        # VN: distinct nouns that are no slips of the pen
         print(f"{kind:7s} {len(captions):8d} {valid:9d} {len(counts):9d} {total:12d} {length:7.1f} {total / len(captions):12.1f}")
 
 
 def vocabulary(args, config):
     """Train a SentencePiece model on all captions (unigram, `--size` pieces at most; PixelGen-V2, Visual Foundation Model: 32,000)."""
     library, data, model = need("sentencepiece", "a vocabulary"), open_data(config), io.BytesIO()
-    count = len(data.caption_ends) - 1 if isinstance(data, Indexed) else len(data)
+    count = len(data.caption_ends) - 1 if isinstance(data, Indexed) else len(data)                 # of captions; a scene has one
     library.SentencePieceTrainer.train(sentence_iterator=(data.text(n) for n in tqdm(range(count), "captions", disable=None)), model_writer=model,
                                        vocab_size=args.size, hard_vocab_limit=False, input_sentence_size=10 ** 7, shuffle_input_sentence=True, minloglevel=2)
     to = args.to or "captions.model"
@@ -1656,7 +1704,7 @@ def embed(args, config):
     data = open_data(config)
     if not isinstance(data, Indexed) or not data.folder:
         raise UserError(f"{args.path!r} has no index, beside which embeddings are kept: python data.py index {args.path}")
-    if not args.encoder and not args.vae:
+    if not args.encoder and not args.vae:                      # both in one go are fine
         raise UserError("nothing to embed with: give --encoder t5-xxl:128 --weights FOLDER, or --vae FOLDER")
     if args.vae:
         embed_images(data, args, config | {"autoencoder": args.vae})
@@ -1675,19 +1723,18 @@ def room(folder, size, what):
 def embed_captions(data, args, config, encoder):
     """All captions by one encoder, real tokens only. Refuses a caption whose embedding is not finite."""
     count = len(data.caption_ends) - 1
-    some = [data.text(int(n)) for n in np.unique(np.linspace(0, count - 1, 1000).astype(int))] if count else []
-    mean = encoder.count(some) if some else 0.0
+    mean = encoder.count([data.text(int(n)) for n in spaced(count, 1000)]) if count else 0.0       # tokens, of a sample
     about = {"id": encoder.id, "captions": captions_digest(data), "width": encoder.width, "dtype": args.dtype}
-    room(data.folder, count * mean * encoder.width * TORCH[args.dtype].itemsize,
+    room(data.folder, count * mean * encoder.width * DTYPES[args.dtype].itemsize,
          f"{encoder.id}: {count} captions of {mean:.1f} tokens on average, at most {encoder.tokens}, {encoder.width} wide")
 
     def make(numbers):
         rows = encoder([data.text(n) for n in numbers])
         for n, row in zip(numbers, rows):
-            if row.ndim != 2 or row.shape[1] != encoder.width or len(row) > encoder.tokens or not row.isfinite().all():
-                raise UserError(f"{encoder.name} gives {tuple(row.shape)} with values that are not finite for caption {n}, {data.text(n)[:60]!r}: "
+            if row.shape[1:] != (encoder.width,) or len(row) > encoder.tokens or not row.isfinite().all():
+                raise UserError(f"{encoder.name} gives {tuple(row.shape)}, or values that are not finite for caption {n}, {data.text(n)[:60]!r}: "
                                 "try --dtype fp32, or check its weights")
-        return [row.to(TORCH[args.dtype]) for row in rows]
+        return [row.to(DTYPES[args.dtype]) for row in rows]
     fill(os.path.join(data.folder, f"{encoder.name}-{encoder.tokens}"), about, count, make, config["batch"], encoder.name)
 
 
@@ -1695,22 +1742,22 @@ def embed_images(data, args, config):
     """Latents of one centred view of each image, in its bucket's size. What cannot be decoded leaves an empty array."""
     c, sizes = config, bucket_sizes(config)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    vae, bucket = open_autoencoder(c, device), nearest_bucket(sizes, data.all_sizes())
-    area = np.mean([h * w for h, w in sizes]) / c["latent_stride"] ** 2
-    room(data.folder, len(data) * c["latent_channels"] * area * TORCH[args.dtype].itemsize, f"latents of {len(data)} images")
+    vae, bucket = open_autoencoder(c, device), nearest_bucket(sizes, data.all_sizes())             # buckets as in Batches
+    area = np.mean([h * w for h, w in sizes]) / c["latent_stride"] ** 2            # latents per channel
+    room(data.folder, len(data) * c["latent_channels"] * area * DTYPES[args.dtype].itemsize, f"latents of {len(data)} images")
 
     def make(numbers):
         rows = []
         for i in numbers:
             try:
-                image, _, _ = data.view(i, *sizes[bucket[i]], (0.5, 0.5), c["resize"])
-                z = vae.encode(to_tensor(np.stack([image])).to(device)).cpu()
-            except (OSError, ValueError, SyntaxError, Unfit) as e:
+                image, _, _ = data.view(i, *sizes[bucket[i]], (0.5, 0.5), c["resize"])             # (H, W, 3), the middle
+                z = vae.encode(to_tensor(np.stack([image])).to(device)).cpu()  # (1, c, H/s, W/s)
+            except (OSError, Unfit) as e:
                 print(f"skipped {data.where(i)}: {e}", file=sys.stderr)
-                z = torch.zeros(0)
+                z = torch.zeros(0)                             # Latents.view passes over it
             if not z.isfinite().all():
                 raise UserError(f"the latents of {data.where(i)} are not finite: try --dtype fp32, or check the autoencoder")
-            rows.append(z.reshape(-1, 1).to(TORCH[args.dtype]))
+            rows.append(z.reshape(-1, 1).to(DTYPES[args.dtype]))                   # (c H/s W/s, 1): see about_latents
         return rows
     fill(latents_folder(data, c), about_latents(data, c) | {"dtype": args.dtype}, len(data), make, config["batch"], "latents")
 
@@ -1718,8 +1765,8 @@ def embed_images(data, args, config):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog="any key of configs.txt is a flag too, as --resolution 256")
-    parser.add_argument("command", choices=["index", "embed", "vocabulary", "show", "stats", "check"])
-    parser.add_argument("path", help="a folder of images or of tar shards, one .tar, an index, or scenes")
+    parser.add_argument("command", choices=["index", "check", "show", "stats", "vocabulary", "embed"])
+    parser.add_argument("path", help="a folder of images or of tar shards, or one .tar; but for index and check also an index, or scenes")
     parser.add_argument("--config", default="toy")
     parser.add_argument("--to", help="index: where it goes, default beside the data; show: the picture; vocabulary: the model")
     parser.add_argument("--json", help="index: also write the table there")
@@ -1727,19 +1774,19 @@ def main():
     parser.add_argument("--encoder", help="embed: such as t5-xxl:128,clip-h:77")
     parser.add_argument("--weights", default="", help="embed: the encoders' local folders, comma-separated")
     parser.add_argument("--vae", help="embed: local folder of an autoencoder, for latents at --resolution")
-    parser.add_argument("--dtype", default="fp32", choices=list(TORCH), help="embed: of the encoder and of what is kept")
+    parser.add_argument("--dtype", default="fp32", choices=list(DTYPES), help="embed: of the encoder and of what is kept")
     parser.add_argument("--size", type=int, default=32000, help="vocabulary: pieces at most")
-    args, rest = parser.parse_known_args()
+    args, rest = parser.parse_known_args()                     # rest: keys of configs.txt, which load_config checks
     if len(rest) % 2 or any(not key.startswith("--") for key in rest[::2]):
         raise UserError(f"cannot read {' '.join(rest)!r}: write --KEY VALUE, as in --resolution 64")
     config = load_config(args.config, "grow", [("data", args.path)] + [(key[2:], value) for key, value in zip(rest[::2], rest[1::2])])
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))    # an exception, so that workers are ended and files closed
     try:
         globals()[args.command](args, config)
     except KeyboardInterrupt:
         print("\nstopped: the same command starts again, embeddings where they were", file=sys.stderr)
         sys.exit(130)
-    except OSError as e:
+    except OSError as e:                                       # what is read is guarded where it is read: this is a full or read-only disk
         print(f"error: {e}: make room or choose a place that can be written with --to", file=sys.stderr)
         sys.exit(4)
 

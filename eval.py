@@ -15,6 +15,9 @@ On `scenes` a judge without learned weights looks at each generated picture (nea
 matching shape) and answers the caption's questions. Beside each score stands its chance level: the same pictures judged
 against other captions. Features named `random` come from a fixed random network: they compare only runs of this repository
 at equal n, and no number made from them is FID. Every result ends with a card that says how it was made.
+
+Where to read: "Metrics" are plain functions that need nothing else of this file. The judge and its questions measure alignment,
+the networks turn images into features, and `evaluate` is where a run's pictures meet all of these. The rest is files and people.
 """
 import argparse
 import base64
@@ -35,8 +38,8 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (Batches, COLOURS, CONTRAST, GROUNDS, IMAGES, SHAPES, Scenes, UserError, describe, distance, encode_captions, open_autoencoder,
-                  open_data, texture_wave, to_tensor, to_uint8, uniforms, write_png)
+from data import (Batches, COLOURS, CONTRAST, GROUNDS, IMAGES, SHAPES, Scenes, UserError, describe, distance, encode_captions, need,
+                  open_autoencoder, open_data, pillow, texture_wave, to_tensor, to_uint8, uniforms, write_png)
 from model import diffusion_loss, load, noise, read_checkpoint
 from sample import SAMPLERS, free_name, sample
 
@@ -51,18 +54,17 @@ def components(mask):
     """
     label = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:
-        p = np.pad(label, 1)                                   # a border of zeros, so that nothing wraps round
-        spread = np.max([p[1:-1, 1:-1], p[:-2, 1:-1], p[2:, 1:-1], p[1:-1, :-2], p[1:-1, 2:]], 0) * mask  # the largest of five
-        spread = spread.ravel()[spread - 1] * mask             # number k names pixel k - 1
-        if (spread == label).all():                            # each region now has one number, its largest
+        reached = neighbourhood(label).max(0) * mask           # the largest of five
+        reached = reached.ravel()[reached - 1] * mask          # number k names pixel k - 1; outside, any pixel times 0
+        if (reached == label).all():                           # each region now has one number, its largest
             return label
-        label = spread
+        label = reached
 
 
-def neighbourhood(mask):
-    """(5, H, W): the mask and its four shifts. all(0) erodes by a pixel, any(0) dilates."""
-    p = np.pad(mask, 1)
-    return np.stack([mask, p[:-2, 1:-1], p[2:, 1:-1], p[1:-1, :-2], p[1:-1, 2:]])
+def neighbourhood(x):
+    """(H, W) -> (5, H, W): x and its four shifts, zeros beyond the border. Of a mask, all(0) erodes by a pixel and any(0) dilates."""
+    p = np.pad(x, 1)
+    return np.stack([x, p[:-2, 1:-1], p[2:, 1:-1], p[1:-1, :-2], p[1:-1, 2:]])
 
 
 @functools.lru_cache(20000)
@@ -126,10 +128,11 @@ def matches(group, thing, middle):
             thing["texture"] == group["texture"]]
 
 
-def answers(scene, ground, objects, middle):
+def judge_answers(scene, ground, objects, middle):
     """
     The caption's questions and the judge's answers: a list of (category, parents, 0 or 1), parents being places in the list.
     Each group of the caption is answered by an object of its own, the assignment that answers most: shape first.
+    A group is what a caption says once, such as "two small red circles"; scene is that of Scenes.scene, the rest from `look`.
     """
     groups, axis = scene["groups"], 1 if scene["relation"] == "above" else 0
     in_order = lambda one, two: one["centre"][axis] < two["centre"][axis]          # one lies left of two, or above it
@@ -159,7 +162,7 @@ def questions_score(scenes, seen, middle):
     """
     prompts = []
     for scene, (ground, objects) in zip(scenes, seen):
-        asked = list(enumerate(answers(scene, ground, objects, middle), 1))        # ids from 1: 0 is the root
+        asked = list(enumerate(judge_answers(scene, ground, objects, middle), 1))  # ids from 1: 0 is the root
         prompts.append({"answers": {i: answer for i, (_, _, answer) in asked}, "categories": {i: c for i, (c, _, _) in asked},
                         "parents": {i: [p + 1 for p in parents] for i, (_, parents, _) in asked}})
     score = dsg_corpus(prompts)
@@ -167,16 +170,14 @@ def questions_score(scenes, seen, middle):
     return {c: score.get(c, float("nan")) for c in order} | {"dsg": score["overall"]}
 
 
-def with_chance(world, scenes, seen):
-    """questions_score of what `look` saw for these scenes, with chance_dsg: the same pictures, each with another caption."""
+def judge(world, scenes, seen):
+    """
+    questions_score of what `look` saw in the pictures of these scenes, with chance_dsg: the same pictures, each judged by the
+    next one's caption. A model that ignores its caption scores chance_dsg, which lies far above 0.
+    """
     middle = sum(world.diameters.values()) / 2                 # parts small from large
     score = questions_score(scenes, seen, middle)
     return score | {"chance_dsg": questions_score(scenes[1:] + scenes[:1], seen, middle)["dsg"]}
-
-
-def judge(world, scenes, images):
-    """with_chance of (n, H, W, 3) uint8 images for their scenes."""
-    return with_chance(world, scenes, [look(image, world.cycles) for image in images])
 
 
 def counting(scenes, seen):
@@ -193,7 +194,18 @@ def counting(scenes, seen):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Metrics on features (n, D), answers or logits. All compute in float64, check their input first and raise ValueError.
+# Metrics on features (n, D), answers or logits. All compute in float64, check their input first and raise ValueError. Features are
+# what a network that was trained for something else makes of an image: pixels compared one by one would not tell like from unlike.
+#
+#   metric              what it asks                                                better   mind
+#   frechet_distance    have both sets one mean and one covariance?                 lower    biased upward as 1 / n: compare at equal n only
+#   mmd, kid            ... one mean of all products of up to three features?       lower    unbiased, so it may be negative
+#   cmmd                ... one distribution, seen through a kernel of width 10?    lower    also on few images; biased by about 10 / n
+#   precision_recall    is each fake near a real one; is each real near a fake?     higher   (real, fake): the other order swaps the two
+#   prdc                the same by counts, which an outlier moves less             higher   may exceed 1 (density)
+#   clip_score          does each image lie where its caption lies?                 higher   31, 0.31 and 0.78 are one result on three scales
+#   inception_score     is each image of one class, all together of many?           higher   never looks at real images
+#   dsg_score           which of the caption's questions does the picture answer?   higher   as good as whoever answers
 
 BLOCK = 2048                                                   # rows at a time: 2048 x 2048 pairs are 34 MB, however many rows
 
@@ -247,8 +259,9 @@ def pair_sum(kernel, x, y):
 
 def mmd(x, y):
     """
-    Unbiased squared MMD with the cubic kernel (x.y / D + 1)^3 over all rows at once: what kid's mean estimates (Binkowski et
-    al. 2018, eq. 4). x (n, D), y (m, D). It may be negative, and is for equal sets: pairs of a row with itself are left out.
+    Unbiased squared MMD, mean k(x, x') + mean k(y, y') - 2 mean k(x, y), with the cubic kernel k = (x.y / D + 1)^3 over all rows at
+    once: what kid's mean estimates (Binkowski et al. 2018, eq. 4). x (n, D), y (m, D). It may be negative, and is for equal
+    sets: pairs of a row with itself are left out.
     """
     check(x, y, least=2)
     kernel = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3      # (p, q)
@@ -438,7 +451,7 @@ def random_features(images, seed=0):
 def file_hash(path):
     """sha256 of a file, or of the weights in a folder, one after the other; None where there are none."""
     inside = lambda ending: sorted(glob.glob(os.path.join(glob.escape(path), ending)))  # weights alone: notes may change
-    files = inside("*.safetensors") or inside("*.bin") if os.path.isdir(path) else glob.glob(glob.escape(path))
+    files = inside("*.safetensors") or inside("*.bin") if os.path.isdir(path) else [path] if os.path.exists(path) else []
     digest = hashlib.sha256()
     for file in files:
         with open(file, "rb") as f:
@@ -458,16 +471,29 @@ OF_CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.275777
 
 
 def open_network(name, weights, device):
-    """(features, card): a function from (n, H, W, 3) uint8 to (n, D), and what must be said about it."""
+    """
+    (features, about): a function from (n, H, W, 3) uint8 to (n, D), and what the card must say about it. `weights` is a local
+    file or folder; UserError where it is absent, of another network, or lacks a tensor. `logits` are those of `inception`.
+    """
     if name == "random":
-        digest = hashlib.sha256(b"".join(w.numpy().tobytes() for w in random_layers())).hexdigest()  # so that a new torch with new draws is noticed
-        return random_features, {"network": "random: three convolutions, seed 0", "sha256": digest, "resize": "none", "range": "[-1, 1]"}
+        drawn = hashlib.sha256(b"".join(w.numpy().tobytes() for w in random_layers())).hexdigest()   # so that a new torch with new draws is noticed
+        return random_features, {"network": "random: three convolutions, seed 0", "sha256": drawn, "resize": "none", "range": "[-1, 1]"}
     kind = {"logits": "inception", "dino": "dinov2"}.get(name, name)               # whose weights
-    if not weights or not file_hash(weights):
-        raise UserError(f"--features {name}: no weights at {weights!r}, and nothing is downloaded: put {SOURCES[kind]}")
+    digest = require_weights(f"--features {name}", weights, kind)
     if kind == "inception":
-        return open_inception(weights, device, logits=name == "logits")
-    return {"dino": open_dino, "clip": open_clip}[name](weights, device)
+        if digest != INCEPTION:                                # torchvision's Inception, for one, gives other numbers
+            raise UserError(f"{weights!r} is not the network of FID, sha256 {INCEPTION}: put {SOURCES[kind]}")
+        features, about = open_inception(weights, device, logits=name == "logits")
+    else:
+        features, about = {"dino": open_dino, "clip": open_clip}[name](weights, device)
+    return features, about | {"sha256": digest}
+
+
+def require_weights(flag, weights, kind):
+    """The hash of weights that exist; else a UserError that says what to put where."""
+    if digest := weights and file_hash(weights):
+        return digest
+    raise UserError(f"{flag}: no weights at {weights!r}, and nothing is downloaded: put {SOURCES[kind]}")
 
 
 def open_inception(weights, device, logits=False):
@@ -475,23 +501,18 @@ def open_inception(weights, device, logits=False):
     The 2048 pooled features of FID; or the 1008 logits of the Inception score, without bias as the first code had them. The
     file's own output is softmax, whose logarithm differs from the logits by a constant per row, which the score does not see.
     """
-    if os.path.isdir(weights) or file_hash(weights) != INCEPTION:
-        raise UserError(f"{weights!r} is not the network of FID, sha256 {INCEPTION}: put {SOURCES['inception']}")
     net = torch.jit.load(weights, map_location=device).eval()
     pixels = lambda images: torch.tensor(images).permute(0, 3, 1, 2).to(device)    # (n, 3, H, W) uint8
     pooled = lambda images: net(pixels(images), return_features=True)              # (n, 2048)
-    log_p = lambda images: net(pixels(images), no_output_bias=True).clamp(min=1e-38).log()       # p may underflow to 0
+    log_p = lambda images: net(pixels(images), no_output_bias=True).clamp(min=1e-38).log()       # (n, 1008); p may underflow to 0
     return log_p if logits else pooled, {
-        "network": "inception-2015-12-05", "sha256": INCEPTION, "range": "[0, 255], inside (x - 128) / 128",
+        "network": "inception-2015-12-05", "range": "[0, 255], inside (x - 128) / 128",
         "resize": "inside, to 299: bilinear of TensorFlow 1, no half-pixel centres, no antialias"}
 
 
 def pretrained(kind, wanted, weights, device):
     """A transformers network from a local folder. Refuses one of another type, and one whose file lacks a single weight."""
-    try:
-        import transformers
-    except ImportError:
-        raise UserError(f"a network of type {wanted} needs transformers: pip install transformers")
+    transformers = need("transformers", f"a network of type {wanted}")
     transformers.logging.set_verbosity_error()                 # what matters is checked below
     transformers.logging.disable_progress_bar()
     try:
@@ -506,7 +527,7 @@ def pretrained(kind, wanted, weights, device):
     return net.float().eval().to(device)
 
 
-def squared(images, side, crop):
+def to_square(images, side, crop):
     """(n, H, W, 3) uint8 -> (n, 3, side, side) in whole levels, as pillow makes them: the centre square if `crop`, else squashed."""
     _, h, w, _ = images.shape
     s = min(h, w)                                              # side of the centre square
@@ -516,9 +537,9 @@ def squared(images, side, crop):
 
 
 def normalised(images, side, statistics, crop=False):
-    """squared images with the mean and std that a network was trained with: (n, 3, side, side)."""
+    """to_square, with the mean and std that a network was trained with: (n, 3, side, side)."""
     mean, std = (torch.tensor(s)[:, None, None] for s in statistics)               # (3, 1, 1) each
-    return (squared(images, side, crop) / 255 - mean) / std
+    return (to_square(images, side, crop) / 255 - mean) / std
 
 
 def hub_positions(table, new):
@@ -542,8 +563,7 @@ def open_dino(weights, device, side=224):
     net.embeddings.position_embeddings = torch.nn.Parameter(hub_positions(table.data, side // c.patch_size))
     features = lambda images: net(normalised(images, side, OF_IMAGENET).to(device)).last_hidden_state[:, 0]  # (n, D)
     return features, {"network": f"dinov2, width {c.hidden_size}, {c.num_hidden_layers} layers, patch {c.patch_size} (published: 1024, 24, 14)",
-                      "sha256": file_hash(weights), "resize": f"to {side} squashed, bicubic antialiased, rounded",
-                      "range": "[0, 1], ImageNet mean and std"}
+                      "resize": f"to {side} squashed, bicubic antialiased, rounded", "range": "[0, 1], ImageNet mean and std"}
 
 
 def open_clip(weights, device):
@@ -552,81 +572,62 @@ def open_clip(weights, device):
     gives theirs, cut at 77 tokens, with no words put before them.
     """
     net = pretrained("CLIPModel", "clip", weights, device)
-    c = net.config.vision_config
+    c, tokens = net.config.vision_config, net.config.text_config.max_position_embeddings
 
-    def features(images):
-        if isinstance(images, list):
-            return embed_captions(net, images, weights, device)
-        pixels = normalised(images, c.image_size, OF_CLIP, crop=True).to(device)   # (n, 3, side, side)
-        return F.normalize(net.visual_projection(net.vision_model(pixel_values=pixels).pooler_output), dim=1)      # (n, D)
+    def features(given):
+        if isinstance(given, list):                            # captions; longer ones would raise if they were not cut
+            words = open_tokenizer(weights, "clip")(given, padding="max_length", truncation=True, max_length=tokens, return_tensors="pt")
+            rows = net.text_projection(net.text_model(**words.to(device)).pooler_output)         # (n, D)
+        else:
+            pixels = normalised(given, c.image_size, OF_CLIP, crop=True).to(device)              # (n, 3, side, side)
+            rows = net.visual_projection(net.vision_model(pixel_values=pixels).pooler_output)    # (n, D)
+        return F.normalize(rows, dim=1)
     return features, {"network": f"clip, width {c.hidden_size}, {c.num_hidden_layers} layers, patch {c.patch_size} (published: 1024, 24, 14)",
-                      "sha256": file_hash(weights), "resize": f"centre square to {c.image_size}, bicubic antialiased, rounded",
+                      "resize": f"centre square to {c.image_size}, bicubic antialiased, rounded",
                       "range": "[0, 1], CLIP mean and std", "clip_score": "100 x mean cosine, not clamped, no prefix"}
 
 
 def open_tokenizer(weights, kind):
     """The tokenizer that lies in the same folder as a network's weights."""
-    from transformers import AutoTokenizer
     if not os.path.exists(os.path.join(weights, "tokenizer_config.json")):
         raise UserError(f"{weights!r} lacks the tokenizer, which reading text needs: put {SOURCES[kind]}")
-    return AutoTokenizer.from_pretrained(weights, local_files_only=True)
+    return need("transformers", "reading text").AutoTokenizer.from_pretrained(weights, local_files_only=True)
 
 
-def embed_captions(net, captions, weights, device):
-    """Captions -> (n, D) of length one from the text half of CLIP."""
-    words, rows = open_tokenizer(weights, "clip"), []
-    for start in range(0, len(captions), 64):                  # longer captions are cut: more tokens than positions would raise
-        tokens = words(captions[start:start + 64], padding="max_length", truncation=True,
-                       max_length=net.config.text_config.max_position_embeddings, return_tensors="pt").to(device)
-        rows.append(F.normalize(net.text_projection(net.text_model(**tokens).pooler_output), dim=1))  # (B, D)
-    return torch.cat(rows)
-
-
-DISTANCES = ("fd", "mmd", "kid", "pr", "prdc")                 # metrics that compare two sets of images
-
-
-def distances(real, fake, name, metrics):
-    """{metric_network: value} between two feature sets. fd_inception is FID, fd_dino is FD-DINO; mmd on clip is CMMD."""
-    result, n = {}, min(len(real), len(fake))                  # the smaller set bounds the rank
-    if n <= real.shape[1] and "fd" in metrics:                 # no covariance has full rank then
-        print(f"biased: {n} images for {real.shape[1]} features of {name}; compare such numbers at equal n only")
-    try:
-        if "fd" in metrics:
-            result[f"fd_{name}"] = frechet_distance(*feature_stats(real), *feature_stats(fake))
-        if "mmd" in metrics:
-            result |= {"cmmd": cmmd(real, fake)} if name == "clip" else {f"mmd_{name}": mmd(real, fake)}
-        if "kid" in metrics:
-            result[f"kid_{name}"] = dict(zip(("mean", "std"), kid(real, fake)))
-        if "pr" in metrics:
-            result[f"pr_{name}"] = dict(zip(("precision", "recall"), precision_recall(real, fake)))
-        if "prdc" in metrics:
-            result[f"prdc_{name}"] = prdc(real, fake)
-    except ValueError as e:
-        raise UserError(f"features {name}, {len(real)} and {len(fake)} images: {e}")
-    return result
+DISTANCES = {                                                  # metrics of two sets of features, the real one first
+    "fd": lambda real, fake: frechet_distance(*feature_stats(real), *feature_stats(fake)),
+    "mmd": mmd,
+    "kid": lambda real, fake: dict(zip(("mean", "std"), kid(real, fake))),
+    "pr": lambda real, fake: dict(zip(("precision", "recall"), precision_recall(real, fake))),
+    "prdc": prdc}
 
 
 def needed(networks, metrics):
-    """Those whose features something asks for: the Inception score and the CLIP score need no reference."""
+    """The networks whose features something asks for: the Inception score and the CLIP score need no reference."""
     return {name: network for name, network in networks.items() if set(DISTANCES) & set(metrics) or name in ("logits", "clip")}
 
 
 def compare(reference, fake, metrics, captions=None):
     """
-    All metrics on {network: (n, D)} features of reference and generated images. `logits` stand alone: their rows are shuffled
-    as torch-fidelity does it, for the Inception score's splits must not follow the order of the files.
+    {metric_network: value} of {network: (n, D)} features of reference and generated images; captions (n, D) from CLIP. fd_inception
+    is FID, fd_dino is FD-DINO; mmd on clip is CMMD. `logits` stand alone.
     """
     result = {}
     for name, x in fake.items():
-        if name == "logits":
-            shuffled = x[torch.from_numpy(np.random.RandomState(2020).permutation(len(x)))]
-            if len(x) < 10:                                    # or a split would be empty
-                raise UserError(f"{len(x)} images: the Inception score takes 10 splits, and many more images")
-            result["inception_score"] = dict(zip(("mean", "std"), inception_score(shuffled)))
-        elif set(DISTANCES) & set(metrics):
-            result |= distances(reference[name], x, name, metrics)
-        if name == "clip" and captions is not None:
-            result["clip_score"] = clip_score(x, captions)
+        asked = [metric for metric in DISTANCES if metric in metrics and name != "logits"]
+        if "fd" in asked and min(len(x), len(reference[name])) <= x.shape[1]:      # no covariance has full rank then
+            print(f"biased: {min(len(x), len(reference[name]))} images for {x.shape[1]} features of {name}; compare such numbers at equal n only")
+        try:
+            for metric in asked:
+                key, function = ("cmmd", cmmd) if (metric, name) == ("mmd", "clip") else (f"{metric}_{name}", DISTANCES[metric])
+                result[key] = function(reference[name], x)
+            if name == "logits":                               # shuffled as torch-fidelity does it: splits must not follow the order of files
+                order = torch.from_numpy(np.random.RandomState(2020).permutation(len(x)))
+                result["inception_score"] = dict(zip(("mean", "std"), inception_score(x[order])))
+            if name == "clip" and captions is not None:
+                result["clip_score"] = clip_score(x, captions)
+        except ValueError as why:
+            raise UserError(f"features {name}, {len(x)} images: {why}")
     return result
 
 
@@ -641,7 +642,7 @@ def chunks(n):
     return [range(k, min(k + CHUNK, n)) for k in range(0, n, CHUNK)]
 
 
-def spread(work, jobs, ranks, label=""):
+def on_all_ranks(work, jobs, ranks, label=""):
     """
     [work(job) for job in jobs], every world-th job done here: ranks = (rank, world). Rank 0 gets all results, in order; the
     others get their own. One rank alone touches nothing of torch.distributed.
@@ -654,11 +655,6 @@ def spread(work, jobs, ranks, label=""):
         torch.distributed.gather_object(done, everyone)
         done = {k: part for parts in everyone or [done] for k, part in parts.items()}  # rank 0 has all
     return [done[k] for k in sorted(done)]
-
-
-def joined(parts):
-    """Rows of all chunks, (n, D); None on a rank that had no chunk."""
-    return torch.cat(parts) if parts else None
 
 
 def join_ranks():
@@ -675,28 +671,19 @@ def join_ranks():
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Folders of images, and the features of a reference, kept so that they are computed once
-
-
-def open_pillow():
-    """The library for image files, an extra."""
-    try:
-        import PIL.Image
-    except ImportError:
-        raise UserError("image files need pillow: pip install pillow")
-    return PIL.Image
+# Folders of images, and the features of a reference, kept so that they are computed once. What a file may stand for is checked
+# by hashes: features of another network or of other pixels would give figures that look alike and mean nothing.
 
 
 def list_images(path):
     """The image files under `path`, all readable and of one size (width, height), at least two of them."""
-    pillow = open_pillow()
     files = sorted(f for f in glob.glob(os.path.join(glob.escape(path), "**"), recursive=True) if f.lower().endswith(IMAGES))
     if len(files) < 2:
         raise UserError(f"{len(files)} images under {path!r}: a distance between sets needs at least 2 ({' '.join(IMAGES)})")
     sizes = {}
     for file in files:
         try:
-            with pillow.open(file) as image:
+            with pillow().open(file) as image:
                 sizes.setdefault(image.size, file)             # from the header alone
         except Exception:                                      # pillow raises many kinds on bytes that are no image
             raise UserError(f"{file!r} cannot be read as an image: replace or remove it")
@@ -708,9 +695,8 @@ def list_images(path):
 
 def read_image(file):
     """(H, W, 3) uint8; transparency is dropped, as pytorch-fid does."""
-    pillow = open_pillow()
     try:
-        with pillow.open(file) as image:
+        with pillow().open(file) as image:
             return np.asarray(image.convert("RGB"))            # grey and palette images too
     except Exception as e:
         raise UserError(f"{file!r} breaks off ({e}): replace or remove it")
@@ -720,7 +706,7 @@ def read_image(file):
 def folder_features(files, features, ranks=(0, 1)):
     """(n, D) on the CPU, read and computed a chunk at a time, so that the images need not fit into memory."""
     work = lambda rows: features(np.stack([read_image(files[i]) for i in rows])).cpu()  # (B, D)
-    return joined(spread(work, chunks(len(files)), ranks, "features"))
+    return torch.cat(on_all_ranks(work, chunks(len(files)), ranks, "features") or [torch.zeros(0)])  # of a rank without a chunk: none
 
 
 def fingerprint(files):
@@ -738,7 +724,7 @@ def open_reference(path, networks, ranks=(0, 1)):
     """
     networks = {name: network for name, network in networks.items() if name != "logits"}
     if os.path.isfile(path):
-        kept = {name: read_kept(path, about) for name, (_, about) in networks.items()}
+        kept = {name: read_features(path, about) for name, (_, about) in networks.items()}
         size = next((tuple(k["size"]) for k in kept.values()), None)
         return {name: k["features"] for name, k in kept.items()}, size, f"features kept in {path}, sha256 {file_hash(path)}"
     files, size = list_images(path)
@@ -748,17 +734,17 @@ def open_reference(path, networks, ranks=(0, 1)):
         file = f"{os.path.normpath(path)}.{name}-{digest[:12]}-{images[:12]}.pt"
         if os.path.isfile(file):
             print(f"{name} features of {path} from {file}")
-            features[name] = read_kept(file, about)["features"]
+            features[name] = read_features(file, about)["features"]
             continue
         x = folder_features(files, network, ranks)
         if not ranks[0]:                                       # the other ranks only help to compute
             features[name] = x.float()
-            keep(file, {"features": features[name], "network": about, "size": list(size), "images": images})
+            write_features(file, {"features": features[name], "network": about, "size": list(size), "images": images})
     return features, size, f"{len(files)} images of {path}, {size} px, sha256 {images}"
 
 
-def keep(file, content):
-    """Write it beside the folder, as a whole; a folder that cannot be written next to is no reason to stop."""
+def write_features(file, content):
+    """Write them beside the folder, as a whole; a folder that cannot be written next to is no reason to stop."""
     try:
         torch.save(content, file + ".part")
         os.replace(file + ".part", file)
@@ -766,8 +752,8 @@ def keep(file, content):
         print(f"the features are not kept in {file}: {e}")
 
 
-def read_kept(file, about):
-    """What `keep` wrote, if it was made by this very network in this very way. Nothing in it is executed."""
+def read_features(file, about):
+    """What `write_features` wrote, if it was made by this very network in this very way. Nothing in it is executed."""
     try:
         kept = torch.load(file, weights_only=True)             # which runs no code
         check(kept["features"], least=2)
@@ -814,7 +800,7 @@ def held_out_task(config, n):
     see = lambda image, i: look(image, world.cycles) if judged else None           # (ground, objects)
 
     def score(seen, metrics):
-        result = {"questions": with_chance(world, scenes, seen)} if judged and "questions" in metrics else {}
+        result = {"questions": judge(world, scenes, seen)} if judged and "questions" in metrics else {}
         return result | ({"counting": counting(scenes, seen)} if judged and "counting" in metrics else {})
     return [world.caption(i % len(world)) for i in range(n)], numbered(n), see, score
 
@@ -836,13 +822,16 @@ def prompts_task(file):
     return captions, numbered(len(captions)), lambda image, i: None, lambda seen, metrics: {}
 
 
-def keeping(task, folder, ranks=(0, 1)):
+def with_kept_pictures(task, folder, ranks=(0, 1)):
     """The task, with every picture kept as folder/NAME.png when it is seen, for other programs to look at."""
     captions, names, see, score = task
     os.makedirs(folder, exist_ok=True)
     if not ranks[0] and os.listdir(folder):                    # long before any rank has drawn its first one
         raise UserError(f"{folder!r} is not empty: give a new folder, so that it holds the pictures of one call alone")
-    return captions, names, lambda image, i: (write_png(os.path.join(folder, f"{names[i]}.png"), image), see(image, i))[1], score
+    def write_and_see(image, i):
+        write_png(os.path.join(folder, f"{names[i]}.png"), image)
+        return see(image, i)
+    return captions, names, write_and_see, score
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -852,15 +841,15 @@ COLUMNS = {"entity": "entities", "relation": "relations", "attribute": "attribut
            "other": "attributes", "action": "relations"}       # the last two as in DSG's own breakdown: counts and text are attributes
 
 
-def read_table(file, needed):
-    """The rows of a CSV file as dicts; `needed` are the columns that it must have."""
+def read_table(file, columns):
+    """The rows of a CSV file as dicts; `columns` are those that it must have."""
     try:
         with open(file, newline="", encoding="utf-8-sig") as f:                    # as spreadsheets write it
             rows = list(csv.DictReader(f))                     # captions may hold commas, quotes and line breaks
     except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise UserError(f"{file!r} cannot be read ({e}): give a CSV file with the columns {', '.join(needed)}")
-    if lacking := [c for c in needed if not rows or rows[0].get(c) is None]:
-        raise UserError(f"{file!r} lacks {', '.join(lacking)}: give a CSV file with the columns {', '.join(needed)}")
+        raise UserError(f"{file!r} cannot be read ({e}): give a CSV file with the columns {', '.join(columns)}")
+    if lacking := [c for c in columns if not rows or rows[0].get(c) is None]:
+        raise UserError(f"{file!r} lacks {', '.join(lacking)}: give a CSV file with the columns {', '.join(columns)}")
     return rows
 
 
@@ -928,8 +917,7 @@ def open_vqa(weights, device):
     (ask, card): ask(image (H, W, 3) uint8, question) -> an answer in words, from BLIP (Li et al. 2022), greedily. One question at
     a time: transformers lets BLIP's decoder see padding, so a batch of questions of several lengths would change the answers.
     """
-    if not weights or not file_hash(weights):
-        raise UserError(f"--vqa: no weights at {weights!r}, and nothing is downloaded: put {SOURCES['blip']}")
+    digest = require_weights("--vqa", weights, "blip")
     net, words = pretrained("BlipForQuestionAnswering", "blip", weights, device), open_tokenizer(weights, "blip")
     side = net.config.vision_config.image_size                 # 384 in the published network
 
@@ -940,7 +928,7 @@ def open_vqa(weights, device):
                             do_sample=False, num_beams=1, max_new_tokens=10)
         return words.decode(said[0], skip_special_tokens=True).strip()
     c = net.config.vision_config
-    return ask, {"network": f"blip, width {c.hidden_size}, {c.num_hidden_layers} layers, patch {c.patch_size}", "sha256": file_hash(weights),
+    return ask, {"network": f"blip, width {c.hidden_size}, {c.num_hidden_layers} layers, patch {c.patch_size}", "sha256": digest,
                  "resize": f"to {side} squashed, bicubic antialiased, rounded", "answers": "greedy; only 'yes' is right"}
 
 
@@ -960,7 +948,7 @@ def score_dsg(args, prompts, device, ranks):
         files, (ask, about) = find_images(args.run[0], prompts), open_vqa(args.vqa, device)
         _, _, see, _ = dsg_task(prompts, ask)
         work = lambda rows: [see(read_image(files[i]), i) for i in rows]
-        said = sum(spread(work, chunks(len(files)), ranks, "questions"), [])
+        said = sum(on_all_ranks(work, chunks(len(files)), ranks, "questions"), [])
     if ranks[0]:
         return
     result = {"questions": dsg_table(prompts, said)}
@@ -974,7 +962,7 @@ def score_dsg(args, prompts, device, ranks):
 
 
 @torch.no_grad()
-def closest(model, config, image, text, number, seed=0, draws=16):
+def best_caption(model, config, image, text, number, seed=0, draws=16):
     """
     Index of the row of text (options, L) or (options, L, E) under which the mean loss of image (H, W, 3) uint8 is lowest. All
     options meet the same `draws` noises, at times spread evenly over [0, 1]: differences in noise would drown those in words.
@@ -1002,19 +990,19 @@ def zeroshot(model, config, world, n, seed=0, draws=16, ranks=(0, 1)):
     device, kinds = next(model.parameters()).device, {"shape": world.shapes, "colour": world.colours}  # what is asked, and the classes
     single = itertools.islice((i for i in itertools.count() if len(world.scene(i)["groups"]) == 1), n)  # the first n of them
 
-    def tell(i):
+    def guess(i):
         (group,), image, told = world.scene(i)["groups"], world.image(i, config["resolution"]), {}
         for kind, options in kinds.items():
             text = encode_captions([describe(dict(world.scene(i), groups=[dict(group, **{kind: o})])) for o in options], config).to(device)
-            told[kind] = options[closest(model, config, image, text, i, seed, draws)], group[kind]
+            told[kind] = options[best_caption(model, config, image, text, i, seed, draws)], group[kind]
         return told
-    told = spread(tell, single, ranks, "zero-shot")
+    told = on_all_ranks(guess, single, ranks, "zero-shot")
     return {kind: accuracy([t[kind] for t in told], options) for kind, options in kinds.items()}
 
 
 def zeroshot_folder(model, config, folder, template, n, seed=0, draws=16, ranks=(0, 1)):
     """
-    On up to n images of folder/CLASS/*, evenly many of each class: {class: accuracy, "mean", "chance"}. The caption is the
+    On n images of folder/CLASS/*, evenly many of each class (rounded up): {class: accuracy, "mean", "chance"}. The caption is the
     `template` with the class in place of {}, an underscore being a space; a picture's centre square is shown.
     """
     classes = sorted(d for d in os.listdir(folder) if os.path.isdir(os.path.join(folder, d))) if os.path.isdir(folder) else []
@@ -1025,11 +1013,11 @@ def zeroshot_folder(model, config, folder, template, n, seed=0, draws=16, ranks=
     text = encode_captions(captions, config).to(next(model.parameters()).device)   # (classes, L)
     chosen = [(f, c) for c in classes for f in files[c][:-(-n // len(classes))]]
 
-    def tell(number):
+    def guess(number):
         file, truth = chosen[number]                           # a class is its folder's name
-        image = squared(read_image(file)[None], config["resolution"], crop=True)[0].permute(1, 2, 0).byte().numpy()
-        return classes[closest(model, config, image, text, number, seed, draws)], truth
-    return accuracy(spread(tell, range(len(chosen)), ranks, "zero-shot"), classes)
+        image = to_square(read_image(file)[None], config["resolution"], crop=True)[0].permute(1, 2, 0).byte().numpy()
+        return classes[best_caption(model, config, image, text, number, seed, draws)], truth
+    return accuracy(on_all_ranks(guess, range(len(chosen)), ranks, "zero-shot"), classes)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1039,18 +1027,12 @@ ASKED = {"aesthetics": "Which one looks better, whatever the words say?", "consi
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>Which picture?</title>
 <style>
-  :root { color-scheme: light dark; --line: #8886; --on: #2a6df4 }
   body { font: 17px/1.4 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: .6rem }
-  progress { width: 100%; accent-color: var(--on) }
-  #caption { font-size: 1.25rem; margin: .4rem 0 .8rem; min-height: 1.8rem }
-  #pictures, .scale, #foot { display: flex; gap: .6rem }
-  #pictures { justify-content: center }
-  #pictures img { width: min(49%, 50vh); max-height: 60vh; object-fit: contain; outline: 1px solid var(--line) }
-  img.small { image-rendering: pixelated }
-  fieldset { border: 2px solid var(--line); border-radius: .6rem; margin: .8rem 0; padding: .2rem .7rem .7rem }
-  fieldset.now { border-color: var(--on) }
-  button { font: inherit; padding: .6rem .8rem; border: 1px solid var(--line); border-radius: .5rem; cursor: pointer }
-  .scale button { flex: 1 1 0 } button.on { background: var(--on); color: white } #save { margin-left: auto }
+  progress { width: 100% }  #caption { font-size: 1.25rem; min-height: 1.8rem }
+  #pictures, .scale, #foot { display: flex; gap: .6rem; justify-content: center }
+  #pictures img { width: min(49%, 50vh); object-fit: contain; outline: 1px solid #8886 }
+  img.small { image-rendering: pixelated }  fieldset { border: 2px solid #8886; margin: .8rem 0 }  fieldset.now { border-color: #2a6df4 }
+  button { font: inherit; padding: .6rem .8rem }  .scale button { flex: 1 }  button.on { background: #2a6df4; color: white }
 </style>
 <progress id="bar"></progress><small id="place"></small>
 <p id="caption"></p>
@@ -1058,8 +1040,7 @@ PAGE = """<!doctype html>
 <div id="questions"></div>
 <div id="foot"><button id="back">Back</button><button id="next">Next</button><button id="save">Save answers to a file</button></div>
 <p id="done" hidden><b>All answered, thank you! Please save your answers and send the file back.</b></p>
-<p><small>Keys: &larr; left, &darr; unsure, &rarr; right, Backspace goes back. Unsure also means equally good or equally bad.
-Your answers stay in this browser until you save them.</small></p>
+<p><small>Keys: &larr; left, &darr; unsure (also: equally good or bad), &rarr; right, Backspace goes back. Answers stay in this browser.</small></p>
 <script>
 const pairs = PAIRS, sheet = "SHEET", asked = Object.entries(ASKED), scale = [[-1, "Left"], [0, "Unsure"], [1, "Right"]];
 const $ = id => document.getElementById(id), memory = "sheet-" + sheet;
@@ -1067,7 +1048,6 @@ let state = {rater: Math.random().toString(36).slice(2, 10), answers: {}}, at = 
 try { state = JSON.parse(localStorage[memory]) || state } catch (e) {}         // a page closed by mistake loses nothing
 const given = k => state.answers[pairs[k].id] || {};
 const open = k => asked.findIndex(([key]) => !(key in given(k)));              // the first open question of pair k, or -1
-const make = (tag, text, more) => Object.assign(document.createElement(tag), {textContent: text}, more);
 
 function show() {                                                              // the pair `at`, with the answers given so far
   const done = pairs.filter((_, k) => open(k) < 0).length;
@@ -1075,13 +1055,9 @@ function show() {                                                              /
   $("place").textContent = `Pair ${at + 1} of ${pairs.length}, ${done} answered`;
   $("caption").textContent = pairs[at].caption ? "\u201c" + pairs[at].caption + "\u201d" : "(no words)";
   for (const side of ["left", "right"]) $(side).src = pairs[at][side];
-  $("questions").replaceChildren(...asked.map(([key, text], q) => {
-    const field = make("fieldset", "", {className: q === open(at) ? "now" : ""}), row = make("div", "", {className: "scale"});
-    row.append(...scale.map(([value, word]) => make("button", word,
-      {id: key + value, className: given(at)[key] === value ? "on" : "", onclick: () => answer(key, value)})));
-    field.append(make("legend", text), row);
-    return field;
-  }));
+  $("questions").innerHTML = asked.map(([key, text], q) => `<fieldset class="${q === open(at) ? "now" : ""}"><legend>${text}</legend>
+    <div class="scale">${scale.map(([value, word]) => `<button id="${key}${value}" class="${given(at)[key] === value ? "on" : ""}"
+      onclick="answer('${key}', ${value})">${word}</button>`).join("")}</div></fieldset>`).join("");
   $("back").disabled = at === 0; $("next").disabled = at === pairs.length - 1;
 }
 function answer(key, value) {
@@ -1104,7 +1080,7 @@ document.onkeydown = event => {
 for (const side of ["left", "right"]) $(side).onload = () => $(side).classList.toggle("small", $(side).naturalWidth < 200);
 $("save").onclick = () => {
   const text = JSON.stringify({sheet, ...state}, null, 1), name = `answers-${sheet}-${state.rater}.json`;
-  make("a", "", {href: URL.createObjectURL(new Blob([text], {type: "application/json"})), download: name}).click();
+  Object.assign(document.createElement("a"), {href: URL.createObjectURL(new Blob([text], {type: "application/json"})), download: name}).click();
 };
 go(Math.max(0, pairs.findIndex((_, k) => open(k) >= 0)));                      // where the last visit stopped
 </script>
@@ -1119,7 +1095,7 @@ def picture_url(image):
         if max(image.shape) <= 256:
             write_png(file, image)
         else:
-            open_pillow().fromarray(image).save(file, kind := "jpeg", quality=95, subsampling=0)
+            pillow().fromarray(image).save(file, kind := "jpeg", quality=95, subsampling=0)
         with open(file, "rb") as f:
             return f"data:image/{kind};base64," + base64.b64encode(f.read()).decode()
 
@@ -1149,10 +1125,12 @@ def write_sheet(args, task, device, ranks):
         raise UserError(f"{args.sheet!r} holds a sheet already, whose key would be lost: give another folder")
     loaded = [load(run, device) for run in args.run]
     captions = (task or held_out_task(loaded[0][1], args.n or 50))[0][:args.n]
-    guidance, images = guidances(args.guidance, [None])[0], []                     # each run its own, unless told
+    (guidance, *more), images = guidances(args.guidance, [None]), []               # None: each run its own
+    if more:
+        raise UserError(f"--guidance {args.guidance}: a sheet shows each run at one guidance: give one value")
     for model, config in loaded:
         work = lambda rows: draw(model, config, captions, rows, 0, args.steps, guidance, args.sampler)
-        images.append([image for part in spread(work, chunks(len(captions)), ranks, "pairs") for image in part])
+        images.append([image for part in on_all_ranks(work, chunks(len(captions)), ranks, "pairs") for image in part])
     if not ranks[0]:
         make_sheet(args.sheet, args.run, captions, images)
         print(f"{args.sheet}: {len(captions)} pairs. Give index.html to the raters and keep key.json; then\n"
@@ -1161,14 +1139,16 @@ def write_sheet(args, task, device, ranks):
 
 def krippendorff(units):
     """
-    Krippendorff's alpha with ordinal differences (Krippendorff 2011) of units (n, levels): how many raters gave unit i level
-    k. 1 is full agreement, 0 that of chance. Units rated once say nothing; nan where all ratings are the same.
+    Krippendorff's alpha (2011) of units (n, levels): how many raters gave unit i level k. alpha = 1 - D_o / D_e, the squared ordinal
+    difference of two ratings of one unit over that of any two: 1 is full agreement, 0 that of chance. Units rated once say
+    nothing; nan where all ratings are the same.
     """
     units = np.asarray(units, float)
     units = units[units.sum(1) > 1]                            # a single rating has nothing to agree with
     of_level, of_unit = units.sum(0), units.sum(1)                                 # (levels,), (n,)
     place = of_level.cumsum() - of_level / 2                                       # mean ranks of the levels
     apart = np.square(place[:, None] - place)                                      # (levels, levels)
+    # both sums are over all pairs of ratings; what is left away from each is the same factor
     observed = (np.einsum("ui,ij,uj->u", units, apart, units) / (of_unit - 1)).sum()
     expected = of_level @ apart @ of_level / max(of_level.sum() - 1, 1)
     return 1 - observed / expected if expected > 0 else float("nan")
@@ -1220,7 +1200,9 @@ def rate(args):
           "alpha is Krippendorff's, ordinal; 95 % intervals by bootstrap over pairs")
     for q, figures in result.items():
         print(f"{q:12s}" + "  ".join(f"{k} {v['value']:.3f} [{v['interval'][0]:.3f}, {v['interval'][1]:.3f}]" for k, v in figures.items()))
-    save({"runs": key["runs"], "raters": len(args.ratings), "metrics": result}, args.json)
+    answers = {file: f"sha256 {file_hash(file)}" for file in args.ratings}
+    card = {"sheet": key["sheet"], "answers": answers, "interval": "95 %, bootstrap over pairs, seed 0"}
+    tell(card, {"runs": key["runs"], "raters": len(args.ratings), "metrics": result}, args.json)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1241,34 +1223,37 @@ def each_network(networks, images):
 
 @torch.no_grad()
 def real_features(config, n, networks, ranks=(0, 1)):
-    """{network: (n, D)} of n other real images than those whose captions held_out takes."""
+    """{network: (n, D)} of n other real images than those whose captions held_out takes; a folder of fewer than 2 n is gone round again."""
     networks = {name: network for name, network in networks.items() if name != "logits"}
-    batches = Batches(held_out(config), config | {"aspects": ""}, filtered=False)   # names and passes over what cannot be decoded
+    plain = config | {"aspects": "", "flip": False, "jitter": 0.0}                 # augmented images would not be real
+    batches = Batches(held_out(config), plain, filtered=False)                     # names and passes over what cannot be decoded
     images = lambda rows: np.stack([batches.sample(0, (n + i) % len(batches.data))[0] for i in rows])  # (B, H, W, 3)
-    parts = spread(lambda rows: each_network(networks, images(rows)), chunks(n), ranks, "real images")
-    return {name: joined([p[name] for p in parts]) for name in networks}
+    parts = on_all_ranks(lambda rows: each_network(networks, images(rows)), chunks(n), ranks, "real images")
+    return {name: torch.cat([p[name] for p in parts] or [torch.zeros(0)]) for name in networks}    # of a rank without a chunk: none
 
 
 @torch.no_grad()
 def evaluate(model, config, n, guidance=None, steps=None, sampler=None, seed=0, metrics=("questions", "fd", "mmd"), bar=True,
              networks=RANDOM, task=None, reference=None, ranks=(0, 1), poll=lambda: None):
     """
-    {metric: value} of n images, for held-out captions or those of `task`, against n real images or the features `reference`.
-    Each chunk is drawn, looked at, turned into features and forgotten, so n is not bound by memory. CLIP among the networks
-    adds the CLIP score. Of several ranks = (rank, world) each does its share, and rank 0 alone gets the result.
+    {metric: value} of n images, for held-out captions or those of `task`, against n real images or the features `reference`
+    {network: (m, D)}. Each chunk is drawn, looked at, turned into features and forgotten, so n is not bound by memory. CLIP among
+    the networks {name: (features, about)} adds the CLIP score. Of several ranks = (rank, world) each does its share, and rank 0
+    alone gets the result, the others {}. None for guidance, steps or sampler means the run's own. `poll` is called between the
+    steps of the sampler and may raise, as training does at a signal.
     """
     captions, _, see, score = task or held_out_task(config, n)
     captions, compared = captions[:n], bool(set(DISTANCES) & set(metrics))
     networks = needed(networks, metrics)
 
-    def work(rows):
+    def work(rows):                                            # a chunk of at most 64 places in the list of captions
         images = draw(model, config, captions, rows, seed, steps, guidance, sampler, bar and not ranks[0], poll)
-        seen = [see(image, i) for image, i in zip(images, rows)]
+        seen = [see(image, i) for image, i in zip(images, rows)]                   # objects, or answers
         said = networks["clip"][0](captions[rows.start:rows.stop]).cpu() if "clip" in networks else None
         return seen, each_network(networks, images), said
     if compared and reference is None:
         reference = real_features(config, n, networks, ranks)
-    parts = spread(work, chunks(len(captions)), ranks, "images")                   # in order
+    parts = on_all_ranks(work, chunks(len(captions)), ranks, "images")             # in order
     if ranks[0]:
         return {}
     seen, features, said = zip(*parts)
@@ -1355,44 +1340,41 @@ def make_card(networks, device, **rest):
                    "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
 
 
-def save(figures, file):
-    """Figures as JSON under this very name, where programs look for them; an older file of that name steps aside."""
+def tell(card, figures, file):
+    """Print the card, and write it with the figures to `file`, if any, as JSON; an older file of that name steps aside."""
+    for key, value in flat(card).items():
+        print(f"  {key:26s} {value}")
     if not file:
         return
     with open(file + ".part", "w") as f:                       # replaced as a whole
-        json.dump(figures, f, indent=1)
+        json.dump(figures | {"card": card}, f, indent=1)
     if os.path.exists(file):                                   # nothing is overwritten without a word
         os.replace(file, older := free_name(file))
         print(f"the older {file} is now {older}")
-    os.replace(file + ".part", file)
-
-
-def tell(card, figures, file):
-    """Print the card; keep card and figures in `file`, if any."""
-    for key, value in flat(card).items():
-        print(f"  {key:26s} {value}")
-    save(figures | {"card": card}, file)
+    os.replace(file + ".part", file)                           # under this very name programs look for it
 
 
 def guidances(text, default):
     """The values of --guidance."""
     try:
         values = [float(g) for g in text.split(",")] if text else default
-        if text and not np.isfinite(values).all():
-            raise ValueError
     except ValueError:
+        values = [np.nan]
+    if text and not np.isfinite(values).all():                 # float() takes "nan" and "inf" as well
         raise UserError(f"--guidance {text}: give numbers, such as 1,2,4")
     return values
 
 
 def run_reference(args, config, networks, metrics, n, ranks):
     """({network: (n, D)} or None, words for the card): of --reference, else of n real images."""
+    if not set(DISTANCES) & set(metrics):
+        return None, "none: nothing is compared"
     if args.reference:
         reference, size, words = open_reference(args.reference, networks, ranks)
         same_size(networks, size, (config["resolution"],) * 2)
         return reference, words
-    reference = real_features(config, n, networks, ranks) if set(DISTANCES) & set(metrics) else None
-    return reference, f"images {n} to {2 * n - 1} of {config['data']}" + ", which training never draws" * (config["data"] == "scenes")
+    which = ", which training never draws" if config["data"] == "scenes" else ", from the first again after the last"
+    return real_features(config, n, networks, ranks), f"images {n} to {2 * n - 1} of {config['data']}{which}"
 
 
 def run_zeroshot(args, model, config, n, seed, ranks):
@@ -1405,53 +1387,58 @@ def run_zeroshot(args, model, config, n, seed, ranks):
 
 
 def score_run(args, networks, metrics, task, about, device, ranks):
-    """All guidances and seeds of one run: mean and spread (standard deviation, ddof 0) over seeds, curves over guidance, card."""
-    state, (model, config) = read_checkpoint(args.run[0]), load(args.run[0], device)
+    """
+    All guidances and seeds of one run: mean and spread (standard deviation, ddof 0) over seeds, curves over guidance, card. `task`
+    is None for held-out captions; `about` is what the card says of the network that answers questions, if one does.
+    """
+    step, (model, config) = read_checkpoint(args.run[0])["step"], load(args.run[0], device)      # the step alone: moments are large
     values, n = guidances(args.guidance, [config["guidance"]]), args.n or (len(task[0]) if task else 1000)
-    args.steps, args.sampler = args.steps or config["sample_steps"], args.sampler or config["sampler"]
+    steps, sampler, prompts = args.steps or config["sample_steps"], args.sampler or config["sampler"], args.prompts or args.dsg
     if task and n > len(task[0]):
-        raise UserError(f"--n {n}: {args.prompts or args.dsg} holds {len(task[0])} captions; give at most so many")
+        raise UserError(f"--n {n}: {prompts} holds {len(task[0])} captions; give at most so many")
     if args.keep and len(values) * args.seeds > 1:
         raise UserError(f"--keep {args.keep}: {len(values)} guidances and {args.seeds} seeds would overwrite each other: give one value of each")
     task = task or held_out_task(config, n)
-    task = keeping(task, args.keep, ranks) if args.keep else task
+    task = with_kept_pictures(task, args.keep, ranks) if args.keep else task
     reference, words = run_reference(args, config, networks, metrics, n, ranks)    # once, for all guidances and seeds
-    told = functools.partial(evaluate, model, config, n, steps=args.steps, sampler=args.sampler, metrics=metrics, networks=networks,
-                             task=task, reference=reference, ranks=ranks)
-    classify = functools.cache(lambda seed: {"zeroshot": run_zeroshot(args, model, config, n, seed, ranks)} if "zeroshot" in metrics else {})
-    rows, points = [], []
+    # guidance plays no part in it: once for each seed
+    zeroshots = [run_zeroshot(args, model, config, n, seed, ranks) for seed in range(args.seeds)] if "zeroshot" in metrics else []
+    rows, points = [], []                                      # a row per image set; a point per guidance: (guidance, mean, spread)
     for guidance in values:
-        for seed in range(args.seeds):
-            result = (told(guidance, seed=seed) if set(metrics) != {"zeroshot"} else {}) | classify(seed)      # which takes no guidance
+        for seed in range(args.seeds):                         # the same noise for every guidance: the curves differ by guidance alone
+            result = {}
+            if set(metrics) != {"zeroshot"}:                   # which draws no pictures
+                result = evaluate(model, config, n, guidance, steps, sampler, seed, metrics, True, networks, task, reference, ranks)
+            result |= {"zeroshot": zeroshots[seed]} if zeroshots else {}
             rows.append({"guidance": guidance, "seed": seed, "metrics": result})
             print(f"guidance {guidance:g}  seed {seed}  {report(result)}", flush=True)
         results = [r["metrics"] for r in rows[-args.seeds:]]   # all seeds of this guidance
         points.append((guidance, over_seeds(results, np.mean), over_seeds(results, np.std) if args.seeds > 1 else None))
         if args.seeds > 1:
             print(f"guidance {guidance:g}  mean    {report(points[-1][1])}\nguidance {guidance:g}  spread  {report(points[-1][2])}")
-    if not ranks[0]:
-        networks = networks | ({"vqa": (None, about)} if about else {})
-        finish(args, networks, device, n, state, config, rows, points, words, ranks[1])
+    if ranks[0]:
+        return
+    file = os.path.join(args.run[0], "last.pt")                # of a run folder; else a checkpoint itself was given
+    card = make_card(networks | ({"vqa": (None, about)} if about else {}), device, n=n, reference=words,
+                     captions=f"{prompts}, sha256 {file_hash(prompts)}" if prompts else "held out",
+                     checkpoint=file_hash(file if os.path.exists(file) else args.run[0]), checkpoint_step=step, ema=True, guidance=values,
+                     sampler=sampler, steps=steps, seeds=list(range(args.seeds)), processes=ranks[1],
+                     **({"classes": f"{args.classes}, {args.template!r}"} if args.classes else {}))
+    finish(args, card, config, rows, points)
 
 
-def finish(args, networks, device, n, state, config, rows, points, reference, world):
-    """The last words about a run: the best guidance, the curves, the card."""
-    lowest = lambda p: -next((v for k, v in flat(p[1]).items() if k.startswith("fd_")), 0)  # where nothing is asked: the lowest Frechet distance
-    asked = "questions" in points[0][1]
+def finish(args, card, config, rows, points):
+    """The last words about a run: the best guidance, the curves, the card, the JSON."""
+    asked = "questions" in points[0][1]                        # then the highest dsg is best, else the lowest Frechet distance
+    lowest = lambda p: -next((v for k, v in flat(p[1]).items() if k.startswith("fd_")), 0)
     best = max(points, key=lambda p: p[1]["questions"]["dsg"] if asked else lowest(p))
-    print(f"{n} images, {args.sampler}, {args.steps} steps, EMA weights of step {state['step']}"
-          + f"; highest dsg at guidance {best[0]:g}" * (asked and len(points) > 1))
-    figures = {"run": args.run[0], "n": n, "guidance": best[0], "seeds": args.seeds, "metrics": best[1], "spread": best[2],
+    print(f"{card['n']} images, {card['sampler']}, {card['steps']} steps, EMA weights of step {card['checkpoint_step']}"
+          + f"; {'highest dsg' if asked else 'lowest fd'} at guidance {best[0]:g}" * (len(points) > 1))
+    figures = {"run": args.run[0], "n": card["n"], "guidance": best[0], "seeds": args.seeds, "metrics": best[1], "spread": best[2],
                "all": rows, "config": config}
     if len(points) > 1:
         figures["tuning"] = tuning([(g, mean) for g, mean, _ in points])
         draw_tuning(figures["tuning"], free_name(os.path.join(args.run[0] if os.path.isdir(args.run[0]) else ".", "guidance.png")))
-    file = os.path.join(args.run[0], "last.pt") if os.path.isdir(args.run[0]) else args.run[0]
-    prompts = args.prompts or args.dsg
-    card = make_card(networks, device, n=n, captions=f"{prompts}, sha256 {file_hash(prompts)}" if prompts else "held out", reference=reference,
-                     checkpoint=file_hash(file), checkpoint_step=state["step"], ema=True, guidance=[g for g, _, _ in points],
-                     sampler=args.sampler, steps=args.steps, seeds=list(range(args.seeds)), processes=world,
-                     **({"classes": f"{args.classes}, {args.template!r}"} if args.classes else {}))
     tell(card, figures, args.json)
 
 
@@ -1462,6 +1449,7 @@ METRICS = ("questions", *DISTANCES, "is", "counting", "zeroshot")
 
 
 def parse():
+    """The command line. What cannot be meant is refused here, before any picture is drawn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("run", nargs="*", help="a run folder such as out/toy/grow; or two: folders of images, reference first, or runs with --sheet")
@@ -1490,14 +1478,16 @@ def parse():
     least = {"n": 2, "seeds": 1, "steps": 1}
     if any((getattr(args, key) is not None and getattr(args, key) < low) for key, low in least.items()):
         raise UserError(f"--n {args.n} --seeds {args.seeds} --steps {args.steps}: give n of at least 2, seeds and steps of at least 1")
+    if args.json and (os.path.isdir(args.json) or not os.path.isdir(os.path.dirname(args.json) or ".")):
+        raise UserError(f"--json {args.json}: give the name of a file in a folder that exists")  # now, rather than after hours
     wanted = 2 if args.sheet and not args.ratings else 1       # at least so many runs or folders
-    if not args.ratings and (len(args.run) < wanted or len(args.run) > 2 or len(args.run) == 2 and args.dsg):
+    if not args.ratings and (len(args.run) < wanted or len(args.run) > 2 or len(args.run) == 2 and args.dsg and not args.sheet):
         raise UserError(f"too {'many' if len(args.run) > wanted else 'few'} folders: give one run, or two folders of images, the reference first, "
                         "or two runs with --sheet")
     return args
 
 
-def chosen(text, known, flag):
+def pick_words(text, known, flag):
     """The words of a comma-separated flag, all of them known."""
     words = [w for w in text.split(",") if w]
     if not words or not set(words) <= set(known):
@@ -1507,12 +1497,12 @@ def chosen(text, known, flag):
 
 def is_run(path):
     """A run folder or a checkpoint, rather than a folder of images."""
-    return os.path.isfile(os.path.join(path, "last.pt")) or os.path.isfile(path)
+    return os.path.isfile(path) or any(os.path.exists(os.path.join(path, name)) for name in ("last.pt", "about.pt"))   # a sharded one is a folder
 
 
 def open_networks(args, metrics, device):
-    """{name: (features, card)} of --features, with the logits of the Inception score where it is asked for."""
-    names = chosen(args.features, ["random", "inception", "dino", "clip"], "--features")
+    """{name: (features, about)} of --features, with the logits of the Inception score where it is asked for."""
+    names = pick_words(args.features, ["random", "inception", "dino", "clip"], "--features")
     weights = iter([w for w in args.weights.split(",") if w])  # in the order of --features
     files = {name: None if name == "random" else next(weights, None) for name in names}
     if "is" in metrics:
@@ -1523,6 +1513,7 @@ def open_networks(args, metrics, device):
 
 
 def main():
+    """One of five: answers of people, questions about pictures from elsewhere, a sheet of two runs, two folders, or a run."""
     args = parse()
     if args.ratings:
         return rate(args)
@@ -1531,20 +1522,22 @@ def main():
     prompts = read_dsg(args.dsg)[:args.n] if args.dsg else None
     if args.dsg and (args.answers or not is_run(args.run[0])):                     # pictures, or even answers, from elsewhere
         return score_dsg(args, prompts, device, ranks)
-    unasked = not args.dsg or (args.keep or args.sheet) and not args.vqa           # pictures alone
-    ask, about = (None, None) if unasked else open_vqa(args.vqa, device)
-    task = dsg_task(prompts, ask) if args.dsg else prompts_task(args.prompts) if args.prompts else None
+    drawn_only = (args.keep or args.sheet) and not args.vqa    # others will ask, or people look
+    ask, about = open_vqa(args.vqa, device) if args.dsg and not drawn_only else (None, None)
+    task = dsg_task(prompts, ask) if args.dsg else prompts_task(args.prompts) if args.prompts else None      # None: held-out captions
     if args.sheet:
         return write_sheet(args, task, device, ranks)
     folders = len(args.run) == 2
     usual = ("fd,mmd,pr,prdc" if folders else "zeroshot" if args.classes else "questions" if args.dsg else "fd,mmd" if args.prompts
              else "questions,fd,mmd")
-    metrics = chosen(args.metrics or usual, METRICS[1:-2] if folders else METRICS, "--metrics")
+    metrics = pick_words(args.metrics or usual, METRICS[1:-2] if folders else METRICS, "--metrics")
     networks = open_networks(args, metrics, device)
     if not folders:
         return score_run(args, networks, metrics, task, about, device, ranks)
     if is_run(args.run[1]) or os.path.isdir(args.run[0]) and is_run(args.run[0]):
         raise UserError("one of the two is a run: give one run alone, two folders of images, or two runs with --sheet")
+    if drawing := [f"--{flag}" for flag in ("n", "guidance", "sampler", "steps", "prompts", "reference", "keep", "classes") if getattr(args, flag)]:
+        raise UserError(f"{' '.join(drawing)}: two folders are compared as they are, with all their images: leave that away")
     result, facts = score_folders(*args.run, networks, metrics, ranks)
     if not ranks[0]:
         print(report(result))

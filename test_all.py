@@ -802,6 +802,15 @@ def test_what_cannot_serve_is_known_from_the_header(blob, reason):
         data.header(blob())
 
 
+def test_whatever_decoding_raises_is_a_reason_to_skip():
+    blob = picture(16, 16, kind="PNG")
+    end = blob.rindex(b"IEND") - 4
+    late = struct.pack(">I", 1) + b"tRNS" + b"x" + struct.pack(">I", zlib.crc32(b"tRNSx"))         # behind the pixels, and too short
+    assert data.header(blob[:end] + late + blob[end:]) == (16, 16)
+    with pytest.raises(data.Unfit, match="cannot be decoded"):
+        data.decode(blob[:end] + late + blob[end:])
+
+
 def bomb(width, height):
     """A PNG whose header claims width x height."""
     chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -864,12 +873,15 @@ def test_index_tells_all_that_was_found_and_why_some_is_not_used(tmp_path):
 def test_lists_of_captions_serve_a_folder(tmp_path):
     for k in range(4):
         (tmp_path / f"{k}.png").write_bytes(picture(16, 16, k, "PNG"))
-    rows = [{"file_name": "0.png", "text": "a"}, {"file": "1", "captions": ["b", "c"], "long_caption": "d"}, {"file": "0.png", "caption": "e"}, {"file": "gone.png", "caption": "x"}]
+    rows = [{"file_name": "0.png", "text": "a"}, {"file": "1", "captions": ["b", "c"], "long_caption": "d"}, {"file": "0.png", "caption": "e"}, {"file": "gone.png", "caption": "x"},
+            {"file": "0", "caption": "f"}]                     # without its ending: the same image
     (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\nno json\n")
     (tmp_path / "captions.csv").write_text('file,caption\n2.png,"with, a comma"\n3.png,"two\nlines"\n')
+    (tmp_path / "sub").mkdir()
+    os.symlink("captions.csv", tmp_path / "sub" / "captions.csv")                  # a loop: counted, not fatal
     world, bad = data.scan(str(tmp_path))
-    assert [[world.text(int(s["first"]) + k) for k in range(s["raw"] + s["long"])] for s in world.samples] == [["a", "e"], ["b", "c", "d"], ["with, a comma"], ["two lines"]]
-    assert bad == [("captions.jsonl", "row without a file, not skipped"), ("gone.png", "caption without image")]
+    assert [[world.text(int(s["first"]) + k) for k in range(s["raw"] + s["long"])] for s in world.samples] == [["a", "e", "f"], ["b", "c", "d"], ["with, a comma"], ["two lines"]]
+    assert bad == [("captions.jsonl", "row without a file, not skipped"), ("gone.png", "caption without image"), ("sub/captions.csv", "unreadable")]
     assert world.head["report"]["captions"] == dict(missing=0, empty=0, truncated=0, replaced=0)
 
 
@@ -1076,7 +1088,8 @@ def test_vermeers_sizes_and_sdxls_rule():
     assert data.nearest_bucket(data.bucket_sizes(vermeer), images).tolist() == [0, 1, 2, 0]
 
 
-@pytest.mark.parametrize("aspects, words", [("1024", "write HxW"), ("1000x1000", "multiples of a token, 32 px"), ("every 60", "multiples of a token, 32 px"), ("0x32", "multiples")])
+@pytest.mark.parametrize("aspects, words", [("1024", "write HxW"), ("1000x1000", "multiples of a token, 32 px"), ("every 60", "multiples of a token, 32 px"), ("0x32", "multiples"),
+                                            ("every 2048", "write HxW")])
 def test_aspects_that_do_not_fit_the_grid_are_refused(aspects, words, capsys):
     refused(capsys, lambda: data.bucket_sizes(tiny(resolution=1024, grid=32, aspects=aspects)), words)
 
@@ -1182,7 +1195,7 @@ def test_cached_embeddings_are_those_of_the_encoders_with_nothing_in_the_padding
     direct = data.encode_captions(captions, config | {"encoder_weights": folders, "encoder_id": batches.identity["encoder_id"]})
     assert torch.allclose(text, direct, atol=1e-5) and torch.equal(data.encode_captions(captions, config), text)
     net = pytest.importorskip("transformers").T5EncoderModel.from_pretrained(encoders / "t5").eval()
-    tokens = data.open_encoders(BOTH, folders, "fp32")[0].words(captions[0], return_tensors="pt")
+    tokens = data.open_encoders(BOTH, folders, "fp32")[0].tokenizer(captions[0], return_tensors="pt")
     assert torch.allclose(text[0, :tokens.input_ids.shape[1]], net(**tokens).last_hidden_state[0], atol=1e-5)
     mask = text.any(-1)
     for row, caption in zip(mask, captions):
@@ -1270,6 +1283,10 @@ def test_latents_are_made_once_and_read_as_batches(photos, capsys):
         assert torch.allclose(data.open_autoencoder(config).decode(z_[None]), data.to_tensor(np.stack([image])), atol=1e-6) and row[2:] == [top, left, 16, 16]
     refused(capsys, lambda: Batches(world, config | {"flip": True}, False), "flip and jitter need pixels")
     refused(capsys, lambda: Batches(world, config | {"resize": "stretch"}, False), "resize crop there, stretch here")
+    about = photos / data.INDEX / "latents-16" / "about.json"
+    about.rename(about.with_suffix(".away"))                   # killed half-way
+    refused(capsys, lambda: Batches(world, config, False), "is not complete", "data.py embed")
+    about.with_suffix(".away").rename(about)
     assert Batches(world, config | {"autoencoder": ""}, False)[0][0].shape == (24, 3, 16, 16)
 
 
@@ -1731,7 +1748,7 @@ def test_the_judge_is_right_on_real_renderings(resolution, world):
     seed = time.time_ns() % 2 ** 31
     world = Scenes(tiny(**world), seed=seed)
     n = {32: 1000, 64: 300, 128: 200}[resolution]
-    score = evaluation.judge(world, [world.scene(i) for i in range(n)], [world.image(i, resolution) for i in range(n)])
+    score = evaluation.judge(world, [world.scene(i) for i in range(n)], [evaluation.look(world.image(i, resolution), world.cycles) for i in range(n)])
     assert score.pop("chance_dsg") < 0.4
     assert min(score.values()) >= 0.99, (seed, score)
 
@@ -1748,12 +1765,12 @@ def test_the_judge_sees_what_is_wrong():
         """Categories with a wrong answer when the first object, or the ground, is changed."""
         changed = dict(scene, ground=changes.pop("ground", "white"), objects=[dict(scene["objects"][0], **changes), scene["objects"][1]])
         ground, objects = evaluation.look(np.round(255 * world.render(changed, 32)).astype(np.uint8), 16)
-        return sorted({c for c, _, a in evaluation.answers(scene, ground, objects, middle) if not a})
+        return sorted({c for c, _, a in evaluation.judge_answers(scene, ground, objects, middle) if not a})
     assert no() == [] and no(ground="gray") == ["global"] and no(colour="green") == ["attributes"] and no(diameter=0.3) == ["attributes"]
     assert no(shape="triangle") == ["entities"]
     gone = dict(scene, objects=scene["objects"][1:])
     ground, objects = evaluation.look(np.round(255 * world.render(gone, 32)).astype(np.uint8), 16)
-    assert sum(a for _, _, a in evaluation.answers(scene, ground, objects, middle)) == 4
+    assert sum(a for _, _, a in evaluation.judge_answers(scene, ground, objects, middle)) == 4
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     score = evaluation.questions_score([scene], [evaluation.look(noise, 16)], middle)
     assert score["entities"] == 0 and score["dsg"] <= 1 / 8    # of eight questions, the ground's colour may be right by luck
@@ -2362,6 +2379,7 @@ def test_ratings_give_win_rates_and_agreement(tmp_path, says):
     files = [answers("ann", prefers, lambda i: 1), answers("bob", prefers, lambda i: -1)]
     said = says("--sheet", tmp_path / "sheet", "--ratings", *files, "--json", tmp_path / "e.json")
     told = json.load(open(tmp_path / "e.json"))["metrics"]
+    assert set(json.load(open(tmp_path / "e.json"))["card"]) == {"sheet", "answers", "interval"} and key["sheet"] in said
     value = lambda question: {k: v["value"] for k, v in told[question].items()}
     assert value("aesthetics") == {"wins_a": 0.75, "neutral": 0.25, "wins_b": 0, "alpha": 1}
     assert value("consistency") == {"wins_a": 0.5, "neutral": 0, "wins_b": 0.5, "alpha": pytest.approx(1 - 39 / 20)}   # always apart
@@ -2411,6 +2429,8 @@ def test_two_folders_are_compared_and_bad_ones_refused(tmp_path, says):
     (b / "odd.png").write_bytes((b / "100.png").read_bytes()[:-60])
     assert "odd.png" in (said := says(a, b)) and "breaks off" in said
     for words, reason in ((["--features", "dino"], "error: --features dino"), (["--metrics", "questions"], "error: --metrics questions"),
+                          (["--n", 10, "--steps", 2], "error: --n --steps: two folders"), (["--json", tmp_path / "none/e.json"], "folder that exists"),
+                          (["--json", tmp_path], "folder that exists"),
                           (["--features", "vgg"], "error: --features vgg"), (["--n", 1], "error: --n 1"), ([a], "too many folders")):
         assert reason in says(a, a, *words)
 
@@ -2430,6 +2450,7 @@ def test_evaluation_from_the_command_line(runs, tmp_path, says):
     assert (out / "guidance.png").exists() or "pip install matplotlib" in said
     assert "error: --n 1" in says(out, "--n", 1)
     said = says(out, "--n", 6, "--steps", 2, "--metrics", "counting,zeroshot", "--json", file)
+    assert "reference                  none: nothing is compared" in said
     told = json.load(open(file))["metrics"]
     assert set(told) == {"counting", "zeroshot"} and set(told["counting"]) <= {"1", "2", "3"}
     assert told["zeroshot"]["shape"]["chance"] == pytest.approx(1 / 3)
@@ -2496,12 +2517,14 @@ def test_captions_from_a_file_against_images_of_ones_own(runs, tmp_path, says):
 def test_runs_are_drawn_for_people_and_for_other_networks(runs, tmp_path, says):
     a, b = runs[0] / "toy/pretrain", runs[0] / "toy/grow"
     assert "4 pairs" in says(a, b, "--sheet", tmp_path / "sheet", "--n", 4, "--steps", 2)
+    assert "give one value" in says(a, b, "--sheet", tmp_path / "other", "--n", 4, "--guidance", "1,2")
     page = (tmp_path / "sheet/index.html").read_text()
     pairs = json.loads(re.search(r"const pairs = (.*?), sheet =", page)[1])
     pictures = {p[side] for p in pairs for side in ("left", "right")}
     assert len(pairs) == 4 and len(pictures) == 8 and str(runs[0]) not in page and "http" not in page
     (tmp_path / "dsg.csv").write_text(DSG)
     assert "no weights at None" in says(b, "--dsg", tmp_path / "dsg.csv")
+    assert "2 pairs" in says(a, b, "--sheet", tmp_path / "asked", "--dsg", tmp_path / "dsg.csv", "--steps", 2)     # its prompts, for people
     tiny_blip(tmp_path / "blip")
     said = says(b, "--dsg", tmp_path / "dsg.csv", "--vqa", tmp_path / "blip", "--steps", 2, "--keep", tmp_path / "kept")
     assert sorted(f.name for f in (tmp_path / "kept").iterdir()) == ["sea_7.png", "zoo_1.png"] and "dsg 0.0" in said
@@ -2513,6 +2536,18 @@ def test_runs_are_drawn_for_people_and_for_other_networks(runs, tmp_path, says):
     told = json.load(open(tmp_path / "e.json"))
     assert told["n"] == 2 and len(told["tuning"]["curves"]["dsg"]) == 2 and set(told["metrics"]["questions"]) == {
         "entities", "relations", "attributes", "global", "dsg"}
+
+
+def test_real_images_are_compared_as_they_are_and_not_augmented():
+    plain, augmented = (evaluation.real_features(tiny(**keys), 6, evaluation.RANDOM)["random"] for keys in ({}, dict(flip=True, jitter=0.5)))
+    assert torch.equal(plain, augmented)
+
+
+def test_a_sharded_checkpoint_is_a_run(tmp_path):
+    assert not evaluation.is_run(str(tmp_path))
+    (tmp_path / "last.pt").mkdir()                             # where training with --sharded puts its shards and about.pt
+    (tmp_path / "last.pt/about.pt").write_bytes(b"")
+    assert evaluation.is_run(str(tmp_path)) and evaluation.is_run(str(tmp_path / "last.pt"))
 
 
 @pytest.mark.parametrize("sampler", list(sampling.SAMPLERS))
