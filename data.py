@@ -671,8 +671,8 @@ def scan(path, workers=None):
     (Indexed, bad) of all images under `path`, in memory; bad is every (name, reason). The same files give the same arrays, whatever the
     number of workers. head["report"] is {"found", "used", "skipped": {reason: count}, "captions": {...}}, with found = used + skipped.
     """
-    pillow()                                                   # said once, and not by each worker, if it is not there
     root, shards, images, bad = walk(path)
+    pillow()                                                   # said once, and not by each worker, if it is not there
     jobs = [(scan_shard, root, s) for s in shards] + [(scan_files, root, images[k:k + CHUNK]) for k in range(0, len(images), CHUNK)]
     parts = list(tqdm(in_parallel(jobs, workers), "index", len(jobs), unit="shard" if shards else "chunk", disable=None))
 
