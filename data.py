@@ -101,7 +101,7 @@ def parse_value(key, text, default):
     else:
         good = type(value) is type(default)                    # isinstance would take True for an int
     if not good or value != value:                             # NaN alone differs from itself
-        raise UserError(f"{key} = {text}: {key} takes a {type(default).__name__} such as {default}")
+        raise UserError(f"{key} = {text}: {key} takes a{'n' * (type(default) is int)} {type(default).__name__} such as {default}")
     return value
 
 
