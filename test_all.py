@@ -2346,6 +2346,7 @@ def test_people_compare_two_runs_in_a_browser(browser, tmp_path, capsys):
     script("go(-9)")
     press(left, down)                                          # aesthetics, consistency; then the next pair comes by itself
     assert wait("at === 1") and script("return $('place').textContent") == "Pair 2 of 3, 1 answered"
+    time.sleep(0.5)                                            # the browser stores what was answered in a process of its own
     browser("POST", "/refresh")                                # a page that was closed comes back where it was
     assert wait("at === 1 && $('bar').value === 1")
     press(back)
