@@ -493,7 +493,7 @@ def require_weights(flag, weights, kind):
     """The hash of weights that exist; else a UserError that says what to put where."""
     if digest := weights and file_hash(weights):
         return digest
-    raise UserError(f"{flag}: no weights at {weights!r}, and nothing is downloaded: put {SOURCES[kind]}")
+    raise UserError(f"{flag}: no weights{f' at {weights!r}' if weights else ''}, and nothing is downloaded: put {SOURCES[kind]}")
 
 
 def open_inception(weights, device, logits=False):
@@ -1124,6 +1124,8 @@ def write_sheet(args, task, device, ranks):
     if os.path.exists(os.path.join(args.sheet, "key.json")):
         raise UserError(f"{args.sheet!r} holds a sheet already, whose key would be lost: give another folder")
     loaded = [load(run, device) for run in args.run]
+    if len(sides := {config["resolution"] for _, config in loaded}) > 1:
+        print(f"warning: pictures of {' and '.join(map(str, sorted(sides)))} px: raters may tell the runs by their size")
     captions = (task or held_out_task(loaded[0][1], args.n or 50))[0][:args.n]
     (guidance, *more), images = guidances(args.guidance, [None]), []               # None: each run its own
     if more:
@@ -1298,8 +1300,9 @@ def tuning(points):
     ends = [k for k in (first("fd_dino", "fd_"), first("cmmd", "mmd_")) if k]
     best = {k: guidance[int(np.argmin(curves[k]))] for k in ends}                  # lower is better
     if len(best) == 2:
+        low, high = sorted(best.values())
         where = ", ".join(f"lowest {k} at {g:g}" for k, g in best.items())
-        print(f"guidance between {min(best.values()):g} and {max(best.values()):g}: {where}")
+        print((f"guidance between {low:g} and {high:g}: " if low < high else f"guidance {low:g}: ") + where)
     for k in ends:
         if best[k] in (guidance[0], guidance[-1]):             # then it is no optimum
             print(f"  lowest {k} lies at the end of the values tried: try further ones")
@@ -1472,7 +1475,7 @@ def parse():
     add("--sheet", metavar="FOLDER", help="write a page there on which people compare two runs")
     add("--ratings", metavar="FILE", nargs="+", help="the files that this page saved: win rates and agreement")
     add("--json", help="write the figures to this file")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()                      # runs may follow flags
     if (args.vqa or args.answers) and not args.dsg:
         raise UserError("--vqa and --answers need questions: give --dsg FILE")
     least = {"n": 2, "seeds": 1, "steps": 1}

@@ -572,7 +572,7 @@ def read_checkpoint(path):
     """The state in a run's last.pt, or in a file (see open_checkpoint)."""
     file = os.path.join(path, "last.pt") if os.path.isdir(path) and not os.path.exists(os.path.join(path, "about.pt")) else path
     if not os.path.exists(file):
-        raise UserError(f"no checkpoint {file!r}: `python train.py --stage grow` makes out/toy/grow/last.pt")
+        raise UserError(f"no checkpoint {file!r}: `python train.py --stage grow` makes out/toy/pretrain/last.pt and out/toy/grow/last.pt")
     state, broken = open_checkpoint(file)
     if broken:
         raise UserError(broken)
