@@ -2155,7 +2155,7 @@ def test_captions_meet_their_images_in_clip(tmp_path):
 
 def test_weights_are_refused_unless_whole_and_known(tmp_path, capsys):
     refuse = lambda name, path: pytest.raises(SystemExit, evaluation.open_network, name, path and str(path), "cpu") and capsys.readouterr().err
-    assert "no weights at" in refuse("dino", None) and "nothing is downloaded" in refuse("clip", tmp_path / "none")
+    assert "dino: no weights, and" in refuse("dino", None) and "nothing is downloaded" in refuse("clip", tmp_path / "none")
     (tmp_path / "inception.pt").write_bytes(b"not the network")
     assert "is not the network of FID" in refuse("inception", tmp_path / "inception.pt")
     tiny_dino(tmp_path / "dino")
@@ -2517,14 +2517,15 @@ def test_captions_from_a_file_against_images_of_ones_own(runs, tmp_path, says):
 
 def test_runs_are_drawn_for_people_and_for_other_networks(runs, tmp_path, says):
     a, b = runs[0] / "toy/pretrain", runs[0] / "toy/grow"
-    assert "4 pairs" in says(a, b, "--sheet", tmp_path / "sheet", "--n", 4, "--steps", 2)
+    said = says(a, b, "--sheet", tmp_path / "sheet", "--n", 4, "--steps", 2)
+    assert "4 pairs" in said and "warning: pictures of 16 and 32 px" in said
     assert "give one value" in says(a, b, "--sheet", tmp_path / "other", "--n", 4, "--guidance", "1,2")
     page = (tmp_path / "sheet/index.html").read_text()
     pairs = json.loads(re.search(r"const pairs = (.*?), sheet =", page)[1])
     pictures = {p[side] for p in pairs for side in ("left", "right")}
     assert len(pairs) == 4 and len(pictures) == 8 and str(runs[0]) not in page and "http" not in page
     (tmp_path / "dsg.csv").write_text(DSG)
-    assert "no weights at None" in says(b, "--dsg", tmp_path / "dsg.csv")
+    assert "--vqa: no weights, and" in says(b, "--dsg", tmp_path / "dsg.csv")
     assert "2 pairs" in says(a, b, "--sheet", tmp_path / "asked", "--dsg", tmp_path / "dsg.csv", "--steps", 2)     # its prompts, for people
     tiny_blip(tmp_path / "blip")
     said = says(b, "--dsg", tmp_path / "dsg.csv", "--vqa", tmp_path / "blip", "--steps", 2, "--keep", tmp_path / "kept")
