@@ -2281,7 +2281,7 @@ def test_a_network_answers_questions_about_pictures(tmp_path, says, capsys):
     said = says(tmp_path / "made", "--dsg", tmp_path / "dsg.csv", "--vqa", tmp_path / "blip", "--json", tmp_path / "e.json")
     answers = json.load(open(tmp_path / "e.json"))["answers"]
     assert "dsg 0.0" in said and answers["zoo_1"]["1"] == ask(image, "Is there a fox?") and [len(a) for a in answers.values()] == [5, 2]
-    assert "no weights at" in says(tmp_path / "made", "--dsg", tmp_path / "dsg.csv")
+    assert "--vqa: no weights, and" in says(tmp_path / "made", "--dsg", tmp_path / "dsg.csv")
 
 
 # ---- people compare two runs ----------------------------------------------------------------------------------------------------
