@@ -1685,6 +1685,7 @@ def stats(args, config):
         length = sum(len(words(c)) for c in captions) / len(captions)
         valid, total = sum(v > 10 for v in counts.values()), counts.total()        # VN: distinct nouns that are no slips of the pen
         print(f"{kind:7s} {len(captions):8d} {valid:9d} {len(counts):9d} {total:12d} {length:7.1f} {total / len(captions):12.1f}")
+    print("VN: nouns that occur more than 10 times; DN: distinct nouns; ACL: average words of a caption; average/img: nouns of a caption")
 
 
 def vocabulary(args, config):

@@ -30,6 +30,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
 import torch
@@ -388,7 +389,7 @@ if rank == 0:                                                  # one process own
     except OSError as e:
         print(f"error: {run} cannot be written ({e}): make room or give another --out", file=sys.stderr)
         leave(4)
-say(f"{stage} of config {name}: " + " ".join(f"{k}={v}" for k, v in config.items()))
+say(textwrap.fill(f"{stage} of config {name}: " + " ".join(f"{k}={v}" for k, v in config.items()), 140, subsequent_indent="    "))
 say(f"batch {config['batch']} = {micro} micro x {share // micro} accumulated x {world} device{'s' * (world > 1)}")
 
 # ---- precision --------------------------------------------------------------------------------------------------------------
