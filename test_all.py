@@ -1317,7 +1317,7 @@ def test_contact_sheet_and_table_of_nouns(photos, tmp_path, capsys):
     strip = np.asarray(sheet)[262:280, :264]                   # beneath the first image there is writing
     assert strip.min() < 60 and strip.max() == 255
     data.stats(args, tiny(data=str(photos)))
-    row = capsys.readouterr().out.splitlines()[-1].split()
+    row = capsys.readouterr().out.splitlines()[-2].split()
     assert row[:6] == ["raw", "24", "1", "1", "24", "3.0"]     # "level", 24 times
 
 
