@@ -2728,7 +2728,7 @@ def test_kill_9_at_random_moments_loses_nothing(runs, stage, kills, tmp_path):
     whole, broken = (with_parents(runs, tmp_path / name, stage) for name in ("whole", "broken"))
     words = ["--stage", stage, *changed(TINY, steps=40, save_every=1, sample_every=0)]
     run("train.py", "--out", whole, *words)
-    moments, reached = np.random.default_rng(int(time.time())), 0
+    moments = np.random.default_rng(int(time.time()))
     for _ in range(kills):
         process, said = start("train.py", "--out", broken, *words)
         until(said, "model:", process)

@@ -41,8 +41,7 @@ from tqdm import tqdm
 
 from data import Batches, Scenes, UserError, default_config, grid, load_config, nearest, open_autoencoder, open_data, to_uint8, write_png
 from eval import HELD_OUT, evaluate, flat, report
-from model import (FORMAT, ResidualBlock, build, carry_over, check_sizes, diffusion_loss, ema_weights, example, noise, open_checkpoint,
-                   read_checkpoint)
+from model import (FORMAT, ResidualBlock, build, carry_over, check_sizes, diffusion_loss, example, noise, open_checkpoint, read_checkpoint)
 from sample import SAMPLERS, sample
 
 # A stage is a row: where it starts, what it keeps of that (a prefix of parameter names), whether the core is frozen, and
