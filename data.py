@@ -58,6 +58,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from lib.draws import generator, uniforms
+
 # ---------------------------------------------------------------------------------------------------------------
 # Settings: configs.txt -> dict. One parser for files and flags, so that both are checked the same way.
 
@@ -158,21 +160,6 @@ def load_config(name="toy", stage="pretrain", flags=(), file=CONFIGS):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Draws: uniform numbers by hashing, so that the k-th number of sample i is known without drawing those before it
-
-
-def uniforms(seed, sample, count):
-    """`count` uniforms in [0, 1) that depend on (seed, sample) alone. float64 (count,). splitmix64 (Steele et al. 2014)."""
-    with np.errstate(over="ignore"):                           # arithmetic is meant to wrap modulo 2^64
-        x = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)   # a counter in steps of 2^64 / golden ratio
-        x += np.uint64((sample * 0xD1342543DE82EF95 + seed * 0xDA942042E4DD58B5) % 2**64)      # odd factors: neighbours start far apart
-        for multiplier in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB):
-            x = (x ^ (x >> np.uint64(30))) * np.uint64(multiplier)
-        x ^= x >> np.uint64(31)
-    return (x >> np.uint64(11)).astype(np.float64) / 2**53     # a float64 holds 53 bits
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # Scenes: a world in which everything can be checked. x runs right, y runs down, the picture is [0, 1] x [0, 1].
 
 SHAPES = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5, "cross": 5 / 9}     # area of a shape of diameter 1
@@ -218,8 +205,8 @@ class Scenes:
     """
     name = "scenes"
 
-    def __init__(self, config, seed=None):
-        self.seed = config["seed"] if seed is None else seed
+    def __init__(self, config, purpose="scenes", seed=None):
+        self.key = purpose, config["seed"] if seed is None else seed               # purpose "exam": scenes that training never draws
         self.shapes = list(SHAPES)[:config["scene_shapes"]]
         self.colours = list(COLOURS)[:config["scene_colours"]]
         self.most, self.cycles = config["scene_objects"], config["scene_texture"]
@@ -232,7 +219,7 @@ class Scenes:
 
     def size(self, i):
         """Native (width, height) in pixels: 27.5 % lie under `scene_native`, as in CC12M under 512 (Greedy Growing, Sec. 4)."""
-        native = int(self.native * 2 ** (2 * uniforms(self.seed, i, 1)[0] - 0.55))
+        native = int(self.native * 2 ** (2 * uniforms(1, *self.key, i)[0] - 0.55))
         return native, native
 
     def all_sizes(self):
@@ -263,7 +250,7 @@ class Scenes:
     @functools.lru_cache(2 ** 16)                              # small worlds are laid out once
     def scene(self, i):
         """The scene of number i, a dict as above. Callers must not change it."""
-        draws = iter(uniforms(self.seed, i, 64)[1:])           # the first one told the native size
+        draws = iter(uniforms(64, *self.key, i)[1:])           # the first one told the native size
         pick = lambda options: options[int(next(draws) * len(options))]
         ground, relation, layout = pick(list(GROUNDS)), pick(RELATIONS), next(draws)
         more = self.most > 2 and next(draws) < 0.5             # three objects, where the world allows them
@@ -1441,8 +1428,8 @@ class Batches(torch.utils.data.Dataset):
     is dropped, and still which bucket comes at which step is a function of (seed, step) alone.
     """
 
-    def __init__(self, data, config, filtered, rank=0, world=1):
-        self.data, self.config, c = data, config, config
+    def __init__(self, data, config, filtered, stage="pretrain", rank=0, world=1):
+        self.data, self.config, self.stage, c = data, config, stage, config
         share = c["batch"] // world                            # b
         self.rows = slice(rank * share, (rank + 1) * share)
         self.sizes, images = bucket_sizes(c), data.all_sizes()                     # [(H, W)], (n, 2)
@@ -1481,7 +1468,7 @@ class Batches(torch.utils.data.Dataset):
             r += 1
         before, now = made(r), made(r + 1)
         order = np.repeat(np.arange(len(before)), now - before)                    # this round's batches by bucket, to be shuffled
-        order = np.random.default_rng((self.config["seed"], r, 1)).permutation(order)      # 1: another stream than that of the samples
+        order = generator("buckets", self.stage, self.config["seed"], r).permutation(order)
         place = step - before.sum()                            # of the step in its round
         bucket = order[place]
         return bucket, int(before[bucket] + (order[:place] == bucket).sum())
@@ -1490,7 +1477,7 @@ class Batches(torch.utils.data.Dataset):
         """The samples of a bucket in this epoch's order. The last two epochs are kept, since a batch may span them."""
         if (bucket, epoch) not in self.orders:
             self.orders = {(b, e): o for (b, e), o in self.orders.items() if b != bucket or abs(e - epoch) < 2}    # 4 bytes an image, each
-            self.orders[bucket, epoch] = np.random.default_rng((self.config["seed"], epoch)).permutation(self.members[bucket])
+            self.orders[bucket, epoch] = generator("order", self.stage, self.config["seed"], epoch, bucket).permutation(self.members[bucket])
         return self.orders[bucket, epoch]
 
     def pairs(self, step):
@@ -1506,7 +1493,7 @@ class Batches(torch.utils.data.Dataset):
         caption are functions of (seed, epoch, i). From Latents as source, the image is (c, h, w) float. Raises UserError if no image is left.
         """
         c, source = self.config, source or self.data
-        x, y, flip, drop, which, long, *jitter = uniforms(c["seed"], (epoch + 1 << 40) + i, 9)       # always nine: a key changes none of the others
+        x, y, flip, drop, which, long, *jitter = uniforms(9, "data", self.stage, c["seed"], epoch, i)       # always nine: a key changes none of the others
         height, width = self.sizes[self.bucket[i]]
         i, (image, top, left) = self.readable(source, i, height, width, (x, y))    # i, or what stands in for it
         w, h = self.data.size(i)

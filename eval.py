@@ -39,8 +39,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import (Batches, COLOURS, CONTRAST, GROUNDS, IMAGES, SHAPES, Scenes, UserError, describe, distance, encode_captions, need,
-                  open_autoencoder, open_data, pillow, texture_wave, to_tensor, to_uint8, uniforms, write_png)
-from model import diffusion_loss, load, noise, read_checkpoint
+                  open_autoencoder, open_data, pillow, texture_wave, to_tensor, to_uint8, write_png)
+from lib.draws import normals, uniforms
+from model import diffusion_loss, load, read_checkpoint
 from sample import SAMPLERS, free_name, sample
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -785,12 +786,9 @@ def score_folders(real, fake, networks, metrics, ranks=(0, 1)):
 # What a run is asked to draw, and who judges it. A task is (captions, names of the pictures, see, score): see(image, i) ->
 # what is found in the i-th picture, (H, W, 3) uint8; score(all that was found, metrics) -> {"questions": ..., "counting": ...}.
 
-HELD_OUT = 2 ** 31                                             # added to the seed: scenes that training never draws
-
-
 def held_out(config):
     """Scenes that training never draws (a caption may occur in both), or the images of the folder that it was trained on."""
-    return Scenes(config, seed=config["seed"] + HELD_OUT) if config["data"] == "scenes" else open_data(config)
+    return Scenes(config, "exam", 0) if config["data"] == "scenes" else open_data(config)
 
 
 def held_out_task(config, n):
@@ -970,7 +968,7 @@ def best_caption(model, config, image, text, number, seed=0, draws=16):
     device = next(model.parameters()).device
     x = open_autoencoder(config, device).encode(to_tensor(image[None]).to(device)) # (1, C, H, W): pixels, or latents
     times = ((torch.arange(draws) + 0.5) / draws).to(device)                       # (draws,)
-    eps = noise([(seed, number, k) for k in range(draws)], x.shape[1:], device)    # (draws, C, H, W)
+    eps = normals([("zeroshot", seed, number, k) for k in range(draws)], x.shape[1:], device)    # (draws, C, H, W)
     loss = [diffusion_loss(model, x.expand_as(eps), row.expand(draws, *row.shape[1:]), times, eps, config).mean() for row in text.split(1)]
     return int(torch.stack(loss).argmin())                     # the first of equals
 
@@ -1107,7 +1105,7 @@ def make_sheet(folder, runs, captions, images, seed=0):
     """
     pairs, swapped = [], {}                                    # in the order shown; by pair: is A on the right?
     for i in np.random.default_rng(seed).permutation(len(captions)).tolist():      # the same sheet from the same seed
-        swapped[str(i)] = bool(uniforms(seed + 1, i, 1)[0] < 0.5)
+        swapped[str(i)] = bool(uniforms(1, "sides", seed, i)[0] < 0.5)
         left, right = (picture_url(images[k][i]) for k in ((1, 0) if swapped[str(i)] else (0, 1)))  # A, B or B, A
         pairs.append({"id": str(i), "caption": captions[i], "left": left, "right": right})
     name = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:12]             # so that answers meet the right key

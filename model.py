@@ -23,7 +23,6 @@ E width of their embeddings, D width of the core, r ratio of the KV merge.
 """
 import functools
 import gc
-import hashlib
 import math
 import os
 import sys
@@ -55,19 +54,6 @@ def alpha_sigma(logsnr):
     """(B,) -> two (B, 1, 1, 1): alpha^2 = sigmoid(logsnr), sigma^2 = sigmoid(-logsnr)."""
     logsnr = logsnr.view(-1, 1, 1, 1)
     return torch.sigmoid(logsnr).sqrt(), torch.sigmoid(-logsnr).sqrt()
-
-
-def noise(keys, shape, device="cpu"):
-    """
-    Standard normal (len(keys), *shape). Row i depends on keys[i] alone, a tuple of integers such as (seed, image, step):
-    an image is the same at any batch size, and resuming needs no generator state. (A CPU's generator takes 32 bits of a key.)
-    """
-    rows = []
-    for key in keys:
-        digest = hashlib.blake2b(repr(tuple(map(int, key))).encode(), digest_size=7).digest()
-        generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "big"))
-        rows.append(torch.randn(shape, generator=generator, device=device))
-    return torch.stack(rows)
 
 
 # Error in v, times this, is the error in ...     (Salimans and Ho 2022, Sec. 4)

@@ -23,7 +23,8 @@ import torch
 from tqdm import tqdm
 
 from data import UserError, encode_captions, grid, open_autoencoder, to_uint8, write_png
-from model import alpha_sigma, image_shape, load, logsnr_at, noise, read_checkpoint, token_grid, token_size
+from lib.draws import normals
+from model import alpha_sigma, image_shape, load, logsnr_at, read_checkpoint, token_grid, token_size
 
 
 def ddpm(denoise, z, logsnrs, draw):
@@ -135,7 +136,7 @@ def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, 
     images, progress = [], tqdm(total=passes, desc="sampling", leave=False, disable=None if bar else True)
     for start in range(0, len(captions), batch):
         rows = range(start, min(start + batch, len(captions)))
-        draw = lambda step: noise([(seed, first + i, step) for i in rows], shape, device)
+        draw = lambda step: normals([("sampling", seed, first + i, step) for i in rows], shape, device)
         denoise = guided(model, text[rows.start:rows.stop], guidance, whole, math.inf if config["autoencoder"] else 1.0)
         counted = lambda z, logsnr: (poll(), denoise(z, logsnr), progress.update())[1]
         images.append(autoencoder.decode(SAMPLERS[sampler](counted, draw(0), logsnrs, draw)).cpu())

@@ -643,12 +643,6 @@ def test_every_configuration_compiles_for_an_h100():
 
 # ---- data.py ----------------------------------------------------------------------------------------------------------------
 
-def test_draws_are_uniform_and_depend_on_their_arguments_alone():
-    many = np.concatenate([data.uniforms(3, i, 50) for i in range(400)])
-    assert abs(many.mean() - 0.5) < 0.01 and abs(many.std() - 12 ** -0.5) < 0.01 and len(set(many)) == len(many)
-    assert (data.uniforms(3, 5, 4) == data.uniforms(3, 5, 9)[:4]).all() and (data.uniforms(3, 5, 4) != data.uniforms(4, 5, 4)).all()
-
-
 def test_textures_vanish_exactly_at_the_core_resolution_and_show_above():
     world = Scenes(tiny(scene_textured=1.0), seed=time.time_ns() % 2 ** 31)
     for i in range(20):
@@ -697,7 +691,7 @@ def test_devices_share_a_batch_and_more_of_them_than_samples_change_nothing(phot
     config = tiny(data=str(photos), batch=24)                  # 24 images, 24 rows, 12 devices
     whole, shares = (data.open_data(config) for _ in range(2))
     x, text, size = Batches(whole, config, False)[1]
-    parts = [Batches(shares, config, False, rank, 12)[1] for rank in range(12)]
+    parts = [Batches(shares, config, False, "pretrain", rank, 12)[1] for rank in range(12)]
     assert all(len(p[0]) == 2 for p in parts)
     assert all(torch.equal(torch.cat(part), all_) for part, all_ in zip(zip(*parts), (x, text, size)))
 
@@ -2841,7 +2835,7 @@ def test_a_run_goes_on_with_another_number_of_devices_in_the_same_order(tmp_path
     for count in (2, 3):                                       # the shares of a step add up to its batch
         shares = [Batches(world, config, False, r, count)[5] for r in range(count)]
         assert all(torch.equal(torch.cat(part), all_) for part, all_ in zip(zip(*shares), whole[5]))
-        assert Batches(world, config, False, 1, count).pairs(5) == whole.pairs(5)
+        assert Batches(world, config, False, "pretrain", 1, count).pairs(5) == whole.pairs(5)
 
 
 @pytest.mark.parametrize("how", [[], ["--fsdp", "--sharded"]])
@@ -3215,3 +3209,6 @@ def test_readme_tells_true_line_counts_and_starts_early():
     for file, count in counts:
         assert abs(len(open(os.path.join(HERE, file)).readlines()) - int(count)) <= 0.05 * int(count), file
     assert next(i for i, l in enumerate(text.split("\n"), 1) if l.startswith("pip install")) < 40
+
+
+from lib.test_draws import *  # noqa

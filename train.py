@@ -40,8 +40,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from data import Batches, Scenes, UserError, default_config, grid, load_config, nearest, open_autoencoder, open_data, to_uint8, write_png
-from eval import HELD_OUT, evaluate, flat, report
-from model import (FORMAT, ResidualBlock, build, carry_over, check_sizes, diffusion_loss, example, noise, open_checkpoint, read_checkpoint)
+from eval import evaluate, flat, report
+from lib.draws import normals, uniforms
+from model import (FORMAT, ResidualBlock, build, carry_over, check_sizes, diffusion_loss, example, open_checkpoint, read_checkpoint)
 from sample import SAMPLERS, sample
 
 # A stage is a row: where it starts, what it keeps of that (a prefix of parameter names), whether the core is frozen, and
@@ -301,7 +302,7 @@ signal.signal(signal.SIGINT, signal.SIG_DFL)                   # until the loop 
 
 # ---- data: looked at before anything is trained -----------------------------------------------------------------------------
 data = open_data(config)                                       # errors in it are found before hours of training
-batches = Batches(data, config, only_large, rank, world)
+batches = Batches(data, config, only_large, stage, rank, world)
 config |= batches.identity                                     # which data and which encoder: compared when a run goes on or grows
 
 # ---- the run that this one starts from, made or finished first where need be ------------------------------------------------
@@ -567,7 +568,7 @@ def poll():
 
 def preview(step):
     """samples/step_N.png: the same captions and noise every time, plain weights above, EMA weights below."""
-    held_out = Scenes(config, config["seed"] + HELD_OUT) if data.name == "scenes" else data
+    held_out = Scenes(config, "exam", 0) if data.name == "scenes" else data
     captions = [held_out.caption(i % len(held_out)) for i in range(8)]
     rows = [sample(model, config, captions, poll=poll)]
     with ema_weights_in_place():
@@ -750,9 +751,9 @@ while step < config["steps"]:
     x = x if batches.latents else autoencoder.encode(x)        # latents that were not made beforehand
 
     # noise levels spread evenly over [0, 1], one per image, shifted together: less variance than independent draws
-    shift = float(torch.rand((), generator=torch.Generator().manual_seed((config["seed"] * 1000003 + drawn) % 2 ** 32)))
+    shift = float(uniforms(1, "times", stage, config["seed"], drawn)[0])
     t = (torch.arange(rows.start, rows.stop, device=device) + shift) / config["batch"]       # (b,)
-    eps = noise([(config["seed"], drawn, i) for i in rows], x.shape[1:], device)
+    eps = normals([("noise", stage, config["seed"], drawn, i) for i in rows], x.shape[1:], device)
     drawn += 1
     for o, top in zip(optimizers, peaks):
         for group in o.param_groups:
