@@ -100,7 +100,7 @@ class TextEncoding(nn.Module):
         text = text + self.mlp(self.norm_in(text))
         text = self.norm_out(text)                                                 # (B, L, D)
         pooled = (F.silu(self.pool_in(text)) * real).sum(1) / real.sum(1).clamp(min=1)
-        return text, mask, self.pool_out(pooled)                                   # (B, L, D), (B, L), (B, D)
+        return text, mask.sum(1), self.pool_out(pooled)                            # (B, L, D), (B,), (B, D)
 
 
 def encoder_spans(config):
@@ -131,7 +131,9 @@ class EmbeddedText(nn.Module):
         text = torch.cat([project(part[..., :e]) for project, (_, e), part in parts], 1)
         text = self.norm_out(text)                                                 # (B, L, D)
         pooled = (text * real).sum(1) / real.sum(1).clamp(min=1)
-        return text, mask, self.pool_out(pooled)                                   # (B, L, D), (B, L), (B, D)
+        first = (~mask).int().argsort(1, stable=True)                              # (B, L) places of the real tokens, then of the others
+        text = text.gather(1, first[..., None].expand_as(text))                    # packed: attention skips what comes last
+        return text, mask.sum(1), self.pool_out(pooled)                            # (B, L, D), (B,), (B, D)
 
 
 def sinusoids(x, frequencies):
@@ -150,7 +152,6 @@ class TimeEncoding(nn.Module):
     def __init__(self, width, sizes):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(128, width), nn.SiLU(), nn.Linear(width, width))
-        self.modulation = nn.Linear(width, 6 * width)
         self.size_in = nn.Linear(6 * 128, width) if sizes else None
         self.size_out = nn.Linear(width, width) if sizes else None
 
@@ -198,10 +199,10 @@ class CrossAttention(nn.Module):
         self.key_value = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x, text, mask):
+    def forward(self, x, text, length):
         q = self.query(x).unflatten(2, (self.heads, -1))                           # (B, N, heads, D/heads)
         k, v = self.key_value(text).unflatten(2, (2, self.heads, -1)).unbind(2)    # (B, L, heads, D/heads)
-        return self.out(attention(q, k, v, mask=mask).flatten(2))                  # (B, N, D)
+        return self.out(attention(q, k, v, kv_len=length).flatten(2))                  # (B, N, D)
 
 
 class Block(nn.Module):
@@ -218,10 +219,10 @@ class Block(nn.Module):
         self.cross_attention = CrossAttention(width, heads)
         self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), nn.GELU(), nn.Linear(mlp_ratio * width, width))
 
-    def forward(self, x, modulation, text, mask, grid):
+    def forward(self, x, modulation, text, length, grid):
         shift1, scale1, gate1, shift2, scale2, gate2 = (modulation + self.table).unsqueeze(2).unbind(1)   # (B, 1, D)
         x = x + gate1 * self.self_attention((1 + scale1) * self.norm(x) + shift1, grid)    # (B, N, D)
-        x = x + self.cross_attention(self.norm(x), text, mask)
+        x = x + self.cross_attention(self.norm(x), text, length)
         return x + gate2 * self.mlp((1 + scale2) * self.norm(x) + shift2)
 
 
@@ -253,21 +254,22 @@ class Core(nn.Module):
         c, width, spans, layers = config, config["width"], encoder_spans(config), merged_layers(config)
         self.text = EmbeddedText(spans, width) if spans else TextEncoding(c["text_vocab"], c["text_length"], width)
         self.time = TimeEncoding(width, c["size_condition"])
+        self.modulation = nn.Linear(width, 6 * width)          # one for all blocks (adaLN-single)
         ratios = [c["kv_merge"] if i in layers else 1 for i in range(c["depth"])]
         self.blocks = nn.ModuleList(Block(width, c["heads"], c["mlp_ratio"], r, c["kv_merge_norm"]) for r in ratios)
 
     def condition(self, logsnr, text, size=None):
         """One vector of time, size and pooled caption for shell and blocks, the caption's tokens, and their mask."""
-        text, mask, pooled = self.text(text)                                       # (B, L, D), (B, L), (B, D)
-        return F.silu(self.time(logsnr, size) + pooled), text, mask
+        text, length, pooled = self.text(text)                                     # (B, L, D), (B,), (B, D)
+        return F.silu(self.time(logsnr, size) + pooled), text, length
 
-    def forward(self, features, condition, text, mask):
+    def forward(self, features, condition, text, length):
         h, w = features.shape[2:]
         x = features.flatten(2).transpose(1, 2)                                    # (B, D, h, w) -> (B, N, D)
         x = x + positions(h, w, x.shape[2], x.device)
-        modulation = self.time.modulation(condition).unflatten(1, (6, -1))         # (B, 6, D)
+        modulation = self.modulation(condition).unflatten(1, (6, -1))         # (B, 6, D)
         for block in self.blocks:
-            x = block(x, modulation, text, mask, (h, w))
+            x = block(x, modulation, text, length, (h, w))
         return x.transpose(1, 2).unflatten(2, (h, w))                              # (B, D, h, w)
 
 
@@ -424,9 +426,9 @@ class Denoiser(nn.Module):
         self.core, self.shell = core, shell
 
     def forward(self, z, logsnr, text, size=None):
-        condition, text, mask = self.core.condition(logsnr, text, size)            # (B, D), (B, L, D), (B, L)
+        condition, text, length = self.core.condition(logsnr, text, size)          # (B, D), (B, L, D), (B,)
         features, skips = self.shell.encode(z, condition)                          # (B, D, h, w)
-        features = self.core(features, condition, text, mask)                      # (B, D, h, w)
+        features = self.core(features, condition, text, length)                      # (B, D, h, w)
         return self.shell.decode(features, skips, condition)                       # (B, C, H, W)
 
 
@@ -438,7 +440,7 @@ def initialise(model):
         biases                                         0
         text.embed                                     normal, std 1;  text.position: normal, std 0.5
         norms with parameters                          weight 1, bias 0
-        time.modulation, block.table                   0: the gates of self-attention and MLP are shut
+        modulation, block.table                        0: the gates of self-attention and MLP are shut
         cross_attention.out                            0: with the gates, a block is the identity
         residual block: condition                      0: no shift, no scale
         head, head.conv                                0: the model says v = 0
@@ -459,7 +461,7 @@ def initialise(model):
     return model
 
 
-ZERO = ("time.modulation.weight", "cross_attention.out.weight", "time.size_out.weight", "condition.weight", "head.conv.weight", "shell.head.weight")
+ZERO = ("core.modulation.weight", "cross_attention.out.weight", "time.size_out.weight", "condition.weight", "head.conv.weight", "shell.head.weight")
 
 
 def image_shape(config):

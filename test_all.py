@@ -1446,7 +1446,7 @@ def test_outputs_meant_to_be_zero_are_exactly_zero_in_the_finished_model(stage, 
     zero = {k for k, p in net.named_parameters() if p.ndim > 1 and not p.any()}
     blocks = [f"core.blocks.{i}.{part}" for i in range(2) for part in ("table", "cross_attention.out.weight")]
     sizes = {"core.time.size_out.weight"} if changes else set()
-    assert {k for k in zero if k.startswith("core.")} == {"core.time.modulation.weight", *blocks} | sizes
+    assert {k for k in zero if k.startswith("core.")} == {"core.modulation.weight", *blocks} | sizes
     conditions = {k for k in net.state_dict() if k.startswith("shell.") and (k.endswith("condition.weight") or k == "shell.table")}
     assert {k for k in zero if k.startswith("shell.")} == {f"shell.{head}.weight"} | conditions
     z, logsnr, text = models.example(config, 2)
