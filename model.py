@@ -131,7 +131,7 @@ class EmbeddedText(nn.Module):
         text = torch.cat([project(part[..., :e]) for project, (_, e), part in parts], 1)
         text = self.norm_out(text)                                                 # (B, L, D)
         pooled = (text * real).sum(1) / real.sum(1).clamp(min=1)
-        first = (~mask).int().argsort(1, stable=True)                              # (B, L) places of the real tokens, then of the others
+        first = (~mask).int().argsort(dim=1, stable=True)                             # (B, L) places of the real tokens, then of the others
         text = text.gather(1, first[..., None].expand_as(text))                    # packed: attention skips what comes last
         return text, mask.sum(1), self.pool_out(pooled)                            # (B, L, D), (B,), (B, D)
 
