@@ -3212,3 +3212,5 @@ def test_readme_tells_true_line_counts_and_starts_early():
 
 
 from lib.test_draws import *  # noqa
+
+from lib.test_processes import *  # noqa

@@ -1,0 +1,140 @@
+"""
+Processes: one, or those that torchrun started. In a single process nothing of torch.distributed is touched.
+
+    rank, world, device = join(timeout=600)     meet the others
+    print0("once, not once for each process")
+    if all_reduce_max(stop): ...                all decide alike
+    results = all_gather(mine)                  or gather(mine), for rank 0 alone
+    exit_with(3)
+
+A process that fails says so and ends at once. The connections to it close, which ends the others: none waits until its timeout.
+"""
+import datetime
+import json
+import os
+import signal
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+def get_rank():
+    """Number of this process among all, as torchrun tells it; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+def get_world_size():
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join(timeout):
+    """
+    (rank, world, device) after meeting the other processes. From here on one that fails ends at once (install_excepthook), and the
+    others wait `timeout` seconds for one that does not answer. Raises ConnectionError where they cannot meet.
+    """
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    if device != "cpu":
+        torch.cuda.set_device(device)                          # kernels and NCCL go by the current device
+    if get_world_size() > 1:
+        # what stands on a CPU travels by gloo: votes need no GPU to finish first, and a closed connection is an error at once
+        backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+        try:
+            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+        except (dist.DistNetworkError, dist.DistStoreError) as e:
+            raise ConnectionError(str(e).splitlines()[0])
+    install_excepthook()                                       # after torch has put its own in place
+    return get_rank(), get_world_size(), device
+
+
+def all_reduce_max(value):
+    """The largest of all processes' numbers, as a float, so that they decide alike."""
+    if get_world_size() == 1:
+        return value
+    value = torch.tensor(float(value), dtype=torch.float64)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value.item()
+
+
+def all_gather(value):
+    """[the value of rank 0, that of rank 1, ...], of anything that can be pickled."""
+    values = [value] * get_world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def gather(value):
+    """As all_gather at rank 0; the others get an empty list, and no memory goes to it."""
+    values = [value] * get_world_size() if get_rank() == 0 else None
+    if get_world_size() > 1:
+        dist.gather_object(value, values)
+    return values or []
+
+
+def print0(*parts):
+    """Print once, and above a progress bar. A reader that went away (| head) does not end the program."""
+    if get_rank() == 0:
+        try:
+            tqdm.write(" ".join(map(str, parts)))
+            sys.stdout.flush()
+        except OSError:
+            sys.stdout = open(os.devnull, "w")
+
+
+def print_error(message, wait=None):
+    """
+    `error: MESSAGE` on standard error, once. An error that all processes meet is printed by rank 0, and torchrun stops the others
+    while they wait for that; one that rank 0 does not meet is printed after a second, with the number of its process.
+    """
+    if get_rank() > 0 if wait is None else wait:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)          # by which torchrun stops them: at once and without a word
+        time.sleep(1)
+    message = f"rank {get_rank()}: {message}" if get_rank() > 0 else message
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    # torchrun ends with a traceback of its own, which cannot be switched off; this makes the message its last line
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with open(file, "w") as f:
+            about = {"py_callstack": f"error: {message}", "timestamp": int(time.time())}
+            json.dump({"message": {"message": message, "extraInfo": about}}, f)
+
+
+def exit_with(status):
+    """The end. Of several processes each goes at once: the threads that connect them do not always survive an orderly teardown."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if get_world_size() == 1:
+        sys.exit(status)
+    os._exit(status)
+
+
+def is_out_of_memory(error):
+    """True of what torch raises when a GPU or the machine has no memory left."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+
+
+def install_excepthook(memory="", worker="", workers=()):
+    """
+    From here on an exception that nobody catches ends this process at once. Out of memory: status 2, with the advice `memory`. The
+    death of one of `workers`, processes of a DataLoader: status 3, with the advice `worker`. Anything else: status 1.
+    """
+    def end(kind, error, trace):
+        text, lost = str(error).split("\n")[0], isinstance(error, dist.DistError) or "gloo" in str(error)
+        if workers:
+            time.sleep(0.5)                                    # a worker that dies may be heard of before it is dead
+        dead = [w.pid for w in workers if not w.is_alive()]
+        if is_out_of_memory(error):
+            status, message = 2, f"out of memory ({text}): {memory}"
+        elif dead:
+            status, message = 3, f"DataLoader worker (pid {dead[0]}) is dead ({text}): {worker}"
+        elif lost:
+            status, message = 1, f"another process has ended or does not answer ({text}): its message says why"
+        else:
+            status, message = 1, f"{kind.__name__}: {text}"
+            sys.__excepthook__(kind, error, trace)
+        print_error(message, wait=lost)                        # the one that failed speaks first
+        os._exit(status)                                       # at once: the others must not wait for this process
+    sys.excepthook = end

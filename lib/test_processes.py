@@ -1,0 +1,143 @@
+"""Tests of processes.py: `pytest lib/test_processes.py`. Two processes meet through gloo, started as torchrun would start them."""
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from lib import processes
+
+forkserver = multiprocessing.get_context("forkserver")
+forkserver.set_forkserver_preload(["lib.processes"])
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def process_main(work, file, environment):
+    """What a started process does: `work` as a script would do it, with both of its streams in `file`."""
+    for stream in (1, 2):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    os.environ.update(environment)
+    try:
+        work()
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+
+
+def run_two(work, folder):
+    """[(exit status, output)] of two processes that do this work."""
+    port, started = str(free_port()), []
+    for rank in "01":
+        environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        started.append(forkserver.Process(target=process_main, args=(work, str(folder / rank), environment)))
+        started[-1].start()
+    for process in started:
+        process.join(60)
+    return [(p.exitcode, (folder / rank).read_text()) for p, rank in zip(started, "01")]
+
+
+def exchange():
+    rank, world, device = processes.join(60)
+    assert (rank, world, device) == (processes.get_rank(), 2, "cpu")
+    assert processes.all_reduce_max(rank + 1) == 2 and processes.all_gather({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
+    assert processes.gather([rank]) == ([[0], [1]] if rank == 0 else [])
+    processes.print0("once")
+    processes.exit_with(7)
+
+
+def rank_one_raises():
+    rank, *_ = processes.join(60)
+    if rank == 1:
+        raise ValueError("broken")
+    processes.all_gather(rank)
+
+
+def both_raise():
+    processes.join(60)
+    processes.print_error("batch = 3: take 4")
+    processes.exit_with(2)
+
+
+def test_two_processes_vote_gather_and_speak_once(tmp_path):
+    assert run_two(exchange, tmp_path) == [(7, "once\n"), (7, "")]
+
+
+def test_a_process_that_raises_says_so_and_leaves_no_other_waiting(tmp_path):
+    begin = time.monotonic()
+    (status, waiting), (raised, broken) = run_two(rank_one_raises, tmp_path)
+    assert raised == status == 1 and time.monotonic() - begin < 30
+    assert "Traceback" in broken and "error: rank 1: ValueError: broken\n" in broken
+    assert "Traceback" not in waiting and waiting.startswith("error: another process has ended")
+
+
+def test_an_error_of_all_is_printed_by_the_first_at_once(tmp_path):
+    assert run_two(both_raise, tmp_path) == [(2, "error: batch = 3: take 4\n"), (2, "error: rank 1: batch = 3: take 4\n")]
+
+
+def test_under_torchrun_an_error_is_printed_once_and_ends_the_output(tmp_path):
+    """By torchrun the second process is stopped before it repeats the error; torchrun's summary then ends with it too."""
+    script = tmp_path / "script.py"
+    script.write_text("from lib import processes\nprocesses.print_error('batch = 3: take 4')\nprocesses.exit_with(2)\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    home = os.path.dirname(os.path.dirname(os.path.abspath(processes.__file__)))
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": home})
+    assert done.returncode == 1 and done.stderr.count("error: batch = 3: take 4\n") == 2, done.stderr
+    assert "rank 1:" not in done.stderr and done.stderr.index("error: batch") < done.stderr.index("Traceback")
+    assert done.stderr.rstrip().rstrip("=").endswith("traceback : error: batch = 3: take 4\n")
+
+
+def test_a_port_in_use_is_a_connection_error(monkeypatch):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        address = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
+        for key, value in address.items():
+            monkeypatch.setenv(key, value)
+        with pytest.raises(ConnectionError, match="port"):
+            processes.join(5)
+
+
+def test_one_process_touches_nothing_of_distributed(monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    assert processes.join(1)[:2] == (0, 1) and not torch.distributed.is_initialized()
+    assert processes.all_reduce_max(3) == 3 and processes.all_gather("a") == processes.gather("a") == ["a"]
+    with pytest.raises(SystemExit) as e:
+        processes.exit_with(4)
+    assert e.value.code == 4
+
+
+class Dead:
+    pid = 17
+
+    def is_alive(self):
+        return False
+
+
+@pytest.mark.parametrize("error, workers, status, words", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), (), 2, "error: out of memory (CUDA out of memory."),
+    (RuntimeError("[enforce fail] can't allocate memory: you tried 9 bytes"), (), 2, "lower --micro"),
+    (RuntimeError("unexpected"), (Dead(),), 3, "error: DataLoader worker (pid 17) is dead (unexpected): lower --workers"),
+    (KeyError("x"), (), 1, "error: KeyError: 'x'"),
+])
+def test_what_ends_a_process_has_a_status_and_advice(error, workers, status, words, monkeypatch, capsys):
+    ended = []
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    processes.install_excepthook(memory="lower --micro", worker="lower --workers", workers=workers)
+    sys.excepthook(type(error), error, None)
+    assert ended == [status] and words in capsys.readouterr().err
+
+
+def test_torchrun_gets_the_message_for_its_summary(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    processes.print_error("no room")
+    assert json.load(open(tmp_path / "error.json"))["message"]["extraInfo"]["py_callstack"] == "error: no room"
