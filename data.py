@@ -27,14 +27,10 @@ L caption tokens, E their width, n items of a data set. Images are (height, widt
 alone is (width, height), as image libraries have it.
 """
 import argparse
-import ast
 import concurrent.futures
-import configparser
 import csv
-import difflib
 import functools
 import hashlib
-import importlib
 import io
 import itertools
 import json
@@ -59,105 +55,8 @@ import torch
 from tqdm import tqdm
 
 from lib.draws import generator, uniforms
-
-# ---------------------------------------------------------------------------------------------------------------
-# Settings: configs.txt -> dict. One parser for files and flags, so that both are checked the same way.
-
-CONFIGS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "configs.txt")
-LEAST = {"seed": 0, "workers": 0, "micro": 0, "warmup": 0, "log_every": 0, "sample_every": 0, "eval_every": 0, "encoder_width": 0,
-         "kv_merge": 0, "text_vocab": 2, "eval_n": 2}          # of whole numbers, and of each in a tuple; of all others it is 1
-RANGES = [("be above 0", lambda v: v > 0, ("base", "scene_small", "scene_large", "latent_scale")),
-          ("not be negative", lambda v: v >= 0, ("lr", "weight_decay", "clip", "guidance", "ema_power")),
-          ("lie in [0, 1]", lambda v: 0 <= v <= 1, ("caption_dropout", "long_captions", "jitter", "ema", "beta1", "beta2")),
-          ("be crop or stretch", ("crop", "stretch").__contains__, ("resize",))]
-
-
-class UserError(SystemExit):
-    """Something the user can mend: says `error: WHAT: HOW TO FIX` on stderr and ends with status 2, without a traceback."""
-
-    def __init__(self, message):
-        print(f"error: {message}", file=sys.stderr)
-        super().__init__(2)
-
-
-def nearest(word, known):
-    """"did you mean 'x'?" for the known word nearest to `word`, or all of them where none is near. Initials count: learning_rate is near lr."""
-    initials = "".join(part[0] for part in word.split("_") if part)
-    close = difflib.get_close_matches(word, known, 1, 0.5) or [k for k in known if k == initials]
-    return f"did you mean {close[0]!r}?" if close else "the known ones are " + ", ".join(known)
-
-
-def parse_value(key, text, default):
-    """The value of `key` written as `text`, with the type of its default: int, float, bool, tuple or str."""
-    try:
-        value = ast.literal_eval(text)                         # literals alone: a config cannot run code
-    except (ValueError, SyntaxError):
-        value = text                                           # words need no quotes on the command line
-    if isinstance(default, str):
-        return value if isinstance(value, str) else text       # a folder may be named 2024
-    if isinstance(default, tuple):
-        value = value if isinstance(value, tuple) else (value,)                    # --channels 48 is (48,)
-        good = all(isinstance(v, type(default[0])) for v in value)
-    elif isinstance(default, float):
-        value, good = (float(value), True) if type(value) in (int, float) else (value, False)
-    else:
-        good = type(value) is type(default)                    # isinstance would take True for an int
-    if not good or value != value:                             # NaN alone differs from itself
-        raise UserError(f"{key} = {text}: {key} takes a{'n' * (type(default) is int)} {type(default).__name__} such as {default}")
-    return value
-
-
-def read_configs(file=CONFIGS):
-    """The sections of a file as configparser reads them: every value is still text."""
-    parser = configparser.ConfigParser(inline_comment_prefixes="#", interpolation=None)
-    parser.read(file)
-    return parser
-
-
-def default_config(file=CONFIGS):
-    """The values of [DEFAULT]. A checkpoint older than a key takes them, so they leave a model as it was before the key came."""
-    return {k: ast.literal_eval(v) for k, v in read_configs(file).defaults().items()}
-
-
-def load_config(name="toy", stage="pretrain", flags=(), file=CONFIGS):
-    """
-    Resolve a section of configs.txt into {key: value}. Later wins: [DEFAULT], the sections that `name` inherits, [name], then the same
-    with the stage, [name.stage], then flags (a list of (key, text)). A stage other than pretrain starts from [name.grow]. Raises
-    UserError for an unknown name or key, a value of another type than the default's, and one out of range.
-    """
-    parser, defaults = read_configs(file), default_config(file)
-    names = [s for s in parser.sections() if "." not in s]
-    if name not in names:
-        raise UserError(f"no config {name!r} in {os.path.basename(file)}: {nearest(name, names)}")
-
-    def lineage(name, below=()):
-        """The sections that `name` inherits, the first parent's first, and its own last."""
-        parents = ast.literal_eval(parser[name]["inherits"]).replace(",", " ").split()
-        for parent in parents:
-            if parent not in names or parent in (*below, name):
-                raise UserError(f"config {name!r} inherits {parent!r}: name another one of {', '.join(names)}")
-        return [s for parent in parents for s in lineage(parent, (*below, name))] + [name]
-    chain = lineage(name)                                      # [toy], or [toy, small] where small inherits toy
-    stages = ["pretrain"] if stage == "pretrain" else dict.fromkeys(["grow", stage])
-    sections = chain + [f"{s}.{part}" for part in stages for s in chain]
-    # _sections: parser[s] would hold the keys of [DEFAULT] too, and these would win over what is inherited
-    pairs = [(k, v) for s in sections if s in parser for k, v in parser._sections[s].items()] + list(flags)
-    config = dict(defaults)
-    for key, text in pairs:
-        if key not in defaults:
-            raise UserError(f"unknown key {key!r}: {nearest(key, sorted(defaults))}")
-        config[key] = parse_value(key, text, defaults[key])
-    for key, value in config.items():
-        least = LEAST.get(key, 1)
-        if isinstance(value, tuple) or type(value) is int:     # a bool, an int by isinstance, has no range
-            numbers = value if isinstance(value, tuple) else (value,)
-            if not numbers or min(numbers) < least and not (key == "eval_n" and value == 0):       # 0 switches evaluation off, 1 has no spread
-                raise UserError(f"{key} = {value}: {key} must be at least {least}")
-        for words, good, keys in RANGES:
-            if key in keys and not good(value):
-                raise UserError(f"{key} = {value}: {key} must {words}")
-    return config
-
+from lib.files import atomic_write, import_extra
+from lib.settings import UserError, closest, load_config
 
 # ---------------------------------------------------------------------------------------------------------------
 # Scenes: a world in which everything can be checked. x runs right, y runs down, the picture is [0, 1] x [0, 1].
@@ -326,18 +225,10 @@ class Unfit(Exception):
     """An image or caption that cannot serve; its text is the reason that tables count. Never leaves this file: it is counted or named."""
 
 
-def need(library, what, package=None):
-    """A library that only some need, imported where it is used. UserError says what to install."""
-    try:
-        return importlib.import_module(library)
-    except ImportError:
-        raise UserError(f"{what} needs {package or library}: pip install {package or library}")
-
-
 @functools.lru_cache(1)
 def pillow():
     """The module PIL.Image, which decodes images; `scenes` does without. Large headers are ours to refuse, so it need not warn."""
-    image = need("PIL.Image", "reading image files", "pillow")
+    image = import_extra("PIL.Image", "reading image files", "pillow")
     warnings.simplefilter("ignore", image.DecompressionBombWarning)
     return image
 
@@ -876,15 +767,6 @@ def index_folder(path):
     return os.path.join(path, INDEX) if os.path.isdir(path) else os.path.splitext(path)[0] + "." + INDEX
 
 
-def replace(path, write):
-    """Write a file as a whole, write(file) its contents: a kill at any moment leaves the old one or the new one."""
-    with open(path + ".part", "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())                                   # else the name could reach the disk before the contents
-    os.replace(path + ".part", path)
-
-
 def fingerprint(arrays):
     """sha256, 16 digits, of names, sizes, places, checksums and captions: other data have another one. Where the data lie does not matter."""
     digest = hashlib.sha256()
@@ -901,12 +783,12 @@ def write_index(folder, data, bad):
     if os.path.exists(file):
         os.remove(file)
     for key in ARRAYS:
-        replace(os.path.join(folder, key + ".npy"), lambda f: np.save(f, getattr(data, key), allow_pickle=False))
+        atomic_write(os.path.join(folder, key + ".npy"), lambda f: np.save(f, getattr(data, key), allow_pickle=False))
     lines = "name\treason\n" + "".join(f"{json.dumps(name)[1:-1]}\t{reason}\n" for name, reason in bad)       # a name may hold a newline
-    replace(os.path.join(folder, "bad.tsv"), lambda f: f.write(lines.encode()))
+    atomic_write(os.path.join(folder, "bad.tsv"), lambda f: f.write(lines.encode()))
     inside = os.path.realpath(folder).startswith(os.path.realpath(data.root) + os.sep)                        # then both may be moved together
     head = {"format": INDEX_FORMAT, "root": os.path.relpath(data.root, folder) if inside else os.path.abspath(data.root)} | data.head
-    replace(file, lambda f: f.write(json.dumps(head, indent=1).encode()))
+    atomic_write(file, lambda f: f.write(json.dumps(head, indent=1).encode()))
 
 
 def read_index(folder):
@@ -998,7 +880,7 @@ def padded(rows, length):
 @functools.lru_cache(2)
 def open_pieces(file, vocab):
     """(SentencePiece model, its identity) of `file`, if its pieces fit in text_vocab = `vocab`."""
-    library = need("sentencepiece", f"encoder = sentencepiece:{file}")
+    library = import_extra("sentencepiece", f"encoder = sentencepiece:{file}")
     try:
         with open(file, "rb") as f:
             proto = f.read()
@@ -1059,7 +941,7 @@ def encoder_parts(encoder):
     parts = [part.strip().partition(":")[::2] for part in encoder.split(",")]      # [::2] leaves the colon out
     for name, tokens in parts:
         if name not in ENCODERS:
-            raise UserError(f"encoder {name!r} is unknown: {nearest(name, ['words', 'sentencepiece', *ENCODERS])}")
+            raise UserError(f"encoder {name!r} is unknown: {closest(name, ['words', 'sentencepiece', *ENCODERS])}")
         if not tokens.isdigit() or int(tokens) < 1:
             raise UserError(f"encoder = {encoder}: say how many tokens, as in {name}:128")
     return [(name, int(tokens)) for name, tokens in parts]
@@ -1089,7 +971,7 @@ class Encoder:
     """A frozen text encoder from a local folder: captions -> a list of (n, E) float tensors, real tokens only, n <= tokens. '' gives n = 0."""
 
     def __init__(self, name, tokens, folder, dtype):
-        library, (kind, self.layer, source) = need("transformers", f"encoder {name}"), ENCODERS[name]
+        library, (kind, self.layer, source) = import_extra("transformers", f"encoder {name}"), ENCODERS[name]
         self.tokenizer, net = from_folder(f"encoder {name}", folder, f"put {source} there, its weights as .safetensors", lambda: (
             library.AutoTokenizer.from_pretrained(folder, local_files_only=True),
             getattr(library, kind).from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=DTYPES[dtype])))
@@ -1175,7 +1057,7 @@ def fill(folder, about, arrays, make, batch, bar):
     if not os.path.exists(file("started.json")) or open(file("started.json")).read() != started:
         for name in ("values.bin", "ends.bin"):
             open(file(name), "wb").close()                     # empty
-        replace(file("started.json"), lambda f: f.write(started.encode()))
+        atomic_write(file("started.json"), lambda f: f.write(started.encode()))
     step = about["width"] * DTYPES[about["dtype"]].itemsize    # bytes in a row
     with open(file("values.bin"), "r+b") as values, open(file("ends.bin"), "r+b") as ends:
         # what is on disk: ends whose values are there too, in whole batches, since an embedding's last bits may depend on its batch
@@ -1191,7 +1073,7 @@ def fill(folder, about, arrays, make, batch, bar):
                 ends.write(np.int64(rows).tobytes())
             values.flush(), ends.flush()                       # so that a kill loses this batch at most
         os.fsync(values.fileno()), os.fsync(ends.fileno())     # before about.json vouches for them
-    replace(file("about.json"), lambda f: f.write(json.dumps(about | {"arrays": arrays, "rows": rows}).encode()))
+    atomic_write(file("about.json"), lambda f: f.write(json.dumps(about | {"arrays": arrays, "rows": rows}).encode()))
     os.remove(file("started.json"))                            # now about.json tells the same
 
 
@@ -1313,7 +1195,7 @@ class Autoencoder:
 @functools.lru_cache(2)
 def read_autoencoder(folder, device):
     """The AutoencoderKL in a local folder, as diffusers' save_pretrained leaves it. Nothing is downloaded. UserError if it cannot be had."""
-    kind = need("diffusers", "an autoencoder").AutoencoderKL
+    kind = import_extra("diffusers", "an autoencoder").AutoencoderKL
     load = lambda: kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False)      # True asks for accelerate
     vae = from_folder("autoencoder", folder, "put a diffusers AutoencoderKL there, its weights as .safetensors, or set autoencoder = \"\"", load)
     return vae.float().eval().requires_grad_(False).to(device)
@@ -1550,7 +1432,7 @@ def write_png(path, image):
     chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
     head = struct.pack(">IIBBBBB", w, h, 8, 2, 0, 0, 0)        # 8 bits, RGB
     body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    replace(path, lambda f: f.write(b"\x89PNG\r\n\x1a\n" + body))
+    atomic_write(path, lambda f: f.write(b"\x89PNG\r\n\x1a\n" + body))
 
 
 def grid(images, columns, pad=2, least=64):
@@ -1569,7 +1451,7 @@ def grid(images, columns, pad=2, least=64):
 
 def sheet(images, captions, columns=4, cell=256):
     """(B, H, W, 3) uint8 and their captions -> one picture (h, w, 3) with each caption beneath its image. Needs pillow."""
-    from PIL import Image, ImageDraw, ImageFont                # not need(): show goes on without
+    from PIL import Image, ImageDraw, ImageFont                # not import_extra(): show goes on without
     font, zoom = ImageFont.load_default(13), max(1, cell // images[0].shape[1])
     height, width = zoom * images[0].shape[0], zoom * images[0].shape[1]
     lines = [textwrap.wrap(c, max(8, width // 7))[:6] or ["(null caption)"] for c in captions]     # a letter is about 7 px wide
@@ -1594,7 +1476,7 @@ def index(args, config):
     print("\n".join(data.table()))
     if args.json:
         named = report | {"captions": {k: report["captions"][k] for k in ("missing", "empty", "truncated")}}       # what is promised, no more
-        replace(args.json, lambda f: f.write(json.dumps(named).encode()))
+        atomic_write(args.json, lambda f: f.write(json.dumps(named).encode()))
     require(data, bad, args.allow.split(","))                  # after the table, which tells more than the refusal
     write_index(folder, data, bad)
     print(f"{folder}: {len(data)} images indexed in {time.perf_counter() - begin:.1f} s; bad.tsv there names what was not. "
@@ -1677,12 +1559,12 @@ def stats(args, config):
 
 def vocabulary(args, config):
     """Train a SentencePiece model on all captions (unigram, `--size` pieces at most; PixelGen-V2, Visual Foundation Model: 32,000)."""
-    library, data, model = need("sentencepiece", "a vocabulary"), open_data(config), io.BytesIO()
+    library, data, model = import_extra("sentencepiece", "a vocabulary"), open_data(config), io.BytesIO()
     count = len(data.caption_ends) - 1 if isinstance(data, Indexed) else len(data)                 # of captions; a scene has one
     library.SentencePieceTrainer.train(sentence_iterator=(data.text(n) for n in tqdm(range(count), "captions", disable=None)), model_writer=model,
                                        vocab_size=args.size, hard_vocab_limit=False, input_sentence_size=10 ** 7, shuffle_input_sentence=True, minloglevel=2)
     to = args.to or "captions.model"
-    replace(to, lambda f: f.write(model.getvalue()))
+    atomic_write(to, lambda f: f.write(model.getvalue()))
     pieces = library.SentencePieceProcessor(model_file=to).get_piece_size()
     print(f"{to}: {pieces} pieces of {count} captions. Train with --encoder sentencepiece:{to} --text_vocab {pieces + 1}")
 

@@ -38,11 +38,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (Batches, COLOURS, CONTRAST, GROUNDS, IMAGES, SHAPES, Scenes, UserError, describe, distance, encode_captions, need,
+from data import (Batches, COLOURS, CONTRAST, GROUNDS, IMAGES, SHAPES, Scenes, describe, distance, encode_captions,
                   open_autoencoder, open_data, pillow, texture_wave, to_tensor, to_uint8, write_png)
 from lib.draws import normals, uniforms
+from lib.files import atomic_write, file_hash, free_name, import_extra
+from lib.settings import UserError
 from model import diffusion_loss, load, read_checkpoint
-from sample import SAMPLERS, free_name, sample
+from sample import SAMPLERS, sample
 
 # ---------------------------------------------------------------------------------------------------------------
 # The judge: picture -> objects
@@ -449,18 +451,6 @@ def random_features(images, seed=0):
     return torch.cat(rows).double()
 
 
-def file_hash(path):
-    """sha256 of a file, or of the weights in a folder, one after the other; None where there are none."""
-    inside = lambda ending: sorted(glob.glob(os.path.join(glob.escape(path), ending)))  # weights alone: notes may change
-    files = inside("*.safetensors") or inside("*.bin") if os.path.isdir(path) else [path] if os.path.exists(path) else []
-    digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as f:
-            while block := f.read(2 ** 20):                    # weights may be larger than memory
-                digest.update(block)
-    return digest.hexdigest() if files else None
-
-
 # NVIDIA's TorchScript copy of the network of FID (TensorFlow, 2015-12-05): it resizes to 299 itself, as TensorFlow 1 did
 INCEPTION = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 SOURCES = {"inception": "NVIDIA's inception-2015-12-05.pt there, and give --weights FILE",
@@ -513,7 +503,7 @@ def open_inception(weights, device, logits=False):
 
 def pretrained(kind, wanted, weights, device):
     """A transformers network from a local folder. Refuses one of another type, and one whose file lacks a single weight."""
-    transformers = need("transformers", f"a network of type {wanted}")
+    transformers = import_extra("transformers", f"a network of type {wanted}")
     transformers.logging.set_verbosity_error()                 # what matters is checked below
     transformers.logging.disable_progress_bar()
     try:
@@ -592,7 +582,7 @@ def open_tokenizer(weights, kind):
     """The tokenizer that lies in the same folder as a network's weights."""
     if not os.path.exists(os.path.join(weights, "tokenizer_config.json")):
         raise UserError(f"{weights!r} lacks the tokenizer, which reading text needs: put {SOURCES[kind]}")
-    return need("transformers", "reading text").AutoTokenizer.from_pretrained(weights, local_files_only=True)
+    return import_extra("transformers", "reading text").AutoTokenizer.from_pretrained(weights, local_files_only=True)
 
 
 DISTANCES = {                                                  # metrics of two sets of features, the real one first
@@ -747,8 +737,7 @@ def open_reference(path, networks, ranks=(0, 1)):
 def write_features(file, content):
     """Write them beside the folder, as a whole; a folder that cannot be written next to is no reason to stop."""
     try:
-        torch.save(content, file + ".part")
-        os.replace(file + ".part", file)
+        atomic_write(file, lambda f: torch.save(content, f))
     except (OSError, RuntimeError) as e:
         print(f"the features are not kept in {file}: {e}")
 
@@ -1347,12 +1336,11 @@ def tell(card, figures, file):
         print(f"  {key:26s} {value}")
     if not file:
         return
-    with open(file + ".part", "w") as f:                       # replaced as a whole
-        json.dump(figures | {"card": card}, f, indent=1)
     if os.path.exists(file):                                   # nothing is overwritten without a word
         os.replace(file, older := free_name(file))
         print(f"the older {file} is now {older}")
-    os.replace(file + ".part", file)                           # under this very name programs look for it
+    text = json.dumps(figures | {"card": card}, indent=1)      # under this very name programs look for it
+    atomic_write(file, lambda f: f.write(text.encode()))
 
 
 def guidances(text, default):

@@ -34,7 +34,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import UserError, default_config, encoder_parts, is_frozen, load_config
+from data import encoder_parts, is_frozen
+from lib.settings import UserError, default_config, load_config
 from kernels import attention, kv_merge
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -47,7 +48,7 @@ def logsnr_at(t, config):
     2 log(base / d) for d x d images (Hoogeboom et al. 2023; Greedy Growing, Sec. 3.3). t in [0, 1], 0 is clean.
     """
     first, last = (math.atan(math.exp(-0.5 * config[k])) for k in ("logsnr_max", "logsnr_min"))
-    return -2 * torch.log(torch.tan(first + t * (last - first))) + 2 * math.log(config["base"] / config["resolution"])
+    return -2 * torch.log(torch.tan(first + t * (last - first))) + 2 * math.log(config["noise_base_resolution"] / config["resolution"])
 
 
 def alpha_sigma(logsnr):

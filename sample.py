@@ -22,8 +22,10 @@ import re
 import torch
 from tqdm import tqdm
 
-from data import UserError, encode_captions, grid, open_autoencoder, to_uint8, write_png
+from data import encode_captions, grid, open_autoencoder, to_uint8, write_png
 from lib.draws import normals
+from lib.files import free_name
+from lib.settings import UserError
 from model import alpha_sigma, image_shape, load, logsnr_at, read_checkpoint, token_grid, token_size
 
 
@@ -159,13 +161,6 @@ def wanted_size(text, config):
         raise UserError(f"--size {text}: this run makes {side}x{side}, or sides that are multiples of {unit} with about that area, such as "
                         f"{tall}x{max(1, round(side * side / tall / unit)) * unit}; for another size grow its core into another --out (train.py --help)")
     return height, width
-
-
-def free_name(path):
-    """`path`, or path_1, path_2 ...: the first that does not exist, so that no picture is overwritten."""
-    stem, end = os.path.splitext(path)
-    names = (path if k == 0 else f"{stem}_{k}{end}" for k in range(10 ** 6))
-    return next(n for n in names if not os.path.exists(n))
 
 
 def describe_run(path):

@@ -42,7 +42,9 @@ import eval as evaluation
 import kernels
 import model as models
 import sample as sampling
-from data import Batches, Scenes, UserError, load_config, write_png
+from data import Batches, Scenes, write_png
+from lib.files import file_hash
+from lib.settings import UserError, config_names, load_config, read_sections
 from model import build
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -166,7 +168,7 @@ def test_every_key_is_documented_and_read():
     (["--stage", "growth"], "did you mean 'grow'"), (["--wdith", "32"], "did you mean 'width'"), (["--lr", "1", "--lr", "2"], "twice"),
     (["--lr"], "lr takes a float"), (["lr", "1"], "write --KEY VALUE"), (["--stgae=grow"], "did you mean 'stage'"), (["--lr=x"], "lr takes a float"),
     (["--devices", "8"], "belongs to --plan"), (["--plan", "--devices", "0"], "at least 1"), (["--resolution", "48", "--data", "nowhere"], "take 32 or 64"), (["--data", "nowhere"], "no folder"),
-    (["--sampler", "euler"], "take one of ddpm, ddim, dpm, heun"), (["--dtype", "fp64"], "take one of auto")])
+    (["--sampler", "euler"], "take one of ddpm, ddim, dpm"), (["--dtype", "fp64"], "take one of auto")])
 def test_bad_flags_are_one_line_that_says_how_to_mend_them(flags, words, tmp_path):
     stage = [] if "--stage" in flags else ["--stage", "scratch"]
     said = run("train.py", *stage, *flags, "--out", tmp_path, code=2)
@@ -175,7 +177,7 @@ def test_bad_flags_are_one_line_that_says_how_to_mend_them(flags, words, tmp_pat
 
 
 @pytest.mark.parametrize("key, text, words", [
-    ("learning_rate", "1", "did you mean 'lr'"), ("lr", "1e-4x", "lr takes a float"), ("steps", "0", "at least 1"), ("lr", "-1", "not be negative"),
+    ("learning_rate", "1", "did you mean 'lr'"), ("lr", "1e-4x", "lr takes a float"), ("steps", "0", "at least 1"), ("lr", "-1", "at least 0"),
     ("caption_dropout", "2", "[0, 1]"), ("channels", "()", "at least 1"), ("width", "33", "take width ="), ("eval_n", "1", "at least 2")])
 def test_bad_settings_are_refused(key, text, words, capsys):
     with pytest.raises(UserError) as refusal:
@@ -183,31 +185,7 @@ def test_bad_settings_are_refused(key, text, words, capsys):
     assert refusal.value.code == 2 and words in capsys.readouterr().err
 
 
-def test_an_unknown_config_names_the_nearest(capsys):
-    with pytest.raises(UserError):
-        load_config("toyy")
-    assert "did you mean 'toy'" in capsys.readouterr().err
-
-
-def test_stage_sections_and_flags_win_in_that_order(tmp_path):
-    file = tmp_path / "c.txt"
-    file.write_text('[DEFAULT]\ninherits = ""\nsteps = 1\nlr = 0.1\nshell = "a"\n[one]\nsteps = 2\n[one.grow]\nshell = "b"\n[two]\ninherits = "one"\nlr = 1\n')
-    assert load_config("two", "grow", [("steps", "7")], file=str(file)) == dict(inherits="one", steps=7, lr=1.0, shell="b")
-    assert load_config("two", "pretrain", file=str(file))["shell"] == "a"
-
-
-def test_the_second_of_two_inherited_configs_wins(tmp_path, capsys):
-    file = tmp_path / "c.txt"
-    file.write_text('[DEFAULT]\ninherits = ""\nsteps = 1\nlr = 0.1\n[one]\nsteps = 2\nlr = 0.2\n[two]\nsteps = 3\n[one.grow]\nlr = 0.3\n[three]\ninherits = "one, two"\n'
-                    '[loop]\ninherits = "pool"\n[pool]\ninherits = "loop"\n')
-    assert load_config("three", "pretrain", file=str(file)) == dict(inherits="one, two", steps=3, lr=0.2)
-    assert load_config("three", "grow", file=str(file)) == dict(inherits="one, two", steps=3, lr=0.3)
-    with pytest.raises(UserError):
-        load_config("loop", file=str(file))
-    assert "name another one" in capsys.readouterr().err
-
-
-CONFIGS = [s for s in data.read_configs().sections() if "." not in s]
+CONFIGS = config_names()
 TWINS = [c for c in CONFIGS if c.endswith("-tiny")]
 STAGES = ("pretrain", "grow", "defrost", "scratch", "finetune")
 
@@ -272,7 +250,7 @@ def test_twins_train_and_sample_in_every_stage(name):
 
 
 def test_a_twin_is_its_preset_but_for_sizes():
-    sizes = {k for section in data.read_configs()._sections if section.startswith("tiny") for k in data.read_configs()._sections[section]}
+    sizes = {key for name, section in read_sections().items() if name.startswith("tiny") for key in section}
     free = sizes | {"inherits", "starts", "autoencoder", "latent_channels", "latent_stride", "latent_scale", "patch", "kv_merge_layers"}
     for name in TWINS:
         for stage in STAGES:
@@ -1007,8 +985,8 @@ def test_an_index_killed_half_way_and_made_again_is_the_same(photos, tmp_path):
 
     def die(last):
         """Make the index, and die as by kill -9 in the middle of writing the file `last`."""
-        whole = data.replace
-        data.replace = lambda path, write: (open(path + ".part", "wb").write(b"half"), os._exit(9)) if path.endswith(last) else whole(path, write)
+        whole = data.atomic_write
+        data.atomic_write = lambda path, write: (open(path + ".part", "wb").write(b"half"), os._exit(9)) if path.endswith(last) else whole(path, write)
         data.write_index(str(tmp_path / "two"), *data.scan(str(photos)))
     for folder in ("one", "two"):
         data.write_index(str(tmp_path / folder), *data.scan(str(photos)))
@@ -1414,7 +1392,7 @@ def test_blocks_lose_nothing_and_pixels_stay_as_they_are(capsys):
 def test_noise_schedule_is_the_cosine_shifted_by_resolution():
     config = tiny(logsnr_min=-20.0, logsnr_max=20.0)
     t = torch.tensor([0.0, 0.25, 0.5, 1.0])
-    shift = 2 * np.log(config["base"] / config["resolution"])
+    shift = 2 * np.log(config["noise_base_resolution"] / config["resolution"])
     expected = [20 + shift, float(-2 * np.log(np.tan(np.pi / 8))) + shift, shift, -20 + shift]
     assert np.allclose(models.logsnr_at(t, config).numpy(), expected, atol=2e-3)
     alpha, sigma = models.alpha_sigma(torch.linspace(-9, 9, 5))
@@ -1634,7 +1612,7 @@ def test_a_checkpoint_older_than_a_key_takes_its_default(runs, tmp_path):
                                                       ("dpm", 20, 0.01), ("heun", 20, 0.01)])
 def test_samplers_recover_mean_and_variance_of_a_known_gaussian(sampler, steps, tolerance):
     """x ~ N(0.3, 0.5^2) has the exact denoiser E[x | z] = mean + alpha s^2 (z - alpha mean) / (alpha^2 s^2 + sigma^2)."""
-    mean, std, config = 0.3, 0.5, tiny(base=16)
+    mean, std, config = 0.3, 0.5, tiny(noise_base_resolution=16)
 
     def denoise(z, logsnr):
         alpha, sigma = models.alpha_sigma(logsnr)
@@ -1648,7 +1626,7 @@ def test_samplers_recover_mean_and_variance_of_a_known_gaussian(sampler, steps, 
 @pytest.mark.parametrize("sampler, order", [("ddim", 1), ("dpm", 2), ("heun", 2)])
 def test_orders_of_convergence(sampler, order):
     """x ~ N(0.3, 0.5^2) flows to z = alpha mean + (alpha^2 s^2 + sigma^2)^0.5 times a constant. Twice the steps: a half or a quarter of the error."""
-    mean, std, config = 0.3, 0.5, tiny(base=16, logsnr_min=-6.0, logsnr_max=6.0)
+    mean, std, config = 0.3, 0.5, tiny(noise_base_resolution=16, logsnr_min=-6.0, logsnr_max=6.0)
     spread = lambda l: (torch.sigmoid(l) * std ** 2 + torch.sigmoid(-l)).sqrt()
 
     def denoise(z, logsnr):
@@ -2113,7 +2091,7 @@ def test_dino_features_are_the_class_token_of_the_fixed_network(tmp_path):
         hub = F.interpolate(table, scale_factor=(16.1 / 37,) * 2, mode="bicubic")
         net.embeddings.interpolate_pos_encoding = lambda *_: torch.cat([net.embeddings.position_embeddings[:, :1], hub.flatten(2).mT], 1)
         assert torch.allclose(ours, net(x).last_hidden_state[:, 0], atol=1e-6) and not torch.allclose(ours, plain, atol=1e-4)
-    assert about["sha256"] == evaluation.file_hash(str(tmp_path / "dino/model.safetensors")) and "published: 1024" in about["network"]
+    assert about["sha256"] == file_hash(str(tmp_path / "dino/model.safetensors")) and "published: 1024" in about["network"]
 
 
 def test_clip_features_have_length_one_and_the_size_of_the_model(tmp_path):
@@ -2168,7 +2146,7 @@ def test_the_inception_file_gets_whole_levels_and_gives_its_features(tmp_path, m
         def forward(self, x: torch.Tensor, return_features: bool = False) -> torch.Tensor:
             return x.float().mean((2, 3)) if return_features else x.float()
     torch.jit.script(Stand()).save(str(tmp_path / "i.pt"))
-    monkeypatch.setattr(evaluation, "INCEPTION", evaluation.file_hash(str(tmp_path / "i.pt")))
+    monkeypatch.setattr(evaluation, "INCEPTION", file_hash(str(tmp_path / "i.pt")))
     images = np.full((2, 8, 8, 3), 200, np.uint8)
     features, about = evaluation.open_network("inception", str(tmp_path / "i.pt"), "cpu")
     assert torch.equal(features(images), torch.full((2, 3), 200.)) and "TensorFlow 1" in about["resize"]
@@ -2479,7 +2457,7 @@ def test_the_inception_score_from_the_command_line(tmp_path, says, monkeypatch):
             return x.float().mean((2, 3)) if return_features else (1e3 * (x.float().mean((2, 3)) - int(no_output_bias))).softmax(1)
     pytest.importorskip("PIL")
     torch.jit.script(Stand()).save(str(tmp_path / "i.pt"))
-    monkeypatch.setattr(evaluation, "INCEPTION", evaluation.file_hash(str(tmp_path / "i.pt")))
+    monkeypatch.setattr(evaluation, "INCEPTION", file_hash(str(tmp_path / "i.pt")))
     (tmp_path / "b").mkdir()
     for i in range(60):
         write_png(str(tmp_path / f"b/{i:02d}.png"), np.full((4, 4, 3), np.eye(3, dtype=np.uint8)[i // 20] * 200))
@@ -2819,7 +2797,7 @@ def test_gradients_are_the_same_however_a_batch_is_spread(tmp_path):
 
 def test_a_run_goes_on_with_another_number_of_devices_in_the_same_order(tmp_path):
     """2, then 1, then 3 processes see the batches of an unbroken run; the step after each change has the same loss."""
-    words = ["--stage", "pretrain", *changed(TINY, **LAST, steps=6, save_every=2, log_every=1, sample_every=0, keep=9)]
+    words = ["--stage", "pretrain", *changed(TINY, **LAST, steps=6, save_every=2, log_every=1, sample_every=0, num_checkpoints=9)]
     run("train.py", "--out", tmp_path / "whole", *words)
     run_ranks(2, "--out", tmp_path / "two", *words)
     run("train.py", "--out", copy_of(tmp_path / "two/toy/pretrain", "step_2.pt", tmp_path / "one"), *words)
@@ -3062,7 +3040,7 @@ def test_a_reader_that_went_away_ends_nothing(tmp_path):
 
 
 def test_a_broken_checkpoint_falls_back_to_the_one_before(runs, tmp_path):
-    words = ["--stage", "pretrain", "--out", tmp_path, *changed(TINY, save_every=2, keep=2)]
+    words = ["--stage", "pretrain", "--out", tmp_path, *changed(TINY, save_every=2, num_checkpoints=2)]
     run("train.py", *words)
     assert sorted(f for f in os.listdir(tmp_path / "toy/pretrain") if f.endswith(".pt")) == ["last.pt", "step_4.pt"]       # keep = 2
     whole = (tmp_path / "toy/pretrain/last.pt").read_bytes()
@@ -3211,6 +3189,9 @@ def test_readme_tells_true_line_counts_and_starts_early():
     assert next(i for i, l in enumerate(text.split("\n"), 1) if l.startswith("pip install")) < 40
 
 
-from lib.test_draws import *  # noqa
+# ---- tests of lib/ ----------------------------------------------------------------------------------------------------------
 
+from lib.test_draws import *  # noqa
+from lib.test_files import *  # noqa
 from lib.test_processes import *  # noqa
+from lib.test_settings import *  # noqa

@@ -39,11 +39,12 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import Batches, Scenes, UserError, default_config, grid, load_config, nearest, open_autoencoder, open_data, to_uint8, write_png
+from data import Batches, Scenes, grid, open_autoencoder, open_data, to_uint8, write_png
 from eval import evaluate, flat, report
 from lib.draws import normals, uniforms
+from lib.settings import UserError, closest, default_config, load_config
 from model import (FORMAT, ResidualBlock, build, carry_over, check_sizes, diffusion_loss, example, open_checkpoint, read_checkpoint)
-from sample import SAMPLERS, sample
+from sample import sample
 
 # A stage is a row: where it starts, what it keeps of that (a prefix of parameter names), whether the core is frozen, and
 # whether images smaller than the target are left out (Greedy Growing, Sec. 3.3 and 4).
@@ -59,7 +60,7 @@ OWN_FLAGS = ("config", "stage", "out", "core", "fresh", "plan")   # those that a
 SHELL_KEYS = ("shell", "channels", "residual_blocks", "entry_channels", "patch")
 CORE_KEYS = ("width", "depth", "heads", "mlp_ratio", "text_vocab", "encoder_id")
 # what may change when a run goes on: how it is looked at and spread over devices, the steps and the learning rate
-FREE_KEYS = ("steps", "lr", "lr_end", "micro", "workers", "compile", "checkpointing", "fsdp", "sharded", "dist_timeout", "keep", "guidance",
+FREE_KEYS = ("steps", "lr", "lr_end", "micro", "workers", "compile", "checkpointing", "fsdp", "sharded", "dist_timeout", "num_checkpoints", "guidance",
              "sampler", "sample_steps", "log_every", "sample_every", "save_every", "eval_every", "eval_n", "tensorboard", "encoder_weights")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -91,17 +92,13 @@ asked = {key: given.pop(key) for key in ("devices", "kind", "mfu", "json") if pl
 if wrong := [key for key in given if key in ("devices", "kind", "mfu", "json")]:
     raise UserError(f"--{wrong[0]} belongs to --plan: add it, or leave --{wrong[0]} out")
 if wrong := [key for key in given if key not in default_config()]:                 # a flag of this script may be what was meant
-    raise UserError(f"unknown key {wrong[0]!r}: {nearest(wrong[0], OWN_FLAGS + tuple(sorted(default_config())))}")
+    raise UserError(f"unknown key {wrong[0]!r}: {closest(wrong[0], OWN_FLAGS + tuple(sorted(default_config())))}")
 if stage not in STAGES:
-    raise UserError(f"unknown stage {stage!r}: {nearest(stage, STAGES)}")
+    raise UserError(f"unknown stage {stage!r}: {closest(stage, STAGES)}")
 source, keeps, frozen, only_large = STAGES[stage]              # from here on nothing asks which stage this is
 config = load_config(name, stage, list(given.items()))
 starts = f"{name}/{source}" if keeps != "" or not config["starts"] else config["starts"]           # weak to strong: from another config's run
 check_sizes(config)                                            # before any file is opened
-if config["sampler"] not in SAMPLERS:
-    raise UserError(f"sampler = {config['sampler']}: take one of {', '.join(SAMPLERS)}")
-if config["dtype"] not in ("auto", *DTYPES):
-    raise UserError(f"dtype = {config['dtype']}: take one of auto, {', '.join(DTYPES)}")
 if core_file and not source:
     raise UserError(f"--core says where to start, and {stage} starts from nothing: leave it out")
 
@@ -530,7 +527,7 @@ def save(step, drawn):
             elif os.path.isdir(file):                          # a rehearsal, or the same step again
                 remove(file)
             os.replace(file + ".part", file)
-            for old in older_checkpoints()[config["keep"] - 1:]:
+            for old in older_checkpoints()[config["num_checkpoints"] - 1:]:
                 remove(old)
         held = step
     except (OSError, RuntimeError) as e:                       # torch reports a full disk as a RuntimeError
@@ -712,10 +709,10 @@ if saved:
     restore(saved)                                             # no generator among it: every draw is a function of (seed, drawn, row)
     scaler.load_state_dict(saved["scaler"])
     saved = None                                               # its memory
-room = (config["keep"] + 1) * sum(state_bytes(model)[part] for part in ("weights", "optimizer", "ema"))
+room = (config["num_checkpoints"] + 1) * sum(state_bytes(model)[part] for part in ("weights", "optimizer", "ema"))
 there = sum(os.path.getsize(f) for f in (file, *older_checkpoints()) if os.path.isfile(f))
 if agree(rank == 0 and shutil.disk_usage(run).free < room - there):
-    say(f"error: {run} needs {room / 2 ** 30:.2f} GiB for checkpoints and its disk has less: make room, or lower --keep (now {config['keep']})")
+    say(f"error: {run} needs {room / 2 ** 30:.2f} GiB for checkpoints and its disk has less: make room, or lower --num_checkpoints (now {config['keep']})")
     leave(4)
 with FakeTensorMode():                                         # on shapes alone: counting round a real step would change how it is carried out
     counted = build(config)
