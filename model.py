@@ -35,8 +35,9 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import encoder_parts, is_frozen
-from lib.settings import UserError, default_config, load_config
 from kernels import attention, kv_merge
+from lib.checkpoint import open_checkpoint
+from lib.settings import UserError, default_config, load_config
 
 # ---------------------------------------------------------------------------------------------------------------
 # Noise: schedule, draws, loss. z = alpha x + sigma eps, v = alpha eps - sigma x, logsnr = log(alpha^2 / sigma^2).
@@ -519,50 +520,13 @@ def example(config, batch=1, device=None):
 # ---------------------------------------------------------------------------------------------------------------
 # Checkpoints: a file describes itself
 
-FORMAT = 2
-
-
-def read_shards(folder):
-    """{"part/name": tensor}, whole, of a sharded checkpoint: what torch's distributed checkpoint wrote as safetensors, so nothing to unpickle."""
-    from torch.distributed.checkpoint import HuggingFaceStorageReader, load as load_shards
-    reader = HuggingFaceStorageReader(folder)
-    tensors = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in reader.read_metadata().state_dict_metadata.items()}
-    load_shards(tensors, storage_reader=reader, no_dist=True)
-    return tensors
-
-
-def open_checkpoint(file, shards=True):
-    """
-    (state, None), or (None, why not). Nothing in a file is executed (weights_only) and nothing broken gets through. state: "format",
-    "stage", "name", "config", "step", "parents", and the tensors by name under "model", "ema" (of what was trained) and "moments".
-    Of a sharded one the tensors are left out where `shards` is False: training reads them straight into its own.
-    """
-    try:
-        if os.path.isdir(file):                                # sharded: a folder
-            state = torch.load(os.path.join(file, "about.pt"), weights_only=True)
-            for key, value in read_shards(file).items() if shards else ():
-                part, name = key.split("/", 1)
-                state.setdefault(part, {})[name] = value
-        else:
-            state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)       # read where used; many processes share the pages
-        if state["format"] != FORMAT:
-            return None, f"{file!r} is a checkpoint of format {state['format']} and this code reads {FORMAT}: train it again"
-        state["config"] = {**default_config(), **state["config"]}
-        parts = {} if os.path.isdir(file) and not shards else {**state["model"], **state["ema"]}
-    except Exception as e:                                     # of many kinds: cut off, not a checkpoint, not allowed to be loaded
-        return None, f"{file!r} is no complete checkpoint ({type(e).__name__}): take another, or train again with --fresh"
-    for name, value in parts.items():
-        if not torch.isfinite(value).all():
-            return None, f"{file!r} has values that are not finite in {name}: take an earlier checkpoint"
-    return state, None
-
 
 def read_checkpoint(path):
     """The state in a run's last.pt, or in a file (see open_checkpoint)."""
     file = os.path.join(path, "last.pt") if os.path.isdir(path) and not os.path.exists(os.path.join(path, "about.pt")) else path
     if not os.path.exists(file):
         raise UserError(f"no checkpoint {file!r}: `python train.py --stage grow` makes out/toy/pretrain/last.pt and out/toy/grow/last.pt")
-    state, broken = open_checkpoint(file)
+    state, broken = open_checkpoint(file, default_config())
     if broken:
         raise UserError(broken)
     return state
@@ -602,6 +566,29 @@ def load(path, device="cpu"):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# How a model is trained: what stays as it is, and what is computed twice
+
+TUNED = ("core.time.",)                                        # trained also while the core is frozen (Greedy Growing, Sec. 3.3)
+
+
+def freeze_core(model):
+    """Growing keeps the core to the bit, but for the time encoding: a new size has a noise schedule of its own (Sec. 3.3)."""
+    for name, p in model.named_parameters():
+        p.requires_grad = not name.startswith("core.") or name.startswith(TUNED)
+
+
+def checkpointed_modules(model):
+    """The modules whose inside is computed again in the backward under activation checkpointing."""
+    return [*model.core.blocks, *(module for module in model.modules() if isinstance(module, ResidualBlock))]
+
+
+def enable_activation_checkpointing(model):
+    """These modules keep their input alone and compute the rest again in the backward: less memory, a third more time."""
+    for module in checkpointed_modules(model):                 # forward is replaced, not wrapped: names of parameters stay
+        module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # python model.py CONFIG/STAGE ...: how large and how fast
 
 def speed(name, device):
@@ -610,10 +597,11 @@ def speed(name, device):
     config = load_config(*name.split("/"))
     with torch.device(device):
         model, (z, logsnr, text) = build(config), example(config)
-    frozen = {p for k, p in model.named_parameters() if name.endswith("/grow") and k.startswith("core.") and not k.startswith("core.time.")}
-    optimizer = torch.optim.AdamW([p.requires_grad_(p not in frozen) for p in model.parameters()], fused=True)
-    for block in model.core.blocks if config["checkpointing"] else []:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    if name.endswith("/grow"):
+        freeze_core(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    if config["checkpointing"]:
+        enable_activation_checkpointing(model)
 
     def step(train):
         begin = time.perf_counter()

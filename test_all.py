@@ -3053,24 +3053,6 @@ def test_a_broken_checkpoint_falls_back_to_the_one_before(runs, tmp_path):
     assert "can be read: start anew with --fresh" in run("train.py", *words, code=2)
 
 
-class Payload:
-    def __reduce__(self):
-        return os.system, ("touch EXECUTED",)
-
-
-def test_checkpoints_of_others_run_nothing_and_are_told_apart(runs, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    state = torch.load(runs[0] / "toy/pretrain/last.pt", weights_only=True)
-    torch.save({**state, "config": Payload()}, "evil.pt")
-    torch.save({**state, "format": 99}, "new.pt")
-    torch.save({k: v for k, v in state.items() if k != "ema"}, "bare.pt")
-    torch.save({**state, "ema": {k: v * float("nan") for k, v in state["ema"].items()}}, "nan.pt")
-    for file, words in (("evil", "no complete checkpoint"), ("new", "format 99 and this code reads"), ("bare", "no complete checkpoint (KeyError)"), ("nan", "not finite in core")):
-        state, why = models.open_checkpoint(f"{file}.pt")
-        assert state is None and words in why
-    assert not os.path.exists("EXECUTED")
-
-
 # train.py: looking and planning
 
 def test_scores_on_the_way_and_a_picture_of_the_curves(runs, tmp_path):
@@ -3191,6 +3173,7 @@ def test_readme_tells_true_line_counts_and_starts_early():
 
 # ---- tests of lib/ ----------------------------------------------------------------------------------------------------------
 
+from lib.test_checkpoint import *  # noqa
 from lib.test_draws import *  # noqa
 from lib.test_files import *  # noqa
 from lib.test_processes import *  # noqa

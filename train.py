@@ -41,9 +41,11 @@ from tqdm import tqdm
 
 from data import Batches, Scenes, grid, open_autoencoder, open_data, to_uint8, write_png
 from eval import evaluate, flat, report
+from lib.checkpoint import FORMAT, open_checkpoint
 from lib.draws import normals, uniforms
 from lib.settings import UserError, closest, default_config, load_config
-from model import (FORMAT, ResidualBlock, build, carry_over, check_sizes, diffusion_loss, example, open_checkpoint, read_checkpoint)
+from model import (build, carry_over, check_sizes, checkpointed_modules, diffusion_loss, enable_activation_checkpointing, example, freeze_core,
+                   read_checkpoint)
 from sample import sample
 
 # A stage is a row: where it starts, what it keeps of that (a prefix of parameter names), whether the core is frozen, and
@@ -113,19 +115,6 @@ def shares(devices):
     return config["batch"] // devices, config["micro"] or config["batch"] // devices
 
 
-def freeze(model):
-    """Growing trains the shell and the time encoding, which follows the noise schedule of the new size (Sec. 3.3)."""
-    for key, p in model.named_parameters():
-        p.requires_grad = not frozen or not key.startswith("core.") or key.startswith("core.time.")
-
-
-def remember_less(model):
-    """Activation checkpointing: a block keeps its input alone and computes the rest again in the backward."""
-    for block in model.modules():                              # forward is replaced, not wrapped, so that names of parameters stay
-        if block in set(model.core.blocks) or isinstance(block, ResidualBlock):
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-
-
 def decays(key, p):
     """Weight decay belongs on matrices and convolutions, not on biases, norms, embeddings and tables."""
     return p.ndim > 1 and not any(part in key for part in ("embed", "position", "table"))
@@ -157,7 +146,7 @@ def measure(model, images, dtype):
             of[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         return tensor
     for block in model.modules():
-        if block in set(model.core.blocks) or isinstance(block, ResidualBlock):
+        if block in checkpointed_modules(model):
             block.register_forward_pre_hook(lambda _, args: (keep(args[0], inputs), spent.append(-total(kept)))[:0] or None)
             block.register_forward_hook(lambda *_: spent.append(spent.pop() + total(kept)))
     x, t, text = example(config, images)
@@ -181,7 +170,7 @@ def plan(devices=1, kind="h100", mfu=0.4):
     share, micro = shares(devices)
     with FakeTensorMode():
         model = build(config)
-        freeze(model)
+        freeze_core(model) if frozen else None
         flops, activations = measure(model, micro, dtype)
         state = state_bytes(model)
         unit = max(sum(p.numel() for p in part.parameters()) for part in (model.shell, *model.core.blocks))  # what FSDP gathers at a time
@@ -317,7 +306,7 @@ def older_checkpoints():
 
 # a kill may leave last.pt whole but missing, a disk may break it: the newest one that can be read counts
 for candidate in [] if fresh else [f for f in (file, *older_checkpoints()) if os.path.exists(f)]:
-    saved, broken = open_checkpoint(candidate, shards=False)
+    saved, broken = open_checkpoint(candidate, default_config(), shards=False)
     if saved:
         break
     say(f"warning: {broken}: falling back to the checkpoint before it")
@@ -416,9 +405,10 @@ if parent and not saved:                                       # a new shell rou
     say(f"from {parent}: {carried}")
 origin = f"{parent} ({start['stage']}, step {start['step']})" if parent and not saved else None
 parents = saved["parents"] if saved else start["parents"] + [origin] if origin else []
-freeze(model)                                                  # before wrappers and optimizer, which look at requires_grad
+if frozen:
+    freeze_core(model)                                         # before wrappers and optimizer, which look at requires_grad
 if config["checkpointing"]:
-    remember_less(model)
+    enable_activation_checkpointing(model)
 if config["fsdp"]:                                             # shards of weights, gradients and moments; each block and the core a unit
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     mesh = dist.init_device_mesh(device.split(":")[0], (world,))
@@ -716,7 +706,7 @@ if agree(rank == 0 and shutil.disk_usage(run).free < room - there):
     leave(4)
 with FakeTensorMode():                                         # on shapes alone: counting round a real step would change how it is carried out
     counted = build(config)
-    freeze(counted)
+    freeze_core(counted) if frozen else None
     flops = config["batch"] * measure(counted, 1, dtype)[0]    # per step
 known = [rates for kind, rates in KINDS.items() if cuda and kind.split("-")[0] in torch.cuda.get_device_name().lower()]
 peak = known[0][0 if dtype != torch.float32 else 1 if config["tf32"] else 2] if known else None    # FLOP/s, for the share that is used

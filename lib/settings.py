@@ -12,6 +12,8 @@ import os
 import re
 import sys
 
+from lib.processes import print_error
+
 CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs.txt")
 
 
@@ -19,7 +21,7 @@ class UserError(SystemExit):
     """What the user can mend: prints `error: WHAT: HOW TO FIX` and ends with status 2, without a traceback."""
 
     def __init__(self, message):
-        print(f"error: {message}", file=sys.stderr)
+        print_error(message)
         super().__init__(2)
 
 

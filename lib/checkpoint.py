@@ -1,0 +1,220 @@
+"""
+Checkpoints: all that a training needs to go on, in a file, or in a folder of shards to which every process adds its part.
+
+    last.pt         the newest; replaced as a whole, so a kill at any moment leaves the old one or the new one
+    step_N.pt       what last.pt was before
+
+A state holds "format", "step", "config" and the caller's other plain values, and tensors by name: "model", "ema" (of what is
+trained) and "moments" (of the optimizers). Nothing in a file is executed, and nothing broken gets through.
+
+torch.distributed.checkpoint.state_dict is not used: it knows no EMA, so a loop as in `restore` is needed all the same; and the
+parameter groups that it adds do not go into safetensors.
+"""
+import glob
+import os
+import shutil
+
+import torch
+
+from lib.processes import all_gather, get_rank, get_world_size, print0
+from lib.settings import UserError
+
+FORMAT = 3                                                     # of what `save` writes
+
+
+# ---- the state of a training -------------------------------------------------------------------------------------------
+
+def training_state(model, ema_params, optimizers):
+    """{part: {name: tensor}} of all that training changes: the very tensors, by the names of the model's parameters."""
+    name_of = {p: name for name, p in model.named_parameters()}
+    # the only scalar among the moments is the count of steps, which the state's "step" tells
+    moments = {f"{name_of[p]}/{key}": v for o in optimizers for p in o.state for key, v in o.state[p].items() if v.ndim}
+    return {"model": model.state_dict(), "ema": ema_params, "moments": moments}
+
+
+def make_moments(model, optimizers, step):
+    """Let optimizers make the tensors that they keep, by a step of size zero, and let them count from `step`."""
+    for optimizer in optimizers:
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+            for p in group["params"]:
+                p.grad = torch.zeros_like(p)
+        optimizer.step()
+        for group, lr in zip(optimizer.param_groups, rates):
+            group["lr"] = lr
+        for moments in optimizer.state.values():
+            moments.get("step", torch.zeros(())).fill_(step)
+    model.zero_grad()
+
+
+def local(tensor):
+    """A tensor, or of a DTensor (FSDP's) this process's part."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor):
+    """A tensor, or all of a DTensor: every process takes part in gathering it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def flatten(parts):
+    """{part: {name: tensor}} -> {"part/name": tensor}, as shards hold them."""
+    return {f"{part}/{name}": v for part, tensors in parts.items() for name, v in tensors.items()}
+
+
+def restore(state, file, parts):
+    """Copy the state read from `file` into the tensors of `parts`; under FSDP each process takes its part of them."""
+    if "model" not in state:                                   # of shards each process reads what it needs
+        from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+        return load(flatten(parts), storage_reader=HuggingFaceStorageReader(file), no_dist=get_world_size() == 1)
+    for part, tensors in parts.items():
+        for name, tensor in tensors.items():
+            value = state[part][name].to(tensor.device)        # whole, by name: whatever number of processes wrote it
+            if hasattr(tensor, "device_mesh"):                 # a DTensor
+                from torch.distributed.tensor import distribute_tensor
+                value = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+            tensor.detach().copy_(value)
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------------
+
+def open_checkpoint(file, defaults=None, shards=True):
+    """
+    (state, None), or (None, why not). `defaults` are for keys of the config that are younger than the checkpoint. Of a folder
+    the tensors are left out where `shards` is False: training reads them straight into its own.
+    """
+    try:
+        state = read_about(file)
+        if state["format"] != FORMAT:
+            what = "an older version of this code: train it again" if state["format"] < FORMAT else "a newer one: update the code"
+            return None, f"{file!r} is a checkpoint of format {state['format']} and this code reads {FORMAT}; it is of {what}"
+        state["config"] = {**(defaults or {}), **state["config"]}
+        if os.path.isdir(file) and shards:
+            for key, value in read_shards(file).items():
+                part, name = key.split("/", 1)
+                state.setdefault(part, {})[name] = value
+        weights = {} if os.path.isdir(file) and not shards else {**state["model"], **state["ema"]}
+    except Exception as e:                                     # of many kinds: cut off, no checkpoint, not allowed to be loaded
+        return None, f"{file!r} is no complete checkpoint ({type(e).__name__}): take another, or train it again"
+    for name, value in weights.items():
+        if not torch.isfinite(value).all():
+            return None, f"{file!r} has values that are not finite in {name}: take an earlier checkpoint"
+    return state, None
+
+
+def read_about(file):
+    """What a checkpoint says of itself; of a file with its tensors, mapped into memory and read from the disk where used."""
+    about = os.path.join(file, "about.pt") if os.path.isdir(file) else file
+    return torch.load(about, map_location="cpu", weights_only=True, mmap=True)
+
+
+def read_shards(folder):
+    """{"part/name": tensor}, whole, of a folder that torch's distributed checkpoint wrote as safetensors."""
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+    reader = HuggingFaceStorageReader(folder)
+    about = reader.read_metadata().state_dict_metadata
+    tensors = {key: torch.empty(m.size, dtype=m.properties.dtype) for key, m in about.items()}
+    load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
+
+
+def older_checkpoints(run):
+    """The checkpoints step_N.pt of a run folder, newest first."""
+    files = glob.glob(os.path.join(glob.escape(run), "step_*.pt"))
+    return sorted(files, key=lambda file: -int(os.path.basename(file)[5:-3]))
+
+
+def newest_checkpoint(run, defaults=None):
+    """
+    (state, file) of the newest checkpoint in a run folder that can be read, its shards left out; (None, None) where there is
+    none, or only that of step 0, which loses nothing. Raises UserError where none can be read.
+    """
+    # a kill may have come when last.pt was renamed to step_N.pt and its successor not yet to last.pt; and a disk may fail
+    files = [file for file in (os.path.join(run, "last.pt"), *older_checkpoints(run)) if os.path.exists(file)]
+    for file in files:
+        state, broken = open_checkpoint(file, defaults, shards=False)
+        if state:
+            return (state, file) if state["step"] else (None, None)
+        print0(f"warning: {broken}: falling back to the checkpoint before it")
+    if files:
+        raise UserError(f"no checkpoint in {run} can be read: start anew with --fresh")
+    return None, None
+
+
+# ---- writing -----------------------------------------------------------------------------------------------------------
+
+def save(file, about, parts, sharded=False, num_checkpoints=1):
+    """
+    Replace the checkpoint `file` by a new one; the last `num_checkpoints` stay, with this one. All processes call it, and all
+    get the same error: FloatingPointError, with the name of a tensor that is not finite; OSError, where it cannot be written.
+    """
+    bad = [key for key, v in flatten(parts).items() if not torch.isfinite(local(v)).all()]
+    if bad := sum(all_gather(bad), []):                        # such weights would lock a run into them
+        raise FloatingPointError(bad[0])
+    first = get_rank() == 0
+    together(first, remove, file + ".part")                    # left by a kill
+    together(True, write, file + ".part", {"format": FORMAT, **about}, parts, sharded)
+    together(first, rotate, file, about["step"], num_checkpoints)
+
+
+def together(mine, work, *args):
+    """work(*args) in the processes where `mine` is true; an OSError in all where it failed in one."""
+    reason = None
+    try:
+        if mine:
+            work(*args)
+    except (OSError, RuntimeError) as e:                       # torch reports a full disk as a RuntimeError
+        reason = str(e).split("\n")[0]
+    if reasons := [r for r in all_gather(reason) if r]:
+        raise OSError(reasons[0])
+
+
+def write(path, about, parts, sharded):
+    """A file by rank 0, or a folder by all. Both are read back before they count: every value compared, or every shard opened."""
+    if sharded:
+        from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter, save as save_shards
+        from torch.distributed.checkpoint.api import CheckpointException
+        writer = HuggingFaceStorageWriter(path, save_distributed=True)
+        try:
+            save_shards(flatten(parts), storage_writer=writer, no_dist=get_world_size() == 1)
+        except CheckpointException as e:                       # a BaseException
+            raise OSError(next(iter(e.failures.values()))[0])
+        if get_rank() == 0:
+            torch.save(about, os.path.join(path, "about.pt"))
+            HuggingFaceStorageReader(path).read_metadata()
+        return
+    parts = {part: {name: whole(v) for name, v in tensors.items()} for part, tensors in parts.items()}
+    if get_rank() == 0:
+        with open(path, "wb") as f:
+            torch.save(about | parts, f)
+            f.flush()
+            os.fsync(f.fileno())                               # on the disk before the name changes
+        again = flatten({part: read_about(path)[part] for part in parts})
+        if not all(torch.equal(again[key], v.cpu()) for key, v in flatten(parts).items()):
+            raise OSError("what was read back differs from what was written")
+
+
+def rotate(file, step, num_checkpoints):
+    """The new checkpoint takes the name `file`, the one before it becomes step_N.pt, and the oldest go."""
+    run = os.path.dirname(file)
+    try:
+        before = os.path.join(run, f"step_{read_about(file)['step']}.pt")
+    except Exception:                                          # there is none, or it is broken
+        remove(file)
+    else:
+        remove(before)
+        os.rename(file, before)
+    os.rename(file + ".part", file)
+    older = older_checkpoints(run)
+    useless = [old for old in older if os.path.basename(old) in ("step_0.pt", f"step_{step}.pt")]
+    for old in useless + [old for old in older if old not in useless][num_checkpoints - 1:]:
+        remove(old)
+
+
+def remove(path):
+    """Remove a checkpoint, file or folder, if it is there."""
+    if os.path.isdir(path):
+        shutil.rmtree(path)
+    elif os.path.exists(path):
+        os.remove(path)
