@@ -931,7 +931,7 @@ ENCODERS = {
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def is_frozen(encoder):
+def has_pretrained_encoder(encoder):
     """Does `encoder` name frozen networks? Else captions are tokens, which the core embeds by itself."""
     return encoder != "words" and not encoder.startswith("sentencepiece:")
 
@@ -1328,7 +1328,7 @@ class Batches(torch.utils.data.Dataset):
             raise UserError(f"batch = {c['batch']} and only {len(self.usable)} usable images: lower --batch, or add images")
         self.orders = {}                                       # {(bucket, epoch): its samples in order}
         real = isinstance(data, Indexed)
-        self.embeddings = Embeddings(data, c) if real and is_frozen(c["encoder"]) else None
+        self.embeddings = Embeddings(data, c) if real and has_pretrained_encoder(c["encoder"]) else None
         # without a cache train.py encodes each batch anew
         self.latents = Latents(data, c) if real and c["autoencoder"] and os.path.exists(latents_folder(data, c)) else None
 

@@ -1,20 +1,22 @@
 """
 From noise to image.
 
-    python sample.py out/toy/grow "a large red circle left of a small blue square on a white background" --n 8 --to grid.png
-    python sample.py out/toy/grow --describe                  what the run is: stage, size, steps, data, parents
+    python sample.py out/toy/grow "a large red circle left of a small blue square on a white background" --to grid.png
+    python sample.py out/toy/grow --describe                   what the run is: stage, size, steps, data, parents
 
-A run folder is all that is needed: the checkpoint holds its own settings. Image i of seed s is the same at any batch size.
+A run folder is all that is needed: the checkpoint holds its own settings. Image i of seed s is the same at any
+batch size.
 
-    sampler   evaluations per step   error     when to use it        (guidance doubles the evaluations)
-    ddpm      1                      1/steps   the paper's choice, 256 steps (Greedy Growing, Sec. 4); best at many steps
-    ddim      1                      1/steps   deterministic; 50 steps are nearly as good
-    dpm       1                      1/steps^2 DPM-Solver++(2M): deterministic, 20 steps (as the teacher in PixArt-Sigma's Table 4)
-    heun      2                      1/steps^2 deterministic, needs no memory of the step before; to check the others
+    sampler    evaluations per step   error      when to use it     (guidance doubles the evaluations)
+    ddpm       1                      1/steps    best at many steps; the paper takes 256 (Greedy Growing, Sec. 4)
+    ddim       1                      1/steps    deterministic; 50 steps are nearly as good
+    dpm        1                      1/steps^2  DPM-Solver++(2M): deterministic, 20 steps (PixArt-Sigma, Table 4)
+    exp_heun   2                      1/steps^2  deterministic, needs no memory of the step before; to check the others
 
-Every sampler is a function (denoise, z, logsnrs, draw) -> x, with denoise(z, logsnr) -> x and draw(step) -> noise like z.
+Every sampler is a function (denoise, z, logsnrs, noise_sampler) -> x, with denoise(z, logsnr) -> x, the levels
+logsnrs (steps,) from noise to image, and noise_sampler(step) -> noise like z. x is the clean image that the network
+predicts, z the noisy one.
 """
-import argparse
 import math
 import os
 import re
@@ -22,144 +24,181 @@ import re
 import torch
 from tqdm import tqdm
 
-from data import encode_captions, grid, open_autoencoder, to_uint8, write_png
+from data import encode_captions, grid as make_grid, open_autoencoder, to_uint8, write_png
 from lib.draws import normals
 from lib.files import free_name
-from lib.settings import UserError
-from model import alpha_sigma, image_shape, load, logsnr_at, read_checkpoint, token_grid, token_size
+from lib.settings import Parser, UserError
+from model import alpha_sigma, get_logsnr, image_shape, load, read_checkpoint, token_grid, token_size
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Samplers
 
 
-def ddpm(denoise, z, logsnrs, draw):
+def ddpm(denoise, z, logsnrs, noise_sampler):
     """
-    Ancestral sampling from the posterior q(z_s | z_t, x) (Ho et al. 2020), in logSNR l (Kingma et al. 2021, Appendix A):
-    with k = e^(l_t - l_s), mean k (alpha_s / alpha_t) z_t + (1 - k) alpha_s x and variance (1 - k) sigma_s^2.
+    Ancestral sampling from the posterior q(z_s | z_t, x) of the next level s (Ho et al. 2020), written in logsnr
+    (Kingma et al. 2021, Appendix A): with k = e^(logsnr_t - logsnr_s), mean k (alpha_s / alpha_t) z_t + (1 - k)
+    alpha_s x and variance (1 - k) sigma_s^2.
     """
-    for step, (now, then) in enumerate(zip(logsnrs[:-1], logsnrs[1:])):
-        x = denoise(z, now)                                                        # (B, C, H, W)
-        (alpha, _), (alpha_then, sigma_then) = alpha_sigma(now), alpha_sigma(then)
-        kept = torch.exp(now - then)                                               # share of the noisy image that stays
-        mean = kept * alpha_then / alpha * z + (1 - kept) * alpha_then * x
-        z = mean + sigma_then * (1 - kept).sqrt() * draw(step + 1)
+    for step, (logsnr, logsnr_next) in enumerate(zip(logsnrs[:-1], logsnrs[1:])):
+        x = denoise(z, logsnr)                                                     # (B, C, H, W)
+        (alpha, _), (alpha_next, sigma_next) = alpha_sigma(logsnr), alpha_sigma(logsnr_next)
+        snr_ratio = torch.exp(logsnr - logsnr_next)                                # k
+        mean = snr_ratio * alpha_next / alpha * z + (1 - snr_ratio) * alpha_next * x
+        variance = (1 - snr_ratio) * sigma_next ** 2
+        z = mean + variance.sqrt() * noise_sampler(step + 1)                       # noise 0 is what z began as
     return denoise(z, logsnrs[-1])
 
 
-def ddim(denoise, z, logsnrs, draw):
-    """Deterministic: keep the noise that the network sees, at the next level (Song et al. 2021, eta = 0)."""
-    for now, then in zip(logsnrs[:-1], logsnrs[1:]):
-        x = denoise(z, now)                                                        # (B, C, H, W)
-        (alpha, sigma), (alpha_then, sigma_then) = alpha_sigma(now), alpha_sigma(then)
-        z = alpha_then * x + sigma_then * (z - alpha * x) / sigma
+def ddim(denoise, z, logsnrs, noise_sampler):
+    """Deterministic: the noise that the network predicts is kept, at the next level (Song et al. 2021, eta = 0)."""
+    for logsnr, logsnr_next in zip(logsnrs[:-1], logsnrs[1:]):
+        x = denoise(z, logsnr)                                                     # (B, C, H, W)
+        (alpha, sigma), (alpha_next, sigma_next) = alpha_sigma(logsnr), alpha_sigma(logsnr_next)
+        eps = (z - alpha * x) / sigma
+        z = alpha_next * x + sigma_next * eps
     return denoise(z, logsnrs[-1])
 
 
-def dpm(denoise, z, logsnrs, draw):
+def exponential_step(z, x, logsnr, logsnr_next):
+    """The ODE of the image from one level to the next, exact for a constant x (Lu et al. 2022, eq. 9; lambda =
+    logsnr / 2)."""
+    (_, sigma), (alpha_next, sigma_next) = alpha_sigma(logsnr), alpha_sigma(logsnr_next)
+    return sigma_next / sigma * z - alpha_next * torch.expm1(-(logsnr_next - logsnr) / 2) * x
+
+
+def dpm(denoise, z, logsnrs, noise_sampler):
     """
-    DPM-Solver++(2M), Lu et al. 2022, Algorithm 2. With l = logsnr / 2 the ODE of the image is solved exactly but for x, which is
-    drawn on along a line through this step's and the last one's. The first step and the last know no line: there x stays as it is.
+    DPM-Solver++(2M), Lu et al. 2022, Algorithm 2: x is taken as a line through this prediction and the previous
+    one, extrapolated to the middle of the step. There is no line in the first step; and none is used in the final
+    one, which is so wide that extrapolation would overshoot.
     """
-    before = None                                              # the step before: (its x, its width in l)
-    for step, (now, then) in enumerate(zip(logsnrs[:-1], logsnrs[1:])):
-        x = denoise(z, now)                                                        # (B, C, H, W)
-        (_, sigma), (alpha_then, sigma_then) = alpha_sigma(now), alpha_sigma(then)
-        h, drawn = (then - now) / 2, x
-        if before and step < len(logsnrs) - 2:                 # the last step is wide, and a line would overshoot
-            drawn = x + h / (2 * before[1]) * (x - before[0])
-        z, before = sigma_then / sigma * z - alpha_then * torch.expm1(-h) * drawn, (x, h)
+    x_prev, h_prev = None, None                                # prediction and width (in logsnr) of the previous step
+    for step, (logsnr, logsnr_next) in enumerate(zip(logsnrs[:-1], logsnrs[1:])):
+        x, h = denoise(z, logsnr), logsnr_next - logsnr                            # (B, C, H, W)
+        final = step == len(logsnrs) - 2
+        x_middle = x if x_prev is None or final else x + h / (2 * h_prev) * (x - x_prev)
+        z, x_prev, h_prev = exponential_step(z, x_middle, logsnr, logsnr_next), x, h
     return denoise(z, logsnrs[-1])
 
 
-def heun(denoise, z, logsnrs, draw):
+def exp_heun(denoise, z, logsnrs, noise_sampler):
     """
-    Heun's method: a step of DDIM, then again along the line from this x to the x there. As in DPM-Solver++ all but x is solved exactly
-    (ETD2RK, Cox and Matthews 2002), which bears wide steps; on the plain ODE (Karras et al. 2022) few steps of our schedule explode.
+    Heun's method as an exponential integrator (ETD2RK, Cox and Matthews 2002): one step with this x, then again
+    with a mean of this x and the one predicted at its end. On the plain ODE (Karras et al. 2022) few steps of our
+    schedule explode; this bears wide ones.
     """
-    for now, then in zip(logsnrs[:-1], logsnrs[1:]):
-        (_, sigma), (alpha_then, sigma_then) = alpha_sigma(now), alpha_sigma(then)
-        h, x = (then - now) / 2, denoise(z, now)                                   # (B, C, H, W)
-        to = lambda x: sigma_then / sigma * z - alpha_then * torch.expm1(-h) * x
-        z = to(torch.lerp(x, denoise(to(x), then), -1 / torch.expm1(-h) - 1 / h))  # the weight is 1/2 for small steps, 1 for wide ones
+    for logsnr, logsnr_next in zip(logsnrs[:-1], logsnrs[1:]):
+        x, h = denoise(z, logsnr), (logsnr_next - logsnr) / 2                      # (B, C, H, W)
+        x_end = denoise(exponential_step(z, x, logsnr, logsnr_next), logsnr_next)  # (B, C, H, W)
+        weight = -1 / torch.expm1(-h) - 1 / h                                      # from 1/2 to 1, for wide ones
+        z = exponential_step(z, torch.lerp(x, x_end, weight), logsnr, logsnr_next)
     return denoise(z, logsnrs[-1])
 
 
-SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm": dpm, "heun": heun}
+# name -> function, error of which order, evaluations of the network for so many steps
+SAMPLERS = {"ddpm": (ddpm, 1, lambda steps: steps), "ddim": (ddim, 1, lambda steps: steps),
+            "dpm": (dpm, 2, lambda steps: steps), "exp_heun": (exp_heun, 2, lambda steps: 2 * steps - 1)}
 
 
-def levels(config, steps, sampler, device="cpu"):
+def get_logsnrs(config, steps, sampler, device="cpu"):
     """
-    (steps,) logsnrs from noise to image. Even steps in t, as in training, end in one so wide that it decides the error of the second-order
-    samplers, and even steps in logsnr are too wide in the middle: these take the mean of both.
+    (steps,) levels from noise to image. First-order samplers take even steps in t, as in training. Their last one
+    is so wide (4 in logsnr of 20 steps) that it would decide the error of a second-order sampler, while even steps
+    in logsnr are too wide in the middle, where pictures take shape: those samplers get the mean of both.
     """
-    logsnrs = logsnr_at(torch.linspace(1, 0, steps, device=device), config)
-    if sampler in ("dpm", "heun"):
-        logsnrs = (logsnrs + logsnrs[0] + (logsnrs[-1] - logsnrs[0]) * torch.linspace(0, 1, steps, device=device)) / 2
+    logsnrs = get_logsnr(torch.linspace(1, 0, steps, device=device), config)
+    order = SAMPLERS[sampler][1]
+    if order == 2:
+        even = logsnrs[0] + (logsnrs[-1] - logsnrs[0]) * torch.linspace(0, 1, steps, device=device)
+        logsnrs = (logsnrs + even) / 2
     return logsnrs
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Guidance, and pictures of captions
 
 
 def guided(model, text, guidance, size=None, limit=1.0):
     """
-    denoise(z, logsnr) -> x for these captions (B, L) or (B, L, E), with classifier-free guidance on all channels (Ho and Salimans
-    2021): v = v_null + guidance (v_caption - v_null). 1 means no guidance, 0 no caption. The null caption is the one of training.
-    x is clipped to [-limit, limit]: pixels have one, latents have none.
+    denoise(z, logsnr) -> x for these captions (B, L) or (B, L, E), with classifier-free guidance on all channels
+    (Ho and Salimans 2021): v = v_null + guidance (v_caption - v_null). 1 means no guidance, 0 no caption. The null
+    caption is the one of training. x is clipped to [-limit, limit]: pixels have a limit, latents have none.
     """
-    batch = len(text)
-    both = torch.cat([text, torch.zeros_like(text)]) if guidance not in (0, 1) else text * int(guidance)
-    sizes = None if size is None else size.to(text.device).expand(len(both), 6)
+    null = torch.zeros_like(text)
+    captions = {0: null, 1: text}.get(guidance)
+    captions = torch.cat([text, null]) if captions is None else captions           # (B or 2 B, L)
+    copies = len(captions) // len(text)
+    sizes = None if size is None else size.to(text.device).expand(len(captions), 6)
 
     def denoise(z, logsnr):
-        copies = len(both) // batch
-        v = model(z.repeat(copies, 1, 1, 1), logsnr.expand(copies * batch), both, sizes)           # (B or 2 B, C, H, W)
+        v = model(z.repeat(copies, 1, 1, 1), logsnr.expand(len(captions)), captions, sizes)        # (B or 2 B, C, H, W)
         if copies == 2:
-            v, null = v.chunk(2)
-            v = null + guidance * (v - null)
+            v_caption, v_null = v.chunk(2)                                         # (B, C, H, W)
+            v = v_null + guidance * (v_caption - v_null)
         alpha, sigma = alpha_sigma(logsnr)
-        return (alpha * z - sigma * v).clamp(-limit, limit)
+        return (alpha * z - sigma * v).clamp(-limit, limit)                        # x from z and v
     return denoise
 
 
 @torch.no_grad()
 def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, sampler=None, batch=64, bar=False,
-           poll=lambda: None, size=None):
+           poll=None, size=None):
     """
-    One image per caption, x (B, 3, H, W) in [-1, 1] on the CPU; latents are decoded. Image i draws from (seed, first + i, step) alone, so
-    it does not depend on `batch`. `steps`, `guidance`, `sampler` and `size` (height, width in pixels) default to the config's.
-    `poll` is called at every step and may raise.
+    One image per caption, x (B, 3, H, W) in [-1, 1] on the CPU; latents are decoded. Image i draws from (seed,
+    first + i, step) alone, so it does not depend on `batch`. `steps`, `guidance`, `sampler` and `size` (height,
+    width in pixels) default to the config's. `poll`, if given, is called at every evaluation and may raise.
     """
-    sampler = config["sampler"] if sampler is None else sampler
-    steps = config["sample_steps"] if steps is None else steps
+    steps, sampler = steps or config["sample_steps"], sampler or config["sampler"]
     guidance = config["guidance"] if guidance is None else guidance
     height, width = size or [config["resolution"]] * 2
     device = next(model.parameters()).device
     autoencoder, (channels, side, _) = open_autoencoder(config, device), image_shape(config)
     shape = channels, height * side // config["resolution"], width * side // config["resolution"]  # of z
-    whole = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)                # a picture that was not cropped
-    logsnrs = levels(config, steps, sampler, device)
-    text = encode_captions(captions, config).to(device)
-    passes = math.ceil(len(captions) / batch) * (2 * steps - 1 if sampler == "heun" else steps)
-    images, progress = [], tqdm(total=passes, desc="sampling", leave=False, disable=None if bar else True)
+    uncropped = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
+    limit = math.inf if config["autoencoder"] else 1.0
+    text = encode_captions(captions, config).to(device)                            # (B, L) or (B, L, E)
+    logsnrs = get_logsnrs(config, steps, sampler, device)                          # (steps,)
+    run_sampler, _, evaluations = SAMPLERS[sampler]
+    total = math.ceil(len(captions) / batch) * evaluations(steps)
+    images, progress = [], tqdm(total=total, desc="sampling", leave=False, disable=None if bar else True)
     for start in range(0, len(captions), batch):
         rows = range(start, min(start + batch, len(captions)))
-        draw = lambda step: normals([("sampling", seed, first + i, step) for i in rows], shape, device)
-        denoise = guided(model, text[rows.start:rows.stop], guidance, whole, math.inf if config["autoencoder"] else 1.0)
-        counted = lambda z, logsnr: (poll(), denoise(z, logsnr), progress.update())[1]
-        images.append(autoencoder.decode(SAMPLERS[sampler](counted, draw(0), logsnrs, draw)).cpu())
+        denoise = guided(model, text[rows.start:rows.stop], guidance, uncropped, limit)
+
+        def noise_sampler(step):
+            return normals([("sampling", seed, first + i, step) for i in rows], shape, device)     # (b, C, H, W)
+
+        def denoise_and_report(z, logsnr):
+            if poll:
+                poll()
+            progress.update()
+            return denoise(z, logsnr)
+        z = run_sampler(denoise_and_report, noise_sampler(0), logsnrs, noise_sampler)
+        images.append(autoencoder.decode(z).cpu())                                 # (b, 3, H, W)
     progress.close()
     return torch.cat(images)
 
 
-def wanted_size(text, config):
+# ----------------------------------------------------------------------------------------------------------------------
+# python sample.py
+
+
+def parse_size(text, config):
     """
-    (height, width) of --size HxW, in pixels. A model makes any shape of about the area that it was trained at: both sides hold whole
-    tokens (of the merged grid), and the area is within a factor of 1.5.
+    (height, width) of --size HxW, in pixels. A model makes any shape of about the area that it was trained at: both
+    sides hold whole tokens (of the merged grid), and the area is within a factor of 1.5.
     """
     side, unit = config["resolution"], token_size(config) * max(1, config["kv_merge"])
     if text is None:
         return side, side
-    good = re.fullmatch(r"(\d+)x(\d+)", text)
-    height, width = map(int, good.groups()) if good else (0, 0)
-    if not good or height % unit or width % unit or not 1 / 1.5 <= height * width / side ** 2 <= 1.5:
-        tall = max(1, round(1.5 ** 0.5 * side / unit)) * unit
-        raise UserError(f"--size {text}: this run makes {side}x{side}, or sides that are multiples of {unit} with about that area, such as "
-                        f"{tall}x{max(1, round(side * side / tall / unit)) * unit}; for another size grow its core into another --out (train.py --help)")
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    height, width = map(int, match.groups()) if match else (0, 0)
+    if not match or height % unit or width % unit or not 1 / 1.5 <= height * width / side ** 2 <= 1.5:
+        tall = max(1, round(1.5 ** 0.5 * side / unit)) * unit                      # one size that would do
+        wide = max(1, round(side * side / tall / unit)) * unit
+        raise UserError(f"--size {text}: this run makes {side}x{side}, or sides that are multiples of {unit} with about that "
+                        f"area, such as {tall}x{wide}; for another size grow its core into another --out (train.py --help)")
     return height, width
 
 
@@ -167,17 +206,21 @@ def describe_run(path):
     """What a checkpoint is, as lines of text."""
     state = read_checkpoint(path)
     c = state["config"]
-    count = lambda prefix: sum(v.numel() for k, v in state["model"].items() if k.startswith(prefix))
+    counts = {"core": 0, "shell": 0}
+    for name, value in state["model"].items():
+        counts[name.partition(".")[0]] += value.numel()
     lines = [f"{state['stage']} of config {state['name']}, {c['resolution']} px, step {state['step']} of {c['steps']}",
-             f"core   {count('core.'):>12,} parameters: {c['depth']} blocks of width {c['width']}, grid {token_grid(c)} x {token_grid(c)}",
-             f"shell  {count('shell.'):>12,} parameters: {c['shell']}",
+             f"core   {counts['core']:>12,} parameters: {c['depth']} blocks of width {c['width']}, "
+             f"grid {token_grid(c)} x {token_grid(c)}",
+             f"shell  {counts['shell']:>12,} parameters: {c['shell']}",
              f"data   {c['data']}, batch {c['batch']}, seed {c['seed']}"]
     lines += [f"parent {parent}" for parent in state["parents"]]
     return "\n".join(lines + ["config " + " ".join(f"{k}={v}" for k, v in c.items())])
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse():
+    """The command line. What cannot be meant is refused here, before anything is opened."""
+    parser = Parser(__doc__, keys=("encoder_weights",))
     parser.add_argument("run", help="run folder, such as out/toy/grow")
     parser.add_argument("captions", nargs="*", help="one or more captions in quotes; '' is the null caption")
     parser.add_argument("--n", type=int, default=4, help="images per caption; default 4")
@@ -187,28 +230,34 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=64, help="images at a time; does not change the images")
     parser.add_argument("--size", help="HxW in pixels: another shape of about the area that the run was trained at")
-    parser.add_argument("--to", default="grid.png", help="PNG file, default grid.png; where it exists, a number is added")
-    parser.add_argument("--encoder_weights", help="local folders of the encoders that the run was trained with, comma-separated")
-    parser.add_argument("--describe", action="store_true", help="tell what the run is, and stop")
-    args = parser.parse_intermixed_args()                         # captions may follow the flags
-    if args.describe:
-        return print(describe_run(args.run))
-    if not args.captions:
+    parser.add_argument("--to", default="grid.png", help="PNG file, default grid.png; numbered where it exists")
+    parser.add_argument("--describe", action="store_true", help="print what the run is, and stop")
+    args, keys = parser.parse_keys()
+    if not args.describe and not args.captions:
         raise UserError('no caption: python sample.py RUN "a large red circle on a white background"')
     if min(args.n, args.steps, args.batch) < 1:
         raise UserError("--n, --steps and --batch count things: give at least 1")
     if not args.to.lower().endswith(".png"):
         raise UserError(f"--to {args.to}: pictures are written as PNG: give a name that ends in .png")
-    to = free_name(args.to)
-    if not os.path.isdir(os.path.dirname(to) or "."):
-        raise UserError(f"no folder for {to!r}: make it first")
+    if not os.path.isdir(os.path.dirname(args.to) or "."):
+        raise UserError(f"no folder for {args.to!r}: make it first")
+    return args, dict(keys)                                    # keys: encoder_weights, local folders for new captions
+
+
+def main():
+    args, keys = parse()
+    if args.describe:
+        print(describe_run(args.run))
+        return
     model, config = load(args.run, "cuda" if torch.cuda.is_available() else "cpu")
-    config |= {"encoder_weights": args.encoder_weights or config["encoder_weights"]}
-    size = wanted_size(args.size, config)
-    captions = [c for c in args.captions for _ in range(args.n)]
-    x = sample(model, config, captions, args.seed, 0, args.steps, args.guidance, args.sampler, args.batch, bar=True, size=size)
-    write_png(to, grid(to_uint8(x), columns=args.n if len(args.captions) > 1 else min(args.n, 8)))
-    print(f"{to}: {len(x)} images of {size[0]}x{size[1]} px" + "".join(f"\n  {c}" for c in args.captions))
+    config |= keys
+    size = parse_size(args.size, config)
+    captions = [caption for caption in args.captions for _ in range(args.n)]
+    x = sample(model, config, captions, args.seed, steps=args.steps, guidance=args.guidance, sampler=args.sampler,
+               batch=args.batch, bar=True, size=size)
+    to, columns = free_name(args.to), args.n if len(args.captions) > 1 else min(args.n, 8)
+    write_png(to, make_grid(to_uint8(x), columns))
+    print(f"{to}: {len(x)} images of {size[0]}x{size[1]} px", *args.captions, sep="\n  ")
 
 
 if __name__ == "__main__":

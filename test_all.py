@@ -168,7 +168,7 @@ def test_every_key_is_documented_and_read():
     (["--stage", "growth"], "did you mean 'grow'"), (["--wdith", "32"], "did you mean 'width'"), (["--lr", "1", "--lr", "2"], "twice"),
     (["--lr"], "lr takes a float"), (["lr", "1"], "write --KEY VALUE"), (["--stgae=grow"], "did you mean 'stage'"), (["--lr=x"], "lr takes a float"),
     (["--devices", "8"], "belongs to --plan"), (["--plan", "--devices", "0"], "at least 1"), (["--resolution", "48", "--data", "nowhere"], "take 32 or 64"), (["--data", "nowhere"], "no folder"),
-    (["--sampler", "euler"], "take one of ddpm, ddim, dpm"), (["--dtype", "fp64"], "take one of auto")])
+    (["--sampler", "euler"], "take one of ddpm, ddim, dpm, exp_heun"), (["--dtype", "fp64"], "take one of auto")])
 def test_bad_flags_are_one_line_that_says_how_to_mend_them(flags, words, tmp_path):
     stage = [] if "--stage" in flags else ["--stage", "scratch"]
     said = run("train.py", *stage, *flags, "--out", tmp_path, code=2)
@@ -224,7 +224,7 @@ def test_growing_keeps_the_core_of_every_preset(names):
             config, keeps = load_config(name, stage), "core." if stage == "grow" else ""
             start = config["starts"].split("/") if config["starts"] and stage == "defrost" else (name, "pretrain" if stage == "grow" else "grow")
             then = load_config(*start)
-            kept, said = models.carry_over({"config": then, "model": on_meta(then).state_dict(), "ema": {}}, config, keeps)
+            kept, said = models.init_from({"config": then, "model": on_meta(then).state_dict(), "ema": {}}, config, keeps)
             assert len(kept) > 20 and ("0 unused" in said or stage == "grow"), (name, stage, said)
             assert ("KV merge by 2" in said) == (stage == "defrost" and name.startswith("pixart") and "-kv" in name)
     assert load_config("pixart-sigma-4k-kv", "defrost")["starts"] == "pixart-sigma-4k/defrost"
@@ -1394,7 +1394,7 @@ def test_noise_schedule_is_the_cosine_shifted_by_resolution():
     t = torch.tensor([0.0, 0.25, 0.5, 1.0])
     shift = 2 * np.log(config["noise_base_resolution"] / config["resolution"])
     expected = [20 + shift, float(-2 * np.log(np.tan(np.pi / 8))) + shift, shift, -20 + shift]
-    assert np.allclose(models.logsnr_at(t, config).numpy(), expected, atol=2e-3)
+    assert np.allclose(models.get_logsnr(t, config).numpy(), expected, atol=2e-3)
     alpha, sigma = models.alpha_sigma(torch.linspace(-9, 9, 5))
     assert torch.allclose(alpha ** 2 + sigma ** 2, torch.ones(()))
 
@@ -1404,7 +1404,7 @@ def test_weightings_are_the_errors_they_name(weighting):
     config = tiny(weighting=weighting)
     x, eps, wrong = torch.randn(3, 2, 3, 16, 16)
     t = torch.tensor([0.3, 0.8])
-    alpha, sigma = models.alpha_sigma(models.logsnr_at(t, config))
+    alpha, sigma = models.alpha_sigma(models.get_logsnr(t, config))
     z = alpha * x + sigma * eps
     v = alpha * eps - sigma * x + wrong
     loss = models.diffusion_loss(lambda *_: v, x, None, t, eps, config)
@@ -1416,24 +1416,25 @@ EMBEDDED = dict(encoder="t5-xxl:5,clip-h:3", encoder_width=(12, 8), text_length=
 EVERYTHING = dict(EMBEDDED, shell="patch", patch=2, kv_merge=2, kv_merge_layers="1-1", size_condition=True)
 
 
-@pytest.mark.parametrize("stage, changes, head", [("pretrain", {}, "head.conv"), ("grow", {}, "head.conv"), ("grow", EVERYTHING, "head"),
-                                                  ("grow", dict(EVERYTHING, shell="unet", kv_merge_norm=False), "head.conv")])
+@pytest.mark.parametrize("stage, changes, head", [("pretrain", {}, "head.conv_out"), ("grow", {}, "head.conv_out"), ("grow", EVERYTHING, "proj_out"),
+                                                  ("grow", dict(EVERYTHING, shell="unet", kv_merge_norm=False), "head.conv_out")])
 def test_outputs_meant_to_be_zero_are_exactly_zero_in_the_finished_model(stage, changes, head):
     config = tiny(stage, **changes)
     net = models.build(config)
     zero = {k for k, p in net.named_parameters() if p.ndim > 1 and not p.any()}
-    blocks = [f"core.blocks.{i}.{part}" for i in range(2) for part in ("table", "cross_attention.out.weight")]
+    blocks = [f"core.blocks.{i}.{part}" for i in range(2) for part in ("scale_shift_table", "cross_attention.out.weight")]
     sizes = {"core.time.size_out.weight"} if changes else set()
     assert {k for k in zero if k.startswith("core.")} == {"core.modulation.weight", *blocks} | sizes
-    conditions = {k for k in net.state_dict() if k.startswith("shell.") and (k.endswith("condition.weight") or k == "shell.table")}
+    conditions = {k for k in net.state_dict() if k.startswith("shell.") and (k.endswith("temb_proj.weight") or k == "shell.scale_shift_table")}
     assert {k for k in zero if k.startswith("shell.")} == {f"shell.{head}.weight"} | conditions
     z, logsnr, text = models.example(config, 2)
     z, text, size = torch.randn_like(z), text + 1, torch.full((2, 6), 50.0)
     assert not net(z, logsnr, text, size).any()
-    condition, text, mask = net.core.condition(logsnr, text, size)
+    temb, text, text_len = net.core.embed(logsnr, text, size)
     features = torch.randn(2, 32, 8, 6)
-    with_positions = features + models.positions(8, 6, 32).T.reshape(1, 32, 8, 6)
-    assert mask.all() and torch.equal(net.core(features, condition, text, mask), with_positions)
+    with_positions = features + models.positions_2d(8, 6, 32).T.reshape(1, 32, 8, 6)
+    assert (text_len == config["text_length"]).all()
+    assert torch.equal(net.core(features, temb, text, text_len), with_positions)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "grow"])
@@ -1453,7 +1454,7 @@ def test_masked_text_cannot_change_the_output_and_real_text_does(stage):
 
 
 def test_unfit_sizes_name_the_nearest_good_ones(capsys):
-    for changes, words in [(dict(resolution=40), "take 32 or 64"), (dict(shell="nett"), "take one of shallow, unet, patch"), (dict(heads=5), "take width = 40")]:
+    for changes, words in [(dict(resolution=40), "take 32 or 64"), (dict(heads=5), "take width = 40")]:
         with pytest.raises(data.UserError):
             models.check_sizes(tiny(**changes))
         assert words in capsys.readouterr().err
@@ -1471,7 +1472,7 @@ def test_unfit_tokens_are_refused_before_anything_is_built(stage, changes, words
 
 
 def test_positions_interpolate_and_any_grid_will_do():
-    fine, coarse = models.positions(9, 6, 32).view(9, 6, 32), models.positions(3, 2, 32).view(3, 2, 32)
+    fine, coarse = models.positions_2d(9, 6, 32).view(9, 6, 32), models.positions_2d(3, 2, 32).view(3, 2, 32)
     assert torch.allclose(coarse, fine[1::3, 1::3], atol=1e-5)                     # middles of 3 x 3 fine cells are those of coarse ones
     for changes in (dict(shell="patch"), dict(shell="unet"), dict(shell="shallow")):
         net = shaken(models.build(tiny("grow", **changes)))
@@ -1502,12 +1503,13 @@ def test_embedded_text_reads_each_encoder_by_its_own_projection_and_nothing_else
         wider = text.clone()
         wider[:, 5:7, 8:] = 100.0                              # beyond the second encoder's width
         assert torch.equal(before, net(z, logsnr, wider))
-        tokens, mask, _ = net.core.text(text)
-        assert mask.tolist() == [[True] * 3 + [False] * 2 + [True] * 2 + [False]] * 2
-        assert torch.allclose(tokens[:, 5], net.core.text.norm_out(net.core.text.projections[1](text[:, 5, :8])), atol=1e-6)
-        one = net.core(torch.ones(2, 32, 8, 8), *net.core.condition(logsnr, text))
-        spoilt = (tokens + 100.0 * ~mask[..., None], mask)
-        assert torch.equal(one, net.core(torch.ones(2, 32, 8, 8), net.core.condition(logsnr, text)[0], *spoilt))
+        tokens, text_len, _ = net.core.text(text)
+        assert text_len.tolist() == [5, 5]                     # packed: three of the first encoder, then two of the second
+        assert torch.allclose(tokens[:, 3], net.core.text.norm_out(net.core.text.projections[1](text[:, 5, :8])), atol=1e-6)
+        one = net.core(torch.ones(2, 32, 8, 8), *net.core.embed(logsnr, text))
+        padding = torch.arange(8)[:, None] >= 5
+        spoilt = (tokens + 100.0 * padding, text_len)
+        assert torch.equal(one, net.core(torch.ones(2, 32, 8, 8), net.core.embed(logsnr, text)[0], *spoilt))
         null = net(z, logsnr, text * 0)
         assert torch.isfinite(null).all() and not torch.allclose(null, before, atol=1e-3)
         assert torch.allclose(null[:1], net(z[:1], logsnr[:1], torch.zeros(1, 8, 12)), atol=1e-5)        # alone or in a batch
@@ -1527,10 +1529,10 @@ def test_sizes_condition_the_model_through_the_time_encoding():
 
 def test_merging_equal_neighbours_changes_nothing_but_by_the_norm():
     """Where r x r tokens are alike their mean is each of them, so attention over the means is attention over all."""
-    plain = models.initialise(models.SelfAttention(24, 2))
+    plain = models.init_weights(models.SelfAttention(24, 2))
     x = torch.randn(2, 24, 3, 5).repeat_interleave(2, 2).repeat_interleave(2, 3).flatten(2).transpose(1, 2)    # (2, 6 * 10, 24)
     for norm, same in ((False, True), (True, False)):
-        merged = models.initialise(models.SelfAttention(24, 2, 2, norm))
+        merged = models.init_weights(models.SelfAttention(24, 2, 2, norm))
         merged.load_state_dict(plain.state_dict(), strict=False)
         assert torch.allclose(merged(x, (6, 10)), plain(x, (6, 10)), atol=1e-5) == same
 
@@ -1545,7 +1547,7 @@ def test_the_merge_starts_closer_without_the_norm():
     for norm in (True, False):
         merged = tiny("grow", shell="patch", patch=2, kv_merge=2, kv_merge_layers="0-1", kv_merge_norm=norm)
         other = models.build(merged).eval()
-        other.load_state_dict({**other.state_dict(), **models.carry_over(start, merged, "")[0]})
+        other.load_state_dict({**other.state_dict(), **models.init_from(start, merged, "")[0]})
         with torch.no_grad():
             off[norm] = float((other(z, logsnr, text + 1) - net(z, logsnr, text + 1)).norm() / net(z, logsnr, text + 1).norm())
     assert 0 < off[False] < 0.6 * off[True]
@@ -1569,14 +1571,14 @@ def test_a_core_of_one_shell_grows_in_another_and_the_report_is_true():
     net = shaken(models.build(old))
     start = {"config": old, "model": net.state_dict(), "ema": {k: p + 1 for k, p in net.state_dict().items() if "text" in k}}
     new = tiny("grow", shell="patch", patch=2, kv_merge=2, kv_merge_layers="1")
-    kept, said = models.carry_over(start, new, "core.")
+    kept, said = models.init_from(start, new, "core.")
     core = [k for k in net.state_dict() if k.startswith("core.")]
     assert sorted(kept) == sorted(core) and torch.equal(kept["core.text.embed.weight"], net.state_dict()["core.text.embed.weight"] + 1)
     whole = models.build(new).state_dict()
     shell = len(net.state_dict()) - len(core)
     assert said == (f"{len(core)} tensors kept, {len(whole) - len(core)} new, {shell} unused; positions interpolated by their formula from "
                     "8 x 8 to 16 x 16 tokens; added within what is kept: 4 tensors (KV merge by 2, blocks 1, as the mean)")
-    kept, said = models.carry_over(start, old, "")
+    kept, said = models.init_from(start, old, "")
     assert len(kept) == len(net.state_dict()) and said == f"{len(kept)} tensors kept, 0 new, 0 unused"
 
 
@@ -1589,11 +1591,11 @@ def test_sizes_and_speeds_are_told_by_one_command(capsys):
     assert f"{count / 1e6:.1f}M  forward" in lines[0] and "training step" in lines[1] and all(" TFLOP/s" in line for line in lines)
 
 
-@pytest.mark.parametrize("changes, words", [(dict(text_length=9), "core.text.position is (18, 32) there, (9, 32) here"), (dict(depth=3), "core.blocks.2.table is only here")])
+@pytest.mark.parametrize("changes, words", [(dict(text_length=9), "core.text.position is (18, 32) there, (9, 32) here"), (dict(depth=3), "core.blocks.2.scale_shift_table is only here")])
 def test_weights_that_do_not_fit_are_refused_by_name(changes, words, capsys):
     start = {"config": tiny(), "model": models.build(tiny()).state_dict(), "ema": {}}
     with pytest.raises(UserError):
-        models.carry_over(start, tiny("grow", **changes), "core.")
+        models.init_from(start, tiny("grow", **changes), "core.")
     assert words in capsys.readouterr().err
 
 
@@ -1609,7 +1611,7 @@ def test_a_checkpoint_older_than_a_key_takes_its_default(runs, tmp_path):
 # ---- sample.py --------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("sampler, steps, tolerance", [("ddpm", 256, 0.01), ("ddpm", 64, 0.03), ("ddim", 256, 0.01), ("ddim", 64, 0.02),
-                                                      ("dpm", 20, 0.01), ("heun", 20, 0.01)])
+                                                      ("dpm", 20, 0.01), ("exp_heun", 20, 0.01)])
 def test_samplers_recover_mean_and_variance_of_a_known_gaussian(sampler, steps, tolerance):
     """x ~ N(0.3, 0.5^2) has the exact denoiser E[x | z] = mean + alpha s^2 (z - alpha mean) / (alpha^2 s^2 + sigma^2)."""
     mean, std, config = 0.3, 0.5, tiny(noise_base_resolution=16)
@@ -1619,11 +1621,11 @@ def test_samplers_recover_mean_and_variance_of_a_known_gaussian(sampler, steps, 
         return mean + alpha * std ** 2 * (z - alpha * mean) / (alpha ** 2 * std ** 2 + sigma ** 2)
     generator = torch.Generator().manual_seed(0)
     draw = lambda step: torch.randn(1, 1, 300, 300, generator=generator)
-    x = sampling.SAMPLERS[sampler](denoise, draw(0), sampling.levels(config, steps, sampler), draw)
+    x = sampling.SAMPLERS[sampler][0](denoise, draw(0), sampling.get_logsnrs(config, steps, sampler), draw)
     assert abs(x.mean() - mean) < tolerance + 0.005 and abs(x.std() - std) < tolerance
 
 
-@pytest.mark.parametrize("sampler, order", [("ddim", 1), ("dpm", 2), ("heun", 2)])
+@pytest.mark.parametrize("sampler, order", [("ddim", 1), ("dpm", 2), ("exp_heun", 2)])
 def test_orders_of_convergence(sampler, order):
     """x ~ N(0.3, 0.5^2) flows to z = alpha mean + (alpha^2 s^2 + sigma^2)^0.5 times a constant. Twice the steps: a half or a quarter of the error."""
     mean, std, config = 0.3, 0.5, tiny(noise_base_resolution=16, logsnr_min=-6.0, logsnr_max=6.0)
@@ -1634,10 +1636,10 @@ def test_orders_of_convergence(sampler, order):
         return mean + alpha * std ** 2 * (z - alpha * mean) / (alpha ** 2 * std ** 2 + sigma ** 2)
     z, errors = torch.linspace(-2, 2, 9, dtype=torch.float64).view(1, 1, 3, 3), []
     for steps in (161, 321, 641):                              # 160, 320, 640 intervals
-        logsnrs = sampling.levels(config, steps, sampler).double()
+        logsnrs = sampling.get_logsnrs(config, steps, sampler).double()
         (alpha, _), (alpha_end, _) = models.alpha_sigma(logsnrs[0]), models.alpha_sigma(logsnrs[-1])
         exact = denoise(alpha_end * mean + spread(logsnrs[-1]) * (z - alpha * mean) / spread(logsnrs[0]), logsnrs[-1])
-        errors.append((sampling.SAMPLERS[sampler](denoise, z, logsnrs, None) - exact).abs().max().item())
+        errors.append((sampling.SAMPLERS[sampler][0](denoise, z, logsnrs, None) - exact).abs().max().item())
     for coarse, fine in zip(errors, errors[1:]):
         assert 0.85 * 2 ** order < coarse / fine < 1.1 * 2 ** order, errors
 
@@ -1646,7 +1648,7 @@ def test_deterministic_samplers_agree_in_the_limit_and_twenty_steps_of_second_or
     config = tiny()
     net = shaken(models.build(config))
     make = lambda sampler, steps: sampling.sample(net, config, ["a red circle", "a blue square"], steps=steps, sampler=sampler)
-    limit = make("heun", 60)
+    limit = make("exp_heun", 60)
     off = {(sampler, steps): (make(sampler, steps) - limit).square().mean().sqrt() for sampler, steps in (("ddim", 20), ("ddim", 160), ("dpm", 20), ("dpm", 80))}
     assert off["ddim", 160] < 0.02 and off["dpm", 80] < 0.005
     assert off["dpm", 20] < 0.7 * off["ddim", 20]
@@ -1663,15 +1665,15 @@ def test_latents_are_sampled_without_clipping_and_decoded(vae):
 
 def test_sizes_that_a_model_can_make(capsys):
     vermeer = load_config("vermeer", "grow")
-    assert [sampling.wanted_size(s, vermeer) for s in (None, "768x1376", "1376x768")] == [(1024, 1024), (768, 1376), (1376, 768)]
+    assert [sampling.parse_size(s, vermeer) for s in (None, "768x1376", "1376x768")] == [(1024, 1024), (768, 1376), (1376, 768)]
     for size, config, words in [("2048x2048", vermeer, "makes 1024x1024"), ("64x64", tiny("grow"), "makes 32x32"), ("32x", tiny("grow"), "makes 32x32"),
                                 ("520x512", load_config("pixart-sigma-512", "defrost"), "multiples of 16"),
                                 ("1040x1024", load_config("pixart-sigma-1k-kv", "defrost"), "multiples of 32")]:
         with pytest.raises(UserError):
-            sampling.wanted_size(size, config)
+            sampling.parse_size(size, config)
         said = capsys.readouterr().err
         assert words in said
-        sampling.wanted_size(re.search(r"such as (\d+x\d+);", said).group(1), config)     # what it offers is taken
+        sampling.parse_size(re.search(r"such as (\d+x\d+);", said).group(1), config)     # what it offers is taken
 
 
 def test_an_image_is_the_same_at_any_batch_size():

@@ -19,7 +19,6 @@ configs.txt, --out a folder for the runs, --core a run or file to start from. --
 import contextlib
 import datetime
 import fcntl
-import functools
 import glob
 import json
 import math
@@ -35,7 +34,6 @@ import time
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -44,7 +42,7 @@ from eval import evaluate, flat, report
 from lib.checkpoint import FORMAT, open_checkpoint
 from lib.draws import normals, uniforms
 from lib.settings import UserError, closest, default_config, load_config
-from model import (build, carry_over, check_sizes, checkpointed_modules, diffusion_loss, enable_activation_checkpointing, example, freeze_core,
+from model import (build, check_sizes, checkpointed_modules, diffusion_loss, enable_activation_checkpointing, example, freeze_core, init_from,
                    read_checkpoint)
 from sample import sample
 
@@ -339,7 +337,7 @@ if parent and not saved:
     if differ:
         said = ", ".join(f"{k} {start['config'][k]} there, {config[k]} here" for k in differ[:3])
         raise UserError(f"{parent} does not fit ({said}): use its settings, or train another")
-    kept, carried = carry_over(start, config, keeps)
+    kept, carried = init_from(start, config, keeps)
 
 # ---- run folder: finished, to be continued, or new --------------------------------------------------------------------------
 if saved:
@@ -414,7 +412,7 @@ if config["fsdp"]:                                             # shards of weigh
     mesh = dist.init_device_mesh(device.split(":")[0], (world,))
     for unit in (*model.core.blocks, model.core, model):       # sharded before the optimizer is made, which must see the shards
         fully_shard(unit, mesh=mesh)
-    register_fsdp_forward_method(model.core, "condition")      # called from outside the core's forward: gathers its weights too
+    register_fsdp_forward_method(model.core, "embed")      # called from outside the core's forward: gathers its weights too
 model.to(device)
 autoencoder = open_autoencoder(config, device)                 # the identity for pixels
 net = torch.compile(model) if config["compile"] else model     # the same weights; names are those of `model`
