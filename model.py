@@ -632,7 +632,7 @@ def example(config, batch=1, device=None):
 def read_checkpoint(path):
     """The state in a run's last.pt, or in a file (lib.checkpoint.open_checkpoint). Raises UserError where it cannot
     be read."""
-    is_run = os.path.isdir(path) and not os.path.exists(os.path.join(path, "about.pt"))            # else a sharded checkpoint
+    is_run = os.path.isdir(path) and not os.path.exists(os.path.join(path, "about.pt"))    # a sharded one has it
     file = os.path.join(path, "last.pt") if is_run else path
     if not os.path.exists(file):
         raise UserError(f"no checkpoint {file!r}: `python train.py --stage grow` makes out/toy/pretrain/last.pt "
