@@ -41,10 +41,8 @@ import re
 import shutil
 import signal
 import stat
-import struct
 import sys
 import tarfile
-import textwrap
 import time
 import warnings
 import zlib
@@ -56,6 +54,7 @@ from tqdm import tqdm
 
 from lib.draws import generator, uniforms
 from lib.files import atomic_write, import_extra
+from lib.pictures import contact_sheet, to_tensor, write_png
 from lib.settings import UserError, closest, load_config
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1143,17 +1142,6 @@ def embed_known(captions, config):
 # Pixels and latents: uint8 <-> x in [-1, 1] <-> what an autoencoder makes of it
 
 
-def to_tensor(images):
-    """(B, H, W, 3) uint8 -> x (B, 3, H, W) float in [-1, 1]."""
-    x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)         # (B, 3, H, W), a view
-    return x.float().div_(127.5).sub_(1)                       # in place: large batches are bound by memory
-
-
-def to_uint8(x):
-    """x (B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8, rounded and clamped."""
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-
-
 class Blocks:
     """
     A lossless stand-in for an autoencoder: each block of stride x stride pixels becomes 3 stride^2 channels. It compresses
@@ -1422,49 +1410,6 @@ class Batches(torch.utils.data.Dataset):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Pictures to look at: PNG files, grids of images, images with their captions
-
-
-def write_png(path, image):
-    """(H, W, 3) uint8 -> PNG (RFC 2083) without any image library, replaced as a whole."""
-    h, w, _ = image.shape
-    rows = np.concatenate([np.zeros((h, 1), np.uint8), image.reshape(h, w * 3)], 1).tobytes()    # filter type 0 before each row
-    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    head = struct.pack(">IIBBBBB", w, h, 8, 2, 0, 0, 0)        # 8 bits, RGB
-    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    atomic_write(path, lambda f: f.write(b"\x89PNG\r\n\x1a\n" + body))
-
-
-def grid(images, columns, pad=2, least=64):
-    """(B, H, W, 3) uint8 -> one picture (h, w, 3), rows of `columns`, small images enlarged by whole pixels to about `least` px."""
-    images = np.asarray(images)
-    zoom = max(1, least // images.shape[1])
-    images = images.repeat(zoom, 1).repeat(zoom, 2)
-    rows = -(-len(images) // columns)                          # rounded up
-    h, w = images.shape[1] + pad, images.shape[2] + pad
-    sheet = np.full((rows * h + pad, columns * w + pad, 3), 255, np.uint8)
-    for k, image in enumerate(images):
-        top, left = k // columns * h + pad, k % columns * w + pad
-        sheet[top:top + h - pad, left:left + w - pad] = image
-    return sheet
-
-
-def sheet(images, captions, columns=4, cell=256):
-    """(B, H, W, 3) uint8 and their captions -> one picture (h, w, 3) with each caption beneath its image. Needs pillow."""
-    from PIL import Image, ImageDraw, ImageFont                # not import_extra(): show goes on without
-    font, zoom = ImageFont.load_default(13), max(1, cell // images[0].shape[1])
-    height, width = zoom * images[0].shape[0], zoom * images[0].shape[1]
-    lines = [textwrap.wrap(c, max(8, width // 7))[:6] or ["(null caption)"] for c in captions]     # a letter is about 7 px wide
-    step = height + 16 * max(map(len, lines)) + 12             # px from row to row
-    picture = Image.new("RGB", (columns * (width + 8), -(-len(images) // columns) * step), "white")
-    for k, (image, text) in enumerate(zip(images, lines)):
-        left, top = k % columns * (width + 8) + 4, k // columns * step + 4
-        picture.paste(Image.fromarray(image.repeat(zoom, 0).repeat(zoom, 1)), (left, top))
-        ImageDraw.Draw(picture).multiline_text((left, top + height + 2), "\n".join(text), "black", font)
-    return np.asarray(picture)
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # Commands: python data.py index|check|show|stats|vocabulary|embed. Each takes (args, config): the flags of main, and a config's dict
 
 
@@ -1505,11 +1450,7 @@ def show(args, config):
     for i, image, caption, size, _ in rows:
         print(f"{i:8d}  {size[1]}x{size[0]} px, crop at {size[3]},{size[2]}  {caption or '(null caption)'}")
     images, captions = [np.ascontiguousarray(r[1]) for r in rows], [r[2] for r in rows]
-    try:
-        picture = sheet(images, captions)
-    except ImportError:
-        picture = grid(images, columns=8)
-    write_png(args.to or "sheet.png", picture)
+    write_png(args.to or "sheet.png", contact_sheet(images, captions))
     h, w, _ = images[0].shape
     print(f"{args.to or 'sheet.png'}: {len(images)} images of {w}x{h} px, in the order above\n{batches.summary()}")
 

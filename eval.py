@@ -39,9 +39,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import (Batches, COLOURS, CONTRAST, GROUNDS, IMAGES, SHAPES, Scenes, describe, distance, encode_captions,
-                  open_autoencoder, open_data, pillow, texture_wave, to_tensor, to_uint8, write_png)
+                  open_autoencoder, open_data, pillow, texture_wave)
 from lib.draws import normals, uniforms
 from lib.files import atomic_write, file_hash, free_name, import_extra
+from lib.pictures import draw_tuning, to_tensor, to_uint8, write_png
 from lib.settings import UserError
 from model import diffusion_loss, load, read_checkpoint
 from sample import SAMPLERS, sample
@@ -1294,33 +1295,6 @@ def tuning(points):
         if best[k] in (guidance[0], guidance[-1]):             # then it is no optimum
             print(f"  lowest {k} lies at the end of the values tried: try further ones")
     return {"guidance": guidance, "curves": curves, "optimum": best, "range": sorted(best.values()) if len(best) == 2 else None}
-
-
-def draw_tuning(curves, file):
-    """The curves of `tuning` as a picture: dsg with its chance level, then one panel for each distance; the range in grey."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")                                  # no window
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return print("no picture of the guidance curves: pip install matplotlib")
-    names = [k for k in curves["curves"] if k in ("dsg", "cmmd", "clip_score") or k.startswith(("fd_", "mmd_"))]
-    if not names:
-        return
-    figure, panels = plt.subplots(1, len(names), figsize=(3.6 * len(names), 3), squeeze=False, layout="constrained")
-    for name, panel in zip(names, panels[0]):
-        panel.plot(curves["guidance"], curves["curves"][name], "o-", label=name)
-        if name == "dsg" and "chance_dsg" in curves["curves"]:
-            panel.plot(curves["guidance"], curves["curves"]["chance_dsg"], "k:", label="chance")
-        if name in curves["optimum"]:
-            panel.axvline(curves["optimum"][name], color="tab:red", lw=1, label="lowest")
-        if curves["range"]:
-            panel.axvspan(*curves["range"], color="0.9", zorder=0)                 # where to look
-        panel.set(title=name, xlabel="guidance")
-        panel.legend(frameon=False)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
-    print(f"{file}: the grey range lies between the lowest Frechet distance and the lowest MMD")
 
 
 def make_card(networks, device, **rest):

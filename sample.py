@@ -24,9 +24,10 @@ import re
 import torch
 from tqdm import tqdm
 
-from data import encode_captions, grid as make_grid, open_autoencoder, to_uint8, write_png
+from data import encode_captions, open_autoencoder
 from lib.draws import normals
 from lib.files import free_name
+from lib.pictures import make_grid, to_uint8, write_png
 from lib.settings import Parser, UserError
 from model import alpha_sigma, get_logsnr, image_shape, load, read_checkpoint, token_grid, token_size
 

@@ -42,8 +42,9 @@ import eval as evaluation
 import kernels
 import model as models
 import sample as sampling
-from data import Batches, Scenes, write_png
+from data import Batches, Scenes
 from lib.files import file_hash
+from lib.pictures import to_tensor, write_png
 from lib.settings import UserError, config_names, load_config, read_sections
 from model import build
 
@@ -1252,7 +1253,7 @@ def test_latents_are_made_once_and_read_as_batches(photos, capsys):
     assert z.shape == (24, 12, 8, 8)
     for row, z_, (_, i) in zip(size.tolist(), z, batches.pairs(0)):
         image, top, left = world.view(i, 16, 16)
-        assert torch.allclose(data.open_autoencoder(config).decode(z_[None]), data.to_tensor(np.stack([image])), atol=1e-6) and row[2:] == [top, left, 16, 16]
+        assert torch.allclose(data.open_autoencoder(config).decode(z_[None]), to_tensor(np.stack([image])), atol=1e-6) and row[2:] == [top, left, 16, 16]
     refused(capsys, lambda: Batches(world, config | {"flip": True}, False), "flip and jitter need pixels")
     refused(capsys, lambda: Batches(world, config | {"resize": "stretch"}, False), "resize crop there, stretch here")
     about = photos / data.INDEX / "latents-16" / "about.json"
@@ -1327,13 +1328,6 @@ for step, _ in enumerate(data.torch.utils.data.DataLoader(batches, batch_size=No
     table = [tuple(map(float, line.split())) for line in done.stdout.splitlines()]
     print(table)
     assert len(table) == 5 and table[-1][1] < 1.03 * table[1][1], done.stdout + done.stderr[-2000:]
-
-
-def test_png_is_read_back_by_a_library(tmp_path):
-    image = pytest.importorskip("PIL.Image")
-    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    data.write_png(str(tmp_path / "x.png"), pixels)
-    assert (np.asarray(image.open(tmp_path / "x.png")) == pixels).all()
 
 
 @pytest.fixture(scope="session")
@@ -2556,13 +2550,10 @@ def test_two_processes_give_the_figures_of_one(runs, tmp_path, says):
     assert evaluation.flat(two["metrics"]) == pytest.approx(evaluation.flat(one["metrics"]), rel=1e-9)
 
 
-def test_the_range_of_guidance_lies_between_the_two_optima(tmp_path):
+def test_the_range_of_guidance_lies_between_the_two_optima():
     points = [(g, {"questions": {"dsg": g / 9, "chance_dsg": 0.1}, "fd_random": (g - 2) ** 2, "mmd_random": (g - 4) ** 2}) for g in (8, 1, 2, 3, 4)]
     told = evaluation.tuning(points)
     assert told["guidance"] == [1, 2, 3, 4, 8] and told["range"] == [2, 4] and told["optimum"] == {"fd_random": 2, "mmd_random": 4}
-    pytest.importorskip("matplotlib")
-    evaluation.draw_tuning(told, str(tmp_path / "g.png"))
-    assert (tmp_path / "g.png").stat().st_size > 5000
 
 
 def test_counting_looks_for_exactly_as_many():
@@ -2578,7 +2569,7 @@ def test_zeroshot_finds_the_caption_of_least_loss(monkeypatch):
     told = evaluation.zeroshot(model, config, world, 12, draws=2)                  # v = 0 whatever the caption: always the first class
     assert told["shape"]["circle"] == 1 and told["shape"]["square"] == 0 and told["colour"]["chance"] == 1 / 4
     words = data.tokenize([*world.shapes, *world.colours], 20, config["text_vocab"])[:, 0]
-    truth = {evaluation.to_tensor(world.image(i, 16)[None]).numpy().tobytes(): world.scene(i)["groups"][0] for i in range(100)}
+    truth = {to_tensor(world.image(i, 16)[None]).numpy().tobytes(): world.scene(i)["groups"][0] for i in range(100)}
 
     def knows(model, x, tokens, t, eps, config):
         """A loss that is lower for each word of the caption that is true of the picture."""
@@ -3178,5 +3169,6 @@ def test_readme_tells_true_line_counts_and_starts_early():
 from lib.test_checkpoint import *  # noqa
 from lib.test_draws import *  # noqa
 from lib.test_files import *  # noqa
+from lib.test_pictures import *  # noqa
 from lib.test_processes import *  # noqa
 from lib.test_settings import *  # noqa

@@ -37,10 +37,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import Batches, Scenes, grid, open_autoencoder, open_data, to_uint8, write_png
+from data import Batches, Scenes, open_autoencoder, open_data
 from eval import evaluate, flat, report
 from lib.checkpoint import FORMAT, open_checkpoint
 from lib.draws import normals, uniforms
+from lib.pictures import draw_curves, make_grid, to_uint8, write_png
 from lib.settings import UserError, closest, default_config, load_config
 from model import (build, check_sizes, checkpointed_modules, diffusion_loss, enable_activation_checkpointing, example, freeze_core, init_from,
                    read_checkpoint)
@@ -559,37 +560,13 @@ def preview(step):
     with ema_weights_in_place():
         rows.append(sample(model, config, captions, poll=poll))
     if rank == 0:
-        write_png(os.path.join(run, "samples", f"step_{step}.png"), grid(to_uint8(torch.cat(rows)), columns=8))
+        write_png(os.path.join(run, "samples", f"step_{step}.png"), make_grid(to_uint8(torch.cat(rows)), columns=8))
 
 
 def score():
     """Metrics of the EMA weights on held-out captions."""
     with ema_weights_in_place():
         return evaluate(model, config, config["eval_n"], poll=poll)
-
-
-def draw_curves():
-    """curve.png: loss and scores over steps, from the log of all sessions."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        return say("no picture of the loss: pip install matplotlib")
-    lines = [json.loads(line) for line in open(os.path.join(run, "log.jsonl"))]
-    losses, scores = ({line["step"]: line for line in lines if key in line} for key in ("loss", "score"))   # a repeated step counts once
-    figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
-    left.semilogy(losses.keys(), [line["loss"] for line in losses.values()], "k", label="loss")
-    for k, label in ((0, "cleanest quarter"), (-1, "noisiest quarter")):
-        left.semilogy(losses.keys(), [line["bins"][k] for line in losses.values()], lw=0.8, label=label)
-    told = {step: line["score"]["questions"]["dsg"] for step, line in scores.items() if "questions" in line["score"]}
-    right.plot(told.keys(), told.values(), "o-", label="dsg" if told else "no score yet (--eval_every)")
-    right.set(xlim=left.get_xlim(), ylim=(0, 1))
-    for panel in (left, right):
-        panel.set_xlabel("step")
-        panel.legend(frameon=False)
-    figure.savefig(os.path.join(run, "curve.png"), dpi=120)
-    plt.close(figure)
 
 
 def exchange(last):
@@ -813,7 +790,8 @@ try:
 except InterruptedError:                                       # all is saved; the same command comes back to the score
     leave(128 + int(agree(stopping[0] if stopping else 0)))
 if rank == 0:
-    draw_curves()
+    with open(os.path.join(run, "log.jsonl")) as f:
+        draw_curves([json.loads(line) for line in f], os.path.join(run, "curve.png"))
 say(finish)
 dropped = ("stage", "core", "fresh") + ("resolution", "shell") * (stage == "pretrain")               # the rest must be said again, or does not fit
 same = "".join(f" --{key} {shlex.quote(value)}" for key, value in flags if key not in dropped)

@@ -42,29 +42,31 @@ inherits = "loop"
 
 
 @pytest.fixture
-def file(tmp_path):
+def settings_file(tmp_path):
     (tmp_path / "c.txt").write_text(SECTIONS)
     return str(tmp_path / "c.txt")
 
 
 @pytest.mark.parametrize("name, stage, flags, steps, lr, shell", [
-    ("one", "pretrain", [], 2, 0.2, "a"), ("one", "grow", [], 2, 0.2, "b"), ("two", "pretrain", [("lr", "3")], 2, 3.0, "a"),
-    ("two", "grow", [("steps", "7")], 7, 1.0, "b"), ("both", "pretrain", [], 3, 0.2, "a"), ("both", "grow", [], 3, 0.2, "b"),
-    ("both", "defrost", [], 3, 0.5, "b"), ("three", "other", [], 3, 0.1, "a")])
-def test_parents_stages_and_flags_win_in_that_order(name, stage, flags, steps, lr, shell, file):
-    config = load_config(name, stage, flags, file)
+    ("one", "pretrain", [], 2, 0.2, "a"), ("one", "grow", [], 2, 0.2, "b"),
+    ("two", "pretrain", [("lr", "3")], 2, 3.0, "a"), ("two", "grow", [("steps", "7")], 7, 1.0, "b"),
+    ("both", "pretrain", [], 3, 0.2, "a"), ("both", "grow", [], 3, 0.2, "b"), ("both", "defrost", [], 3, 0.5, "b"),
+    ("three", "other", [], 3, 0.1, "a")])
+def test_parents_stages_and_flags_win_in_that_order(name, stage, flags, steps, lr, shell, settings_file):
+    config = load_config(name, stage, flags, settings_file)
     assert (config["steps"], config["lr"], config["shell"], config["sizes"]) == (steps, lr, shell, (8,))
 
 
 @pytest.mark.parametrize("name, key, text, words", [
-    ("onne", "", "", "did you mean 'one'"), ("loop", "", "", "name another one"), ("one", "learning_rate", "1", "did you mean 'lr'"),
-    ("one", "lr", "1e-4x", "lr takes a float"), ("one", "lr", "nan", "lr takes a float"), ("one", "steps", "1.5", "takes an int"),
-    ("one", "steps", "0", "at least 1"), ("one", "lr", "-1", "at least 0"), ("one", "shell", "c", "take one of a, b"),
-    ("one", "tries", "1", "one of 0, at least 2"), ("one", "sizes", "()", "at least 1"), ("one", "sizes", "4, 0", "at least 1"),
-    ("one", "sizes", "0.5", "takes a tuple"), ("one", "fsdp", "1", "takes a bool")])
-def test_what_a_key_cannot_be_is_refused(name, key, text, words, file, capsys):
+    ("onne", "", "", "did you mean 'one'"), ("loop", "", "", "name another one"),
+    ("one", "learning_rate", "1", "did you mean 'lr'"), ("one", "lr", "1e-4x", "lr takes a float"),
+    ("one", "lr", "nan", "lr takes a float"), ("one", "steps", "1.5", "takes an int"), ("one", "steps", "0", "at least 1"),
+    ("one", "lr", "-1", "at least 0"), ("one", "shell", "c", "take one of a, b"),
+    ("one", "tries", "1", "one of 0, at least 2"), ("one", "sizes", "()", "at least 1"),
+    ("one", "sizes", "4, 0", "at least 1"), ("one", "sizes", "0.5", "takes a tuple"), ("one", "fsdp", "1", "takes a bool")])
+def test_what_a_key_cannot_be_is_refused(name, key, text, words, settings_file, capsys):
     with pytest.raises(UserError) as refusal:
-        load_config(name, "grow", [(key, text)] if key else [], file)
+        load_config(name, "grow", [(key, text)] if key else [], settings_file)
     error = capsys.readouterr().err
     assert refusal.value.code == 2 and error.startswith("error: ") and words in error
 
@@ -81,10 +83,12 @@ def command_line():
 
 
 @pytest.mark.parametrize("words, own, keys", [
-    ("RUN", {}, {}), ("--n 2 RUN a b", {"n": 2, "captions": ["a", "b"]}, {}), ("RUN --fresh a", {"fresh": True, "captions": ["a"]}, {}),
-    ("RUN --fresh False a", {"captions": ["a"]}, {}), ("RUN --fresh=False", {}, {}), ("RUN --fresh True", {"fresh": True}, {}),
-    ("RUN --fsdp a --lr=1e-4", {"captions": ["a"]}, {"fsdp": "True", "lr": "1e-4"}), ("RUN --fsdp False", {}, {"fsdp": "False"}),
-    ("--steps 9 --seed 3 RUN", {"steps": 9}, {"seed": "3"}), ("RUN --ratings f g --lr -1", {"ratings": ["f", "g"]}, {"lr": "-1"})])
+    ("RUN", {}, {}), ("--n 2 RUN a b", {"n": 2, "captions": ["a", "b"]}, {}),
+    ("RUN --fresh a", {"fresh": True, "captions": ["a"]}, {}), ("RUN --fresh True", {"fresh": True}, {}),
+    ("RUN --fresh False a", {"captions": ["a"]}, {}), ("RUN --fresh=False", {}, {}),
+    ("RUN --fsdp a --lr=1e-4", {"captions": ["a"]}, {"fsdp": "True", "lr": "1e-4"}),
+    ("RUN --fsdp False", {}, {"fsdp": "False"}), ("--steps 9 --seed 3 RUN", {"steps": 9}, {"seed": "3"}),
+    ("RUN --ratings f g --lr -1", {"ratings": ["f", "g"]}, {"lr": "-1"})])
 def test_flags_and_keys_stand_in_any_order(words, own, keys):
     args, found = command_line().parse_keys(words.split())
     assert vars(args) == {"run": "RUN", "captions": [], "n": 4, "fresh": False, "ratings": None, "steps": None} | own
