@@ -677,7 +677,7 @@ if saved:
 room = (config["num_checkpoints"] + 1) * sum(state_bytes(model)[part] for part in ("weights", "optimizer", "ema"))
 there = sum(os.path.getsize(f) for f in (file, *older_checkpoints()) if os.path.isfile(f))
 if agree(rank == 0 and shutil.disk_usage(run).free < room - there):
-    say(f"error: {run} needs {room / 2 ** 30:.2f} GiB for checkpoints and its disk has less: make room, or lower --num_checkpoints (now {config['keep']})")
+    say(f"error: {run} needs {room / 2 ** 30:.2f} GiB for checkpoints and its disk has less: make room, or lower --num_checkpoints (now {config['num_checkpoints']})")
     leave(4)
 with FakeTensorMode():                                         # on shapes alone: counting round a real step would change how it is carried out
     counted = build(config)
