@@ -31,6 +31,7 @@ import zlib
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"                       # read when Triton is imported, which parts of torch do
@@ -1381,7 +1382,7 @@ def test_blocks_lose_nothing_and_pixels_stay_as_they_are(capsys):
     assert "set latent_channels = 12" in capsys.readouterr().err
 
 
-# ---- model.py ---------------------------------------------------------------------------------------------------------------
+# ---- model.py --------------------------------------------------------------------------------------------------------
 
 def test_noise_schedule_is_the_cosine_shifted_by_resolution():
     config = tiny(logsnr_min=-20.0, logsnr_max=20.0)
@@ -1410,17 +1411,17 @@ EMBEDDED = dict(encoder="t5-xxl:5,clip-h:3", encoder_width=(12, 8), text_length=
 EVERYTHING = dict(EMBEDDED, shell="patch", patch=2, kv_merge=2, kv_merge_layers="1-1", size_condition=True)
 
 
-@pytest.mark.parametrize("stage, changes, head", [("pretrain", {}, "head.conv_out"), ("grow", {}, "head.conv_out"), ("grow", EVERYTHING, "proj_out"),
-                                                  ("grow", dict(EVERYTHING, shell="unet", kv_merge_norm=False), "head.conv_out")])
-def test_outputs_meant_to_be_zero_are_exactly_zero_in_the_finished_model(stage, changes, head):
+@pytest.mark.parametrize("stage, changes, last", [
+    ("pretrain", {}, "head.conv_out"), ("grow", {}, "head.conv_out"), ("grow", EVERYTHING, "proj_out"),
+    ("grow", dict(EVERYTHING, shell="unet", kv_merge_norm=False), "head.conv_out")])
+def test_outputs_meant_to_be_zero_are_exactly_zero_in_the_finished_model(stage, changes, last):
     config = tiny(stage, **changes)
     net = models.build(config)
     zero = {k for k, p in net.named_parameters() if p.ndim > 1 and not p.any()}
-    blocks = [f"core.blocks.{i}.{part}" for i in range(2) for part in ("scale_shift_table", "cross_attention.out.weight")]
-    sizes = {"core.time.size_out.weight"} if changes else set()
-    assert {k for k in zero if k.startswith("core.")} == {"core.modulation.weight", *blocks} | sizes
-    conditions = {k for k in net.state_dict() if k.startswith("shell.") and (k.endswith("temb_proj.weight") or k == "shell.scale_shift_table")}
-    assert {k for k in zero if k.startswith("shell.")} == {f"shell.{head}.weight"} | conditions
+    core = {f"core.blocks.{i}.{part}" for i in range(2) for part in ("scale_shift_table", "cross_attention.out.weight")}
+    core |= {"core.modulation.weight"} | ({"core.time.size_out.weight"} if changes else set())
+    shell = {k for k in net.state_dict() if k.startswith("shell.") and ("temb_proj.weight" in k or "scale_shift" in k)}
+    assert zero == core | shell | {f"shell.{last}.weight"}
     z, logsnr, text = models.example(config, 2)
     z, text, size = torch.randn_like(z), text + 1, torch.full((2, 6), 50.0)
     assert not net(z, logsnr, text, size).any()
@@ -1432,14 +1433,15 @@ def test_outputs_meant_to_be_zero_are_exactly_zero_in_the_finished_model(stage, 
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "grow"])
-def test_masked_text_cannot_change_the_output_and_real_text_does(stage):
+def test_padding_cannot_change_the_output_and_real_text_does(stage):
     config = tiny(stage)
     net = shaken(models.build(config))
     z, logsnr = torch.randn(2, 3, *[config["resolution"]] * 2), torch.tensor([0.0, 1.0])
-    tokens = data.tokenize(["a large red circle", "two small squares"], config["text_length"], config["text_vocab"])
+    captions = ["a large red circle", "two small squares"]
+    tokens = data.tokenize(captions, config["text_length"], config["text_vocab"])
     with torch.no_grad():
         before = net(z, logsnr, tokens)
-        net.core.text.position[4:] += 100.0                    # what stands at masked places
+        net.core.text.position[4:] += 100.0                    # what stands at the places of padding
         net.core.text.embed.weight[0] += 100.0
         assert torch.equal(before, net(z, logsnr, tokens))
         assert not torch.allclose(before, net(z, logsnr, tokens.flip(0)), atol=1e-3)
@@ -1447,31 +1449,33 @@ def test_masked_text_cannot_change_the_output_and_real_text_does(stage):
         assert torch.isfinite(null).all() and not torch.allclose(before, null, atol=1e-3)
 
 
-def test_unfit_sizes_name_the_nearest_good_ones(capsys):
-    for changes, words in [(dict(resolution=40), "take 32 or 64"), (dict(heads=5), "take width = 40")]:
-        with pytest.raises(data.UserError):
-            models.check_sizes(tiny(**changes))
-        assert words in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("stage, changes, words", [
-    ("grow", dict(kv_merge=3, kv_merge_layers="0-1"), "does not divide a grid of 8 x 8"), ("grow", dict(kv_merge=2, kv_merge_layers="1-2"), "up to 0-1"),
-    ("grow", dict(kv_merge=2), "up to 0-1"), ("grow", dict(shell="patch", patch=5), "take 30"), ("grow", dict(shell="patch", kv_merge=3, kv_merge_layers="0"), "take 30"),
-    ("grow", dict(EMBEDDED, text_length=9), "text_length = 8"), ("grow", dict(EMBEDDED, encoder_width=(12,)), "a width for each"),
-    ("grow", dict(autoencoder="x", latent_stride=5), "take 80 or 160")])
-def test_unfit_tokens_are_refused_before_anything_is_built(stage, changes, words, capsys):
+@pytest.mark.parametrize("changes, words", [
+    (dict(resolution=40), "take 32 or 64"), (dict(heads=5), "take width = 40"),
+    (dict(kv_merge=3, kv_merge_layers="0-1"), "does not divide a grid of 8 x 8"),
+    (dict(kv_merge=2, kv_merge_layers="1-2"), "up to 0-1"), (dict(kv_merge=2), "up to 0-1"),
+    (dict(shell="patch", patch=5), "take 30"), (dict(shell="patch", kv_merge=3, kv_merge_layers="0"), "take 30"),
+    (dict(EMBEDDED, text_length=9), "text_length = 8"), (dict(EMBEDDED, encoder_width=(12,)), "a width for each"),
+    (dict(autoencoder="x", latent_stride=5), "take 80 or 160")])
+def test_unfit_sizes_are_refused_before_anything_is_built(changes, words, capsys):
     with pytest.raises(UserError):
-        models.build(tiny(stage, **changes))
+        models.build(tiny("grow", **changes))
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("changes", [dict(channels=(8,)), dict(channels=(12, 20), resolution=64),
+                                     dict(shell="shallow", entry_channels=4)])
+def test_narrow_shells_work(changes):
+    net, inputs = shaken(models.build(tiny("grow", **changes))), models.example(tiny("grow", **changes), 1)
+    assert net(*inputs).shape == inputs[0].shape
 
 
 def test_positions_interpolate_and_any_grid_will_do():
     fine, coarse = models.positions_2d(9, 6, 32).view(9, 6, 32), models.positions_2d(3, 2, 32).view(3, 2, 32)
-    assert torch.allclose(coarse, fine[1::3, 1::3], atol=1e-5)                     # middles of 3 x 3 fine cells are those of coarse ones
-    for changes in (dict(shell="patch"), dict(shell="unet"), dict(shell="shallow")):
-        net = shaken(models.build(tiny("grow", **changes)))
+    assert torch.allclose(coarse, fine[1::3, 1::3], atol=1e-5) # middles of 3 x 3 fine cells are those of coarse ones
+    for shell, height in (("patch", 16), ("unet", 32), ("shallow", 32)):
+        net = shaken(models.build(tiny("grow", shell=shell)))
         z, logsnr, text = models.example(tiny("grow"), 2)
-        assert net(torch.cat([z, z], 3)[:, :, :16 if changes["shell"] == "patch" else 32], logsnr, text).shape[3] == 64
+        assert net(torch.cat([z, z], 3)[:, :, :height], logsnr, text).shape == (2, 3, height, 64)
 
 
 def test_the_patch_shell_compiles_as_one_graph_at_two_sizes():
@@ -1482,10 +1486,11 @@ def test_the_patch_shell_compiles_as_one_graph_at_two_sizes():
     text[:, :2], size = 1.0, torch.full((1, 6), 32.0)
     with torch.no_grad():
         for width in (32, 16):
-            assert torch.allclose(compiled(z[..., :width] + 1, logsnr, text, size), net(z[..., :width] + 1, logsnr, text, size), atol=1e-5)
+            inputs = z[..., :width] + 1, logsnr, text, size
+            assert torch.allclose(compiled(*inputs), net(*inputs), atol=1e-5)
 
 
-def test_embedded_text_reads_each_encoder_by_its_own_projection_and_nothing_else():
+def test_each_encoder_has_its_own_projection_and_real_tokens_come_first():
     config = tiny(**EMBEDDED)
     net = shaken(models.build(config))
     z, logsnr, text = models.example(config, 2)
@@ -1498,25 +1503,27 @@ def test_embedded_text_reads_each_encoder_by_its_own_projection_and_nothing_else
         wider[:, 5:7, 8:] = 100.0                              # beyond the second encoder's width
         assert torch.equal(before, net(z, logsnr, wider))
         tokens, text_len, _ = net.core.text(text)
-        assert text_len.tolist() == [5, 5]                     # packed: three of the first encoder, then two of the second
-        assert torch.allclose(tokens[:, 3], net.core.text.norm_out(net.core.text.projections[1](text[:, 5, :8])), atol=1e-6)
-        one = net.core(torch.ones(2, 32, 8, 8), *net.core.embed(logsnr, text))
-        padding = torch.arange(8)[:, None] >= 5
-        spoilt = (tokens + 100.0 * padding, text_len)
-        assert torch.equal(one, net.core(torch.ones(2, 32, 8, 8), net.core.embed(logsnr, text)[0], *spoilt))
+        assert text_len.tolist() == [5, 5]                     # three of the first encoder, then two of the second
+        second = net.core.text.norm_out(net.core.text.projections[1](text[:, 5, :8]))
+        assert torch.allclose(tokens[:, 3], second, atol=1e-6)
+        features, temb = torch.ones(2, 32, 8, 8), net.core.embed(logsnr, text)[0]
+        tokens_and_junk = tokens + 100.0 * (torch.arange(8)[:, None] >= 5)
+        before, after = (net.core(features, temb, part, text_len) for part in (tokens, tokens_and_junk))
+        assert torch.equal(before, after)
         null = net(z, logsnr, text * 0)
-        assert torch.isfinite(null).all() and not torch.allclose(null, before, atol=1e-3)
-        assert torch.allclose(null[:1], net(z[:1], logsnr[:1], torch.zeros(1, 8, 12)), atol=1e-5)        # alone or in a batch
+        assert torch.isfinite(null).all() and not torch.allclose(null, net(z, logsnr, text), atol=1e-3)
+        alone = net(z[:1], logsnr[:1], torch.zeros(1, 8, 12))
+        assert torch.allclose(null[:1], alone, atol=1e-5)
 
 
-def test_sizes_condition_the_model_through_the_time_encoding():
+def test_sizes_condition_the_model_through_the_time_embedding():
     config = tiny("grow", size_condition=True)
     net = shaken(models.build(config))
     z, logsnr, text = models.example(config, 1)
     size = torch.tensor([[64.0, 48, 0, 8, 32, 32]])
     with torch.no_grad():
-        outputs = [net(z, logsnr, text, s) for s in (size, size.flip(1), None)]
-        assert all(not torch.allclose(a, b, atol=1e-3) for a, b in ((outputs[0], outputs[1]), (outputs[0], outputs[2])))
+        one, other, none = [net(z, logsnr, text, s) for s in (size, size.flip(1), None)]
+        assert not torch.allclose(one, other, atol=1e-3) and not torch.allclose(one, none, atol=1e-3)
         net.core.time.size_out.weight.zero_()                  # as it starts: a constant that sizes cannot move
         assert torch.equal(net(z, logsnr, text, size), net(z, logsnr, text, size.flip(1)))
 
@@ -1524,7 +1531,8 @@ def test_sizes_condition_the_model_through_the_time_encoding():
 def test_merging_equal_neighbours_changes_nothing_but_by_the_norm():
     """Where r x r tokens are alike their mean is each of them, so attention over the means is attention over all."""
     plain = models.init_weights(models.SelfAttention(24, 2))
-    x = torch.randn(2, 24, 3, 5).repeat_interleave(2, 2).repeat_interleave(2, 3).flatten(2).transpose(1, 2)    # (2, 6 * 10, 24)
+    x = torch.randn(2, 24, 3, 5).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    x = x.flatten(2).transpose(1, 2)                           # (2, 6 * 10, 24)
     for norm, same in ((False, True), (True, False)):
         merged = models.init_weights(models.SelfAttention(24, 2, 2, norm))
         merged.load_state_dict(plain.state_dict(), strict=False)
@@ -1532,64 +1540,66 @@ def test_merging_equal_neighbours_changes_nothing_but_by_the_norm():
 
 
 def test_the_merge_starts_closer_without_the_norm():
-    """Switched on in a model whose keys and values are not of unit length: the mean alone moves its function less than mean and LayerNorm."""
+    """Where keys and values are not of unit length, the mean alone moves the model less than with the norm."""
     config = tiny("grow", shell="patch", patch=2)              # 16 x 16 tokens
     net = shaken(models.build(config))
-    start = {"config": config, "model": net.state_dict(), "ema": {}}
+    parent = {"config": config, "model": net.state_dict(), "ema": {}}
     z, logsnr, text = models.example(config, 2)
-    z, off = torch.nn.functional.interpolate(torch.randn(2, 3, 4, 4), size=(32, 32), mode="bilinear"), {}
-    for norm in (True, False):
-        merged = tiny("grow", shell="patch", patch=2, kv_merge=2, kv_merge_layers="0-1", kv_merge_norm=norm)
-        other = models.build(merged).eval()
-        other.load_state_dict({**other.state_dict(), **models.init_from(start, merged, "")[0]})
-        with torch.no_grad():
-            off[norm] = float((other(z, logsnr, text + 1) - net(z, logsnr, text + 1)).norm() / net(z, logsnr, text + 1).norm())
-    assert 0 < off[False] < 0.6 * off[True]
+    z, distance = F.interpolate(torch.randn(2, 3, 4, 4), size=(32, 32), mode="bilinear"), {}
+    with torch.no_grad():
+        before = net(z, logsnr, text + 1)
+        for norm in (True, False):
+            config = tiny("grow", shell="patch", patch=2, kv_merge=2, kv_merge_layers="0-1", kv_merge_norm=norm)
+            merged = models.build(config).eval()
+            merged.load_state_dict({**merged.state_dict(), **models.init_from(parent, config, "")[0]})
+            distance[norm] = (merged(z, logsnr, text + 1) - before).norm()
+    assert 0 < distance[False] < 0.6 * distance[True]
 
 
-@pytest.mark.parametrize("size, saved", [("1k", 0.12), ("2k", 0.25), ("4k", 0.33)])
-def test_kv_merge_saves_the_flops_that_are_expected(size, saved):
-    from torch.utils.flop_counter import FlopCounterMode
-    spent = []
+@pytest.mark.parametrize("size, saving", [("1k", 0.12), ("2k", 0.25), ("4k", 0.33)])
+def test_kv_merge_saves_the_flops_that_are_expected(size, saving):
+    flops = []
     for name in (f"pixart-sigma-{size}", f"pixart-sigma-{size}-kv"):
         config = load_config(name, "defrost")
         net, inputs = on_meta(config), models.example(config, 1, "meta")
         with FlopCounterMode(display=False) as counter:
             net(*inputs)
-        spent.append(counter.get_total_flops())
-    assert 1 - spent[1] / spent[0] == pytest.approx(saved, abs=0.005)
+        flops.append(counter.get_total_flops())
+    assert 1 - flops[1] / flops[0] == pytest.approx(saving, abs=0.005)
+
+
+def test_growing_freezes_all_of_the_core_but_the_time_embedding():
+    net = models.build(tiny("grow", size_condition=True))
+    models.freeze_core(net)
+    for name, p in net.named_parameters():
+        assert p.requires_grad == (name.startswith(("shell.", "core.time."))), name
+    assert {name.split(".")[0] for name, _ in net.core.time.named_parameters()} == {"mlp", "size_in", "size_out"}
 
 
 def test_a_core_of_one_shell_grows_in_another_and_the_report_is_true():
     old = tiny("pretrain")                                     # shallow, 8 x 8 tokens
-    net = shaken(models.build(old))
-    start = {"config": old, "model": net.state_dict(), "ema": {k: p + 1 for k, p in net.state_dict().items() if "text" in k}}
+    weights = shaken(models.build(old)).state_dict()
+    parent = {"config": old, "model": weights, "ema": {k: p + 1 for k, p in weights.items() if "text" in k}}
     new = tiny("grow", shell="patch", patch=2, kv_merge=2, kv_merge_layers="1")
-    kept, said = models.init_from(start, new, "core.")
-    core = [k for k in net.state_dict() if k.startswith("core.")]
-    assert sorted(kept) == sorted(core) and torch.equal(kept["core.text.embed.weight"], net.state_dict()["core.text.embed.weight"] + 1)
-    whole = models.build(new).state_dict()
-    shell = len(net.state_dict()) - len(core)
-    assert said == (f"{len(core)} tensors kept, {len(whole) - len(core)} new, {shell} unused; positions interpolated by their formula from "
-                    "8 x 8 to 16 x 16 tokens; added within what is kept: 4 tensors (KV merge by 2, blocks 1, as the mean)")
-    kept, said = models.init_from(start, old, "")
-    assert len(kept) == len(net.state_dict()) and said == f"{len(kept)} tensors kept, 0 new, 0 unused"
+    kept, report = models.init_from(parent, new, "core.")
+    core, whole = [k for k in weights if k.startswith("core.")], models.build(new).state_dict()
+    assert sorted(kept) == sorted(core)
+    assert torch.equal(kept["core.text.embed.weight"], weights["core.text.embed.weight"] + 1)      # of the EMA
+    assert report == (
+        f"{len(core)} tensors kept, {len(whole) - len(core)} new, {len(weights) - len(core)} unused; "
+        "positions interpolated by their formula from 8 x 8 to 16 x 16 tokens; "
+        "added within what is kept: 4 tensors (KV merge by 2, blocks 1, as the mean)")
+    kept, report = models.init_from(parent, old, "")
+    assert len(kept) == len(weights) and report == f"{len(kept)} tensors kept, 0 new, 0 unused"
 
 
-def test_sizes_and_speeds_are_told_by_one_command(capsys):
-    for name in ("base-tiny/grow", "pixart-sigma-1k-kv-tiny/defrost"):
-        models.speed(name, "cpu")
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["base-tiny/grow"] * 2 + ["pixart-sigma-1k-kv-tiny/defrost"] * 2
-    count = sum(p.numel() for p in on_meta(load_config("base-tiny", "grow")).parameters())
-    assert f"{count / 1e6:.1f}M  forward" in lines[0] and "training step" in lines[1] and all(" TFLOP/s" in line for line in lines)
-
-
-@pytest.mark.parametrize("changes, words", [(dict(text_length=9), "core.text.position is (18, 32) there, (9, 32) here"), (dict(depth=3), "core.blocks.2.scale_shift_table is only here")])
+@pytest.mark.parametrize("changes, words", [
+    (dict(text_length=9), "core.text.position is (18, 32) there, (9, 32) here"),
+    (dict(depth=3), "core.blocks.2.scale_shift_table is only here")])
 def test_weights_that_do_not_fit_are_refused_by_name(changes, words, capsys):
-    start = {"config": tiny(), "model": models.build(tiny()).state_dict(), "ema": {}}
+    parent = {"config": tiny(), "model": models.build(tiny()).state_dict(), "ema": {}}
     with pytest.raises(UserError):
-        models.init_from(start, tiny("grow", **changes), "core.")
+        models.init_from(parent, tiny("grow", **changes), "core.")
     assert words in capsys.readouterr().err
 
 
@@ -1602,38 +1612,46 @@ def test_a_checkpoint_older_than_a_key_takes_its_default(runs, tmp_path):
     assert config["encoder"] == "words" and config["kv_merge"] == 0 and len(net.state_dict()) == len(state["model"])
 
 
-# ---- sample.py --------------------------------------------------------------------------------------------------------------
+# ---- sample.py -------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("sampler, steps, tolerance", [("ddpm", 256, 0.01), ("ddpm", 64, 0.03), ("ddim", 256, 0.01), ("ddim", 64, 0.02),
-                                                      ("dpm", 20, 0.01), ("exp_heun", 20, 0.01)])
+MEAN, STD = 0.3, 0.5                                           # of a Gaussian whose exact denoiser is known
+
+
+def exact_denoise(z, logsnr):
+    """E[x | z] of x ~ N(MEAN, STD^2)."""
+    alpha, sigma = models.alpha_sigma(logsnr)
+    return MEAN + alpha * STD ** 2 * (z - alpha * MEAN) / (alpha ** 2 * STD ** 2 + sigma ** 2)
+
+
+@pytest.mark.parametrize("sampler, steps, tolerance", [
+    ("ddpm", 256, 0.01), ("ddpm", 64, 0.03), ("ddim", 256, 0.01), ("ddim", 64, 0.02), ("dpm", 20, 0.01),
+    ("exp_heun", 20, 0.01)])
 def test_samplers_recover_mean_and_variance_of_a_known_gaussian(sampler, steps, tolerance):
-    """x ~ N(0.3, 0.5^2) has the exact denoiser E[x | z] = mean + alpha s^2 (z - alpha mean) / (alpha^2 s^2 + sigma^2)."""
-    mean, std, config = 0.3, 0.5, tiny(noise_base_resolution=16)
+    generator, config = torch.Generator().manual_seed(0), tiny(noise_base_resolution=16)
 
-    def denoise(z, logsnr):
-        alpha, sigma = models.alpha_sigma(logsnr)
-        return mean + alpha * std ** 2 * (z - alpha * mean) / (alpha ** 2 * std ** 2 + sigma ** 2)
-    generator = torch.Generator().manual_seed(0)
-    draw = lambda step: torch.randn(1, 1, 300, 300, generator=generator)
-    x = sampling.SAMPLERS[sampler][0](denoise, draw(0), sampling.get_logsnrs(config, steps, sampler), draw)
-    assert abs(x.mean() - mean) < tolerance + 0.005 and abs(x.std() - std) < tolerance
+    def noise_sampler(step):
+        return torch.randn(1, 1, 300, 300, generator=generator)
+    logsnrs = sampling.get_logsnrs(config, steps, sampler)
+    x = sampling.SAMPLERS[sampler][0](exact_denoise, noise_sampler(0), logsnrs, noise_sampler)
+    assert abs(x.mean() - MEAN) < tolerance + 0.005 and abs(x.std() - STD) < tolerance
 
 
-@pytest.mark.parametrize("sampler, order", [("ddim", 1), ("dpm", 2), ("exp_heun", 2)])
-def test_orders_of_convergence(sampler, order):
-    """x ~ N(0.3, 0.5^2) flows to z = alpha mean + (alpha^2 s^2 + sigma^2)^0.5 times a constant. Twice the steps: a half or a quarter of the error."""
-    mean, std, config = 0.3, 0.5, tiny(noise_base_resolution=16, logsnr_min=-6.0, logsnr_max=6.0)
-    spread = lambda l: (torch.sigmoid(l) * std ** 2 + torch.sigmoid(-l)).sqrt()
-
-    def denoise(z, logsnr):
-        alpha, sigma = models.alpha_sigma(logsnr)
-        return mean + alpha * std ** 2 * (z - alpha * mean) / (alpha ** 2 * std ** 2 + sigma ** 2)
+@pytest.mark.parametrize("sampler", ["ddim", "dpm", "exp_heun"])
+def test_orders_of_convergence(sampler):
+    """
+    x ~ N(MEAN, STD^2) flows to z = alpha MEAN + (alpha^2 STD^2 + sigma^2)^0.5 times a constant. Twice the steps: a
+    half or a quarter of the error.
+    """
+    run_sampler, order, _ = sampling.SAMPLERS[sampler]
+    config = tiny(noise_base_resolution=16, logsnr_min=-6.0, logsnr_max=6.0)
     z, errors = torch.linspace(-2, 2, 9, dtype=torch.float64).view(1, 1, 3, 3), []
     for steps in (161, 321, 641):                              # 160, 320, 640 intervals
         logsnrs = sampling.get_logsnrs(config, steps, sampler).double()
-        (alpha, _), (alpha_end, _) = models.alpha_sigma(logsnrs[0]), models.alpha_sigma(logsnrs[-1])
-        exact = denoise(alpha_end * mean + spread(logsnrs[-1]) * (z - alpha * mean) / spread(logsnrs[0]), logsnrs[-1])
-        errors.append((sampling.SAMPLERS[sampler][0](denoise, z, logsnrs, None) - exact).abs().max().item())
+        alpha, sigma = models.alpha_sigma(logsnrs[[0, -1]])
+        spread = (alpha ** 2 * STD ** 2 + sigma ** 2).sqrt()
+        z_end = alpha[1] * MEAN + spread[1] * (z - alpha[0] * MEAN) / spread[0]
+        exact = exact_denoise(z_end, logsnrs[-1])
+        errors.append((run_sampler(exact_denoise, z, logsnrs, None) - exact).abs().max().item())
     for coarse, fine in zip(errors, errors[1:]):
         assert 0.85 * 2 ** order < coarse / fine < 1.1 * 2 ** order, errors
 
@@ -1641,11 +1659,15 @@ def test_orders_of_convergence(sampler, order):
 def test_deterministic_samplers_agree_in_the_limit_and_twenty_steps_of_second_order_are_near_it():
     config = tiny()
     net = shaken(models.build(config))
-    make = lambda sampler, steps: sampling.sample(net, config, ["a red circle", "a blue square"], steps=steps, sampler=sampler)
-    limit = make("exp_heun", 60)
-    off = {(sampler, steps): (make(sampler, steps) - limit).square().mean().sqrt() for sampler, steps in (("ddim", 20), ("ddim", 160), ("dpm", 20), ("dpm", 80))}
-    assert off["ddim", 160] < 0.02 and off["dpm", 80] < 0.005
-    assert off["dpm", 20] < 0.7 * off["ddim", 20]
+
+    def pictures(sampler, steps):
+        return sampling.sample(net, config, ["a red circle", "a blue square"], steps=steps, sampler=sampler)
+    limit = pictures("exp_heun", 60)
+
+    def error(sampler, steps):
+        return (pictures(sampler, steps) - limit).square().mean().sqrt()
+    assert error("ddim", 160) < 0.02 and error("dpm", 80) < 0.005
+    assert error("dpm", 20) < 0.7 * error("ddim", 20)
 
 
 def test_latents_are_sampled_without_clipping_and_decoded(vae):
@@ -1658,28 +1680,33 @@ def test_latents_are_sampled_without_clipping_and_decoded(vae):
 
 
 def test_sizes_that_a_model_can_make(capsys):
-    vermeer = load_config("vermeer", "grow")
-    assert [sampling.parse_size(s, vermeer) for s in (None, "768x1376", "1376x768")] == [(1024, 1024), (768, 1376), (1376, 768)]
-    for size, config, words in [("2048x2048", vermeer, "makes 1024x1024"), ("64x64", tiny("grow"), "makes 32x32"), ("32x", tiny("grow"), "makes 32x32"),
-                                ("520x512", load_config("pixart-sigma-512", "defrost"), "multiples of 16"),
-                                ("1040x1024", load_config("pixart-sigma-1k-kv", "defrost"), "multiples of 32")]:
+    vermeer, small = load_config("vermeer", "grow"), tiny("grow")
+    for size, expected in ((None, (1024, 1024)), ("768x1376", (768, 1376)), ("1376x768", (1376, 768))):
+        assert sampling.parse_size(size, vermeer) == expected
+    for size, config, words in [
+            ("2048x2048", vermeer, "makes 1024x1024"), ("64x64", small, "makes 32x32"), ("32x", small, "makes 32x32"),
+            ("520x512", load_config("pixart-sigma-512", "defrost"), "multiples of 16"),
+            ("1040x1024", load_config("pixart-sigma-1k-kv", "defrost"), "multiples of 32")]:
         with pytest.raises(UserError):
             sampling.parse_size(size, config)
-        said = capsys.readouterr().err
-        assert words in said
-        sampling.parse_size(re.search(r"such as (\d+x\d+);", said).group(1), config)     # what it offers is taken
+        message = capsys.readouterr().err
+        assert words in message
+        offer = re.search(r"such as (\d+x\d+);", message).group(1)
+        assert sampling.parse_size(offer, config)              # what it offers is taken
 
 
 def test_an_image_is_the_same_at_any_batch_size():
     config = tiny()
     net = shaken(models.build(config))
     captions = [f"a {c} circle" for c in "red green blue yellow red green blue yellow".split()]
+
+    def pictures(captions, **options):
+        return sampling.sample(net, config, captions, steps=5, **options)
     for sampler in sampling.SAMPLERS:
-        whole = sampling.sample(net, config, captions, seed=3, steps=5, sampler=sampler, batch=8)
-        single = sampling.sample(net, config, captions, seed=3, steps=5, sampler=sampler, batch=1)
-        later = sampling.sample(net, config, captions[5:], seed=3, first=5, steps=5, sampler=sampler)
-        assert torch.allclose(whole, single, atol=1e-5) and torch.allclose(whole[5:], later, atol=1e-5)
-        assert not torch.allclose(whole, sampling.sample(net, config, captions, seed=4, steps=5, sampler=sampler), atol=0.1)
+        whole = pictures(captions, seed=3, sampler=sampler, batch=8)
+        assert torch.allclose(whole, pictures(captions, seed=3, sampler=sampler, batch=1), atol=1e-5)
+        assert torch.allclose(whole[5:], pictures(captions[5:], seed=3, sampler=sampler, first=5), atol=1e-5)
+        assert not torch.allclose(whole, pictures(captions, seed=4, sampler=sampler), atol=0.1)
 
 
 def test_guidance_is_linear_in_v_on_all_channels():
@@ -1690,7 +1717,8 @@ def test_guidance_is_linear_in_v_on_all_channels():
     with torch.no_grad():
         null, plain, double = (sampling.guided(net, tokens, g)(z, logsnr) for g in (0, 1, 2))
         inside = (torch.stack([null, plain, double]).abs() < 1).all(0)             # denoised images are clipped
-        assert inside.float().mean() > 0.3 and torch.allclose(double[inside], (2 * plain - null)[inside], atol=1e-4)
+        assert inside.float().mean() > 0.3
+        assert torch.allclose(double[inside], (2 * plain - null)[inside], atol=1e-4)
         assert torch.allclose(null, sampling.guided(net, tokens * 0, 1)(z, logsnr))
 
 
@@ -1698,10 +1726,11 @@ def test_sampling_from_the_command_line(runs, tmp_path):
     out, to = runs[0] / "toy/grow", tmp_path / "g.png"
     words = [out, "a red circle", "a blue square", "--n", 2, "--steps", 3, "--to", to]
     run("sample.py", *words)
-    said = run("sample.py", *words, "--batch", 1)
-    assert "g_1.png: 4 images of 32x32 px" in said and to.read_bytes() == (tmp_path / "g_1.png").read_bytes()
-    told = run("sample.py", out, "--describe")
-    assert "grow of config toy, 32 px, step 6 of 6" in told and "parent" in told and "pretrain" in told
+    output = run("sample.py", *words, "--batch", 1)
+    assert "g_1.png: 4 images of 32x32 px" in output and to.read_bytes() == (tmp_path / "g_1.png").read_bytes()
+    description = run("sample.py", out, "--describe")
+    for part in ("grow of config toy, 32 px, step 6 of 6", "parent", "pretrain"):
+        assert part in description
     assert "error: --size 64x64" in run("sample.py", *words, "--size", "64x64", code=2)
     assert "error: no checkpoint" in run("sample.py", tmp_path / "none", "x", code=2)
     assert "error: no caption" in run("sample.py", out, code=2)
