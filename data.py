@@ -38,7 +38,6 @@ import math
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import stat
 import sys
@@ -53,9 +52,12 @@ import torch
 from tqdm import tqdm
 
 from lib.draws import generator, uniforms
+from lib.encoders import (EmbeddingCache, about_latents, embed_captions, embed_now, encoder_identity, has_pretrained_encoder,
+                          latents_path, open_autoencoder, open_encoders, to_pieces)
 from lib.files import atomic_write, import_extra
 from lib.pictures import contact_sheet, to_tensor, write_png
-from lib.settings import UserError, closest, load_config
+from lib.settings import UserError, load_config
+from lib.tables import DTYPES, Table, is_begun, print_room, write_table
 
 # ---------------------------------------------------------------------------------------------------------------
 # Scenes: a world in which everything can be checked. x runs right, y runs down, the picture is [0, 1] x [0, 1].
@@ -134,6 +136,10 @@ class Scenes:
 
     def caption(self, i):
         return describe(self.scene(i))
+
+    @property
+    def captions_count(self):
+        return self.length
 
     def view(self, i, height, width, draws, rule):
         """(H, W, 3) uint8, and top and left of the crop: a scene is drawn at the size asked for, so nothing is cut."""
@@ -684,6 +690,16 @@ class Indexed:
         """The first caption of image i."""
         return self.text(self.choose(i))
 
+    @property
+    def captions_count(self):
+        return len(self.caption_ends) - 1
+
+    def captions_digest(self):
+        """sha256 of all captions in their order, 16 digits: embeddings are kept by a caption's number."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.caption_ends))
+        digest.update(np.ascontiguousarray(self.captions))
+        return digest.hexdigest()[:16]
+
     def file(self, k):
         """Name of the k-th file that holds images, relative to the root."""
         return os.fsdecode(bytes(self.names[self.name_ends[k]:self.name_ends[k + 1]]))
@@ -876,21 +892,6 @@ def padded(rows, length):
     return torch.from_numpy(tokens)
 
 
-@functools.lru_cache(2)
-def open_pieces(file, vocab):
-    """(SentencePiece model, its identity) of `file`, if its pieces fit in text_vocab = `vocab`."""
-    library = import_extra("sentencepiece", f"encoder = sentencepiece:{file}")
-    try:
-        with open(file, "rb") as f:
-            proto = f.read()
-        pieces = library.SentencePieceProcessor(model_proto=proto)
-    except (OSError, RuntimeError) as e:
-        raise UserError(f"{file!r} does not open as a SentencePiece model ({str(e)[:100]}): python data.py vocabulary PATH --to {file} makes one")
-    if pieces.get_piece_size() >= vocab:                       # one more than its pieces, since 0 is no word
-        raise UserError(f"text_vocab = {vocab}: {file!r} has {pieces.get_piece_size()} pieces: set text_vocab = {pieces.get_piece_size() + 1}")
-    return pieces, "sentencepiece " + hashlib.sha256(proto).hexdigest()[:16]
-
-
 def encode_captions(captions, config):
     """
     What the model reads: (B, L) int64 tokens, or (B, L, E) float embeddings. A null caption, "", is all zeros. Without encoder_weights
@@ -900,349 +901,56 @@ def encode_captions(captions, config):
     if kind == "words":
         return tokenize(captions, config["text_length"], config["text_vocab"])
     if kind.startswith("sentencepiece:"):
-        pieces, here = open_pieces(kind.partition(":")[2], config["text_vocab"])
-        if config["encoder_id"] not in ("", here):
-            raise UserError(f"this model reads captions of {config['encoder_id']}, and {kind} is {here}: give it the former file")
-        return padded([[1 + t for t in row] for row in pieces.encode(list(captions))], config["text_length"])       # 0 is no word
+        return padded(to_pieces(captions, config), config["text_length"])
     if not any(captions):                                      # the null caption takes no weights
         return torch.zeros(len(captions), config["text_length"], max(config["encoder_width"]))
-    if not config["encoder_weights"]:
-        return embed_known(captions, config)
-    dtype = config["encoder_id"].split(" ")[1] if config["encoder_id"] else "fp32"                 # of "t5-xxl fp32 0123456789abcdef, ..."
-    encoders = open_encoders(kind, config["encoder_weights"], dtype)
-    if (here := ", ".join(e.id for e in encoders)) != config["encoder_id"] != "":
-        raise UserError(f"this model reads captions embedded by {config['encoder_id']}, and encoder_weights holds {here}: "
-                        "give it the weights of the former")
-    return side_by_side([e(captions) for e in encoders], [e.tokens for e in encoders])
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Frozen text encoders, and the caches that keep what they made: beside the index a folder for each encoder, t5-xxl-128, a Ragged
-
-ENCODERS = {
-    # name         class in transformers  layer  what to put under encoder_weights; layer -1 is the last one after its norm
-    "t5-xxl":     ("T5EncoderModel",      -1,    "google/t5-v1_1-xxl"),
-    "byt5":       ("T5EncoderModel",      -1,    "google/byt5-xxl"),
-    "clip-h":     ("CLIPTextModel",       -1,    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
-    "clip-l":     ("CLIPTextModel",       -2,    "openai/clip-vit-large-patch14"),         # SDXL reads the last but one layer (Sec. 2.1)
-    "openclip-g": ("CLIPTextModel",       -2,    "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"),
-}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def has_pretrained_encoder(encoder):
-    """Does `encoder` name frozen networks? Else captions are tokens, which the core embeds by itself."""
-    return encoder != "words" and not encoder.startswith("sentencepiece:")
-
-
-def encoder_parts(encoder):
-    """"t5-xxl:128,clip-h:77" -> [("t5-xxl", 128), ("clip-h", 77)]."""
-    parts = [part.strip().partition(":")[::2] for part in encoder.split(",")]      # [::2] leaves the colon out
-    for name, tokens in parts:
-        if name not in ENCODERS:
-            raise UserError(f"encoder {name!r} is unknown: {closest(name, ['words', 'sentencepiece', *ENCODERS])}")
-        if not tokens.isdigit() or int(tokens) < 1:
-            raise UserError(f"encoder = {encoder}: say how many tokens, as in {name}:128")
-    return [(name, int(tokens)) for name, tokens in parts]
-
-
-@functools.lru_cache(8)                                        # reading 20 GB takes a while
-def digest_of(folder):
-    """sha256 of all weights and vocabularies in a folder, 16 digits: the identity of a network."""
-    digest, files = hashlib.sha256(), sorted(f for f in os.listdir(folder) if f.endswith((".safetensors", ".json", ".model", ".txt")))
-    for file in tqdm(files, f"sha256 of {folder}", leave=False, disable=None):
-        with open(os.path.join(folder, file), "rb") as f:
-            digest.update(file.encode() + hashlib.file_digest(f, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
-def from_folder(what, folder, hint, load):
-    """load(), which opens a frozen network from a local folder; UserError where that fails. Callers fetch nothing and unpickle nothing."""
-    if not os.path.isfile(os.path.join(folder, "config.json")):
-        raise UserError(f"no {what} in {folder!r}: {hint}")
-    try:
-        return load()
-    except Exception as e:                                     # transformers and diffusers raise many kinds
-        raise UserError(f"{folder!r} does not open as {what} ({type(e).__name__}: {str(e)[:200]}): {hint}")
-
-
-class Encoder:
-    """A frozen text encoder from a local folder: captions -> a list of (n, E) float tensors, real tokens only, n <= tokens. '' gives n = 0."""
-
-    def __init__(self, name, tokens, folder, dtype):
-        library, (kind, self.layer, source) = import_extra("transformers", f"encoder {name}"), ENCODERS[name]
-        self.tokenizer, net = from_folder(f"encoder {name}", folder, f"put {source} there, its weights as .safetensors", lambda: (
-            library.AutoTokenizer.from_pretrained(folder, local_files_only=True),
-            getattr(library, kind).from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=DTYPES[dtype])))
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.net, self.tokens = net.eval().requires_grad_(False).to(self.device), tokens
-        self.name, self.width, self.id = name, net.config.hidden_size, f"{name} {dtype} {digest_of(folder)}"
-
-    @torch.no_grad()
-    def __call__(self, captions):
-        said, rows = [c for c in captions if c], iter(())      # the null caption is no text at all, and its embedding has no token
-        if said:
-            tokens = self.tokenizer(said, padding=True, truncation=True, max_length=self.tokens, return_tensors="pt").to(self.device)   # (b, n) each
-            out = self.net(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=self.layer != -1)
-            hidden = out.last_hidden_state if self.layer == -1 else out.hidden_states[self.layer]   # (b, n, E)
-            rows = (h[real].cpu() for h, real in zip(hidden, tokens.attention_mask.bool()))        # (n of this caption, E), no padding
-        return [next(rows) if c else torch.zeros(0, self.width, dtype=self.net.dtype) for c in captions]
-
-    def count(self, captions):
-        """Mean number of tokens that these captions keep."""
-        return float(np.mean([len(t) for t in self.tokenizer(captions, truncation=True, max_length=self.tokens).input_ids]))
-
-
-@functools.lru_cache(1)                                        # they are large, and the same ones serve previews, scores and samples
-def open_encoders(encoder, weights, dtype):
-    """The Encoders of "t5-xxl:128,clip-h:77" from as many folders, comma-separated."""
-    parts, folders = encoder_parts(encoder), weights.split(",")
-    if len(parts) != len(folders):
-        raise UserError(f"{len(parts)} encoders ({encoder}) and {len(folders)} folders of weights ({weights}): give each its own, comma-separated")
-    return [Encoder(name, tokens, folder.strip(), dtype) for (name, tokens), folder in zip(parts, folders)]
-
-
-def side_by_side(parts, tokens):
-    """For each encoder a list of B embeddings (n, E) -> (B, L, E): each in its own span of rows, zeros behind it and to the widest E."""
-    text = torch.zeros(len(parts[0]), sum(tokens), max(rows[0].shape[1] for rows in parts))
-    for rows, start in zip(parts, itertools.accumulate(tokens, initial=0)):
-        for row, r in zip(text, rows):                         # row (L, E) of all encoders, r (n, its own E)
-            row[start:start + len(r), :r.shape[1]] = r
-    return text
-
-
-class Ragged:
-    """
-    Arrays (n_i, width), n_i different for each, made once by fill() and read through memory maps: all values one after the other in
-    values.bin, the row at which each array ends in ends.bin (int64), what they are in about.json, which is written last. Raises
-    UserError where these do not fit.
-    """
-
-    def __init__(self, folder):
-        file = lambda name: os.path.join(folder, name)
-        if not os.path.exists(file("about.json")):
-            raise UserError(f"{folder!r} is not complete: run data.py embed again, which goes on where it was")
-        try:
-            with open(file("about.json"), encoding="utf-8") as f:
-                self.about = json.loads(f.read(2 ** 20))
-            self.width, self.dtype, arrays = self.about["width"], DTYPES[self.about["dtype"]], self.about["arrays"]
-            self.step = self.width * self.dtype.itemsize       # bytes in a row
-            if os.path.getsize(file("ends.bin")) != 8 * arrays or os.path.getsize(file("values.bin")) != self.step * self.about["rows"]:
-                raise ValueError("its files have other sizes than about.json says")
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{folder!r} is broken ({e}): delete it and run data.py embed again")
-        self.ends = np.memmap(file("ends.bin"), np.int64, "r") if arrays else np.zeros(0, np.int64)        # an empty file has no map
-        self.values = np.memmap(file("values.bin"), np.uint8, "r") if self.about["rows"] else np.zeros(0, np.uint8)
-
-    def __getitem__(self, i):
-        """float (n_i, width)."""
-        first, last = (int(self.ends[i - 1]) if i else 0) * self.step, int(self.ends[i]) * self.step
-        return torch.from_numpy(np.array(self.values[first:last])).view(self.dtype).view(-1, self.width).float()   # numpy has no bf16
-
-
-def fill(folder, about, arrays, make, batch, bar):
-    """
-    Make a Ragged of `arrays` arrays in `folder`: make(numbers) gives those of `batch` numbers, (n_i, width) each, in about["dtype"].
-    Killed at any moment, it goes on at the batch where it was, with the same result. about tells what makes them, and is kept with
-    them: UserError where the folder holds what was made otherwise.
-    """
-    file, started = lambda name: os.path.join(folder, name), json.dumps(about, sort_keys=True)
-    if os.path.exists(file("about.json")):
-        old = Ragged(folder).about
-        if {k: old.get(k) for k in about} != about:
-            raise UserError(f"{folder!r} holds what was made otherwise ({old}, not {about}): delete that folder first")
-        return print(f"{folder} is complete")
-    os.makedirs(folder, exist_ok=True)                         # a start by another encoder or dtype is thrown away, a result never
-    if not os.path.exists(file("started.json")) or open(file("started.json")).read() != started:
-        for name in ("values.bin", "ends.bin"):
-            open(file(name), "wb").close()                     # empty
-        atomic_write(file("started.json"), lambda f: f.write(started.encode()))
-    step = about["width"] * DTYPES[about["dtype"]].itemsize    # bytes in a row
-    with open(file("values.bin"), "r+b") as values, open(file("ends.bin"), "r+b") as ends:
-        # what is on disk: ends whose values are there too, in whole batches, since an embedding's last bits may depend on its batch
-        done = np.frombuffer(ends.read()[:os.path.getsize(file("ends.bin")) // 8 * 8], np.int64)   # whole int64s
-        done = done[:np.searchsorted(done, os.path.getsize(file("values.bin")) // step, "right") // batch * batch]
-        rows = int(done[-1]) if len(done) else 0
-        values.truncate(rows * step), ends.truncate(8 * len(done))                 # what lies behind is of a batch that was not finished
-        values.seek(0, 2), ends.seek(0, 2)                     # to their ends
-        for first in tqdm(range(len(done), arrays, batch), bar, initial=len(done) // batch, total=-(-arrays // batch), disable=None):
-            for part in make(range(first, min(first + batch, arrays))):
-                rows += len(part)
-                values.write(part.contiguous().view(torch.uint8).numpy().tobytes())        # as bytes, since numpy has no bf16
-                ends.write(np.int64(rows).tobytes())
-            values.flush(), ends.flush()                       # so that a kill loses this batch at most
-        os.fsync(values.fileno()), os.fsync(ends.fileno())     # before about.json vouches for them
-    atomic_write(file("about.json"), lambda f: f.write(json.dumps(about | {"arrays": arrays, "rows": rows}).encode()))
-    os.remove(file("started.json"))                            # now about.json tells the same
-
-
-def captions_digest(data):
-    """sha256 of all captions in their order: embeddings are kept by a caption's number."""
-    return hashlib.sha256(np.ascontiguousarray(data.captions)).hexdigest()[:16]
-
-
-def encoder_identity(config):
-    """What turns captions into the model's input without a cache, as a string that tells two encoders apart; "" for hashed words."""
-    kind = config["encoder"]
-    if kind == "words":
-        return ""
-    if kind.startswith("sentencepiece:"):
-        return open_pieces(kind.partition(":")[2], config["text_vocab"])[1]
-    return ", ".join(e.id for e in open_encoders(kind, config["encoder_weights"], "fp32"))         # as encode_captions opens them
-
-
-class Embeddings:
-    """The caches of all encoders of a config, beside an index: numbers of captions -> (b, L, E) float, zeros for number -1."""
-
-    def __init__(self, data, config):
-        self.parts, self.caches = encoder_parts(config["encoder"]), []
-        command = f"python data.py embed {data.name} --encoder {config['encoder']} --weights FOLDER,..."
-        for name, tokens in self.parts:
-            folder = os.path.join(data.folder or "", f"{name}-{tokens}")
-            if not data.folder or not os.path.exists(os.path.join(folder, "about.json")):
-                raise UserError(f"{data.name} has no embeddings by {name}:{tokens}: {command}" + (", after data.py index" if not data.folder else ""))
-            cache = Ragged(folder)
-            if cache.about["captions"] != captions_digest(data):                   # numbers would mean other captions
-                raise UserError(f"{folder!r} holds embeddings of other captions than the index: delete it and run {command}")
-            self.caches.append(cache)
-        self.id = ", ".join(c.about["id"] for c in self.caches)
-        widths = tuple(c.width for c in self.caches)           # the core's projections have these
-        if widths != config["encoder_width"]:
-            raise UserError(f"encoder_width = {config['encoder_width']}: the embeddings of {config['encoder']} are {widths} wide: "
-                            "set encoder_width to that")
-        if config["encoder_id"] not in ("", self.id):
-            raise UserError(f"the model reads captions embedded by {config['encoder_id']}, and {data.name} holds those of {self.id}: "
-                            "embed its captions with the former, or train another model")
-
-    def __call__(self, numbers):
-        return side_by_side([[cache[n] if n >= 0 else torch.zeros(0, cache.width) for n in numbers] for cache in self.caches],
-                            [tokens for _, tokens in self.parts])
+    return embed_now(captions, config) if config["encoder_weights"] else embed_known(captions, config)
 
 
 @functools.lru_cache(2)
 def known_captions(pairs):
-    """({caption: number}, Embeddings) of the first 100,000 captions of a data set: previews and scores need no encoder for these."""
+    """The EmbeddingCache of a data set, by which previews and scores read captions without an encoder."""
     config = dict(pairs)                                       # pairs: a dict cannot be a key of the cache
-    data = open_data(config)
-    return {data.text(n): n for n in range(min(100000, len(data.caption_ends) - 1))}, Embeddings(data, config)
+    return EmbeddingCache(open_data(config), config)
 
 
 def embed_known(captions, config):
-    """Embeddings (B, L, E) of captions that the data set itself holds, from its cache."""
+    """Embeddings (B, L, E) of captions that the data set itself holds."""
     how = f"set encoder_weights to local folders of {config['encoder']}, comma-separated"
     if config["data"] == "scenes" or not os.path.exists(config["data"]):
         raise UserError(f"captions are to be embedded, and {config['data']} holds no cache of {config['encoder']}: {how}")
-    lookup, embeddings = known_captions(tuple((k, config[k]) for k in ("data", "encoder", "encoder_width", "encoder_id")))
-    if unknown := [c for c in captions if c and c not in lookup]:
+    cache = known_captions(tuple((k, config[k]) for k in ("data", "encoder", "encoder_width", "encoder_id")))
+    if unknown := [c for c in captions if c not in cache.numbers]:
         raise UserError(f"{unknown[0]!r} is not among the embedded captions of {config['data']}: {how}")
-    return embeddings([lookup.get(c, -1) for c in captions])   # -1: the null caption
+    return cache([cache.numbers[c] for c in captions])
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Pixels and latents: uint8 <-> x in [-1, 1] <-> what an autoencoder makes of it
+# Pixels and latents: uint8 <-> x in [-1, 1]; the latents that an autoencoder made once
 
 
-class Blocks:
-    """
-    A lossless stand-in for an autoencoder: each block of stride x stride pixels becomes 3 stride^2 channels. It compresses
-    nothing, but takes `scenes` through the whole path of latents offline (autoencoder = "blocks"). Of stride 1 it is the identity.
-    """
-
-    def __init__(self, stride, scale):
-        self.stride, self.scale = stride, scale
-
-    def encode(self, x):
-        return torch.nn.functional.pixel_unshuffle(x, self.stride) * self.scale    # (B, 3, H, W) -> (B, 3 s^2, H/s, W/s)
-
-    def decode(self, latents):
-        return torch.nn.functional.pixel_shuffle(latents / self.scale, self.stride).clamp(-1, 1)
-
-
-class Autoencoder:
-    """
-    A frozen AutoencoderKL of diffusers (Rombach et al. 2022; SDXL's is the usual one), in float32 whatever the model's precision,
-    because SDXL's overflows in fp16. Pictures larger than it was trained at go through it in overlapping tiles, so that memory
-    stays bounded. Latents are the mean of its posterior, not a draw: its spread is far below the noise of the first step.
-    """
-
-    def __init__(self, vae, scale):
-        self.vae, self.scale = vae, scale
-        vae.enable_tiling()
-
-    @torch.no_grad()
-    def encode(self, x):
-        with torch.autocast(x.device.type, enabled=False):     # float32 also where the training pass is in bf16
-            return self.vae.encode(x.float()).latent_dist.mode() * self.scale      # (B, 3, H, W) -> (B, c, H/s, W/s)
-
-    @torch.no_grad()
-    def decode(self, latents):
-        with torch.autocast(latents.device.type, enabled=False):
-            return self.vae.decode(latents.float() / self.scale).sample.clamp(-1, 1)
-
-
-@functools.lru_cache(2)
-def read_autoencoder(folder, device):
-    """The AutoencoderKL in a local folder, as diffusers' save_pretrained leaves it. Nothing is downloaded. UserError if it cannot be had."""
-    kind = import_extra("diffusers", "an autoencoder").AutoencoderKL
-    load = lambda: kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, low_cpu_mem_usage=False)      # True asks for accelerate
-    vae = from_folder("autoencoder", folder, "put a diffusers AutoencoderKL there, its weights as .safetensors, or set autoencoder = \"\"", load)
-    return vae.float().eval().requires_grad_(False).to(device)
-
-
-def open_autoencoder(config, device="cpu"):
-    """
-    An object with encode: x (B, 3, H, W) in [-1, 1] -> latents (B, latent_channels, H / latent_stride, W / latent_stride),
-    scaled by latent_scale to a variance near 1; and with decode, its inverse. For a model of pixels both are the identity.
-    """
-    c = config
-    if not c["autoencoder"]:
-        return Blocks(1, 1.0)
-    if c["autoencoder"] == "blocks":
-        own, opened = {"latent_channels": 3 * c["latent_stride"] ** 2}, Blocks(c["latent_stride"], c["latent_scale"])
-    else:
-        vae = read_autoencoder(c["autoencoder"], str(device))
-        own = {"latent_channels": vae.config.latent_channels,
-               "latent_stride": 2 ** (len(vae.config.block_out_channels) - 1),     # each block but the last halves the sides
-               "latent_scale": vae.config.scaling_factor}
-        opened = Autoencoder(vae, c["latent_scale"])
-    if wrong := [f"{k} = {v}" for k, v in own.items() if c[k] != v]:               # the model was built, or will be, from the config
-        raise UserError(f"the autoencoder {c['autoencoder']!r} has other latents than this config: set {', '.join(wrong)}")
-    return opened
-
-
-def latents_folder(data, config):
-    """Where the latents of a data set lie at this resolution, beside its index; "" where it has none."""
-    return os.path.join(data.folder, f"latents-{config['resolution']}") if data.folder else ""
-
-
-def about_latents(data, config):
-    """What a cache of latents must have been made with: other settings, another autoencoder or other images are refused."""
-    c = config
-    made_by = digest_of(c["autoencoder"]) if os.path.isdir(c["autoencoder"]) else c["autoencoder"]
-    return {k: c[k] for k in ("resolution", "aspects", "resize", "latent_channels", "latent_stride", "latent_scale")} | {
-        "id": made_by, "data": data.fingerprint, "width": 1}   # width 1: images of different buckets have no row in common
-
-
-class Latents:
-    """The cache that `data.py embed --vae` made: viewed as images are, one centred view of each. UserError where it does not fit the config."""
+class LatentCache:
+    """The latents of one centred view of each image, viewed as images are. UserError where the config has others."""
 
     def __init__(self, data, config):
-        self.cache, want = Ragged(latents_folder(data, config)), about_latents(data, config)
-        if differ := [f"{k} {self.cache.about.get(k)} there, {v} here" for k, v in want.items() if self.cache.about.get(k) != v]:
-            raise UserError(f"{latents_folder(data, config)!r} was made otherwise ({', '.join(differ)}): delete it and run data.py embed --vae again")
+        path, want = latents_path(data, config), about_latents(data, config)
+        self.data, self.table = data, Table(path)
+        about = self.table.about
+        differ = [f"{k} {about.get(k)} there, {v} here" for k, v in want.items() if about.get(k) != v]
+        if differ:
+            raise UserError(f"{path!r} was made otherwise ({', '.join(differ)}): "
+                            "delete it and run data.py embed --vae again")
         if config["flip"] or config["jitter"]:
             raise UserError("flip and jitter need pixels, and the cache of latents holds one view of each image: "
                             "switch them off, or delete the cache")
-        self.data, self.stride = data, config["latent_stride"]
 
-    def view(self, i, height, width, draws, rule):
-        """(c, H/s, W/s) float, and top and left of the crop that was encoded."""
-        z = self.cache[i]                                      # (c H/s W/s, 1)
-        if not len(z):
+    def view(self, i, height, width, uniforms, rule):
+        """(c, H/s, W/s) float, and top and left of the crop that was encoded. Raises Unfit where it could not be."""
+        latents = self.table[i]
+        if not latents.numel():
             raise Unfit("its latents could not be made")
         w, h = covering(self.data.size(i), height, width, rule)
-        # top and left as Indexed.view rounds them for draws of 0.5
-        return z.view(-1, height // self.stride, width // self.stride), (h - height + 1) // 2, (w - width + 1) // 2
+        return latents, (h - height + 1) // 2, (w - width + 1) // 2       # as data.view rounds them for uniforms of 0.5
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1316,9 +1024,9 @@ class Batches(torch.utils.data.Dataset):
             raise UserError(f"batch = {c['batch']} and only {len(self.usable)} usable images: lower --batch, or add images")
         self.orders = {}                                       # {(bucket, epoch): its samples in order}
         real = isinstance(data, Indexed)
-        self.embeddings = Embeddings(data, c) if real and has_pretrained_encoder(c["encoder"]) else None
+        self.embeddings = EmbeddingCache(data, c) if real and has_pretrained_encoder(c["encoder"]) else None
         # without a cache train.py encodes each batch anew
-        self.latents = Latents(data, c) if real and c["autoencoder"] and os.path.exists(latents_folder(data, c)) else None
+        self.latents = LatentCache(data, c) if real and c["autoencoder"] and is_begun(latents_path(data, c)) else None
 
     def __len__(self):
         return self.config["steps"]
@@ -1360,7 +1068,7 @@ class Batches(torch.utils.data.Dataset):
     def sample(self, epoch, i, source=None):
         """
         (image (H, W, 3) uint8, caption, row of size, number of the caption or -1) of sample i in this epoch: crop, flip, jitter and
-        caption are functions of (seed, epoch, i). From Latents as source, the image is (c, h, w) float. Raises UserError if no image is left.
+        caption are functions of (seed, epoch, i). From LatentCache as source, the image is (c, h, w) float. Raises UserError if no image is left.
         """
         c, source = self.config, source or self.data
         x, y, flip, drop, which, long, *jitter = uniforms(9, "data", self.stage, c["seed"], epoch, i)       # always nine: a key changes none of the others
@@ -1501,7 +1209,7 @@ def stats(args, config):
 def vocabulary(args, config):
     """Train a SentencePiece model on all captions (unigram, `--size` pieces at most; PixelGen-V2, Visual Foundation Model: 32,000)."""
     library, data, model = import_extra("sentencepiece", "a vocabulary"), open_data(config), io.BytesIO()
-    count = len(data.caption_ends) - 1 if isinstance(data, Indexed) else len(data)                 # of captions; a scene has one
+    count = data.captions_count
     library.SentencePieceTrainer.train(sentence_iterator=(data.text(n) for n in tqdm(range(count), "captions", disable=None)), model_writer=model,
                                        vocab_size=args.size, hard_vocab_limit=False, input_sentence_size=10 ** 7, shuffle_input_sentence=True, minloglevel=2)
     to = args.to or "captions.model"
@@ -1518,59 +1226,35 @@ def embed(args, config):
     if not args.encoder and not args.vae:                      # both in one go are fine
         raise UserError("nothing to embed with: give --encoder t5-xxl:128 --weights FOLDER, or --vae FOLDER")
     if args.vae:
-        embed_images(data, args, config | {"autoencoder": args.vae})
+        config, sizes = config | {"autoencoder": args.vae}, bucket_sizes(config)
+        embed_images(data, config, np.array(sizes)[nearest_bucket(sizes, data.all_sizes())], args.dtype)
     for encoder in open_encoders(args.encoder, args.weights, args.dtype) if args.encoder else ():
-        embed_captions(data, args, config, encoder)
+        embed_captions(data, encoder, args.dtype, config["batch"])
 
 
-def room(folder, size, what):
-    """Say how much will be written, and refuse where the disk cannot hold it."""
-    free = shutil.disk_usage(folder).free
-    print(f"{what}: about {size / 2 ** 30:.2f} GiB to write, {free / 2 ** 30:.1f} GiB free in {folder}")
-    if size > free:
-        raise UserError(f"{folder} has too little room: make some, or index to another disk with --to")
-
-
-def embed_captions(data, args, config, encoder):
-    """All captions by one encoder, real tokens only. Refuses a caption whose embedding is not finite."""
-    count = len(data.caption_ends) - 1
-    mean = encoder.count([data.text(int(n)) for n in spaced(count, 1000)]) if count else 0.0       # tokens, of a sample
-    about = {"id": encoder.id, "captions": captions_digest(data), "width": encoder.width, "dtype": args.dtype}
-    room(data.folder, count * mean * encoder.width * DTYPES[args.dtype].itemsize,
-         f"{encoder.id}: {count} captions of {mean:.1f} tokens on average, at most {encoder.tokens}, {encoder.width} wide")
-
-    def make(numbers):
-        rows = encoder([data.text(n) for n in numbers])
-        for n, row in zip(numbers, rows):
-            if row.shape[1:] != (encoder.width,) or len(row) > encoder.tokens or not row.isfinite().all():
-                raise UserError(f"{encoder.name} gives {tuple(row.shape)}, or values that are not finite for caption {n}, {data.text(n)[:60]!r}: "
-                                "try --dtype fp32, or check its weights")
-        return [row.to(DTYPES[args.dtype]) for row in rows]
-    fill(os.path.join(data.folder, f"{encoder.name}-{encoder.tokens}"), about, count, make, config["batch"], encoder.name)
-
-
-def embed_images(data, args, config):
-    """Latents of one centred view of each image, in its bucket's size. What cannot be decoded leaves an empty array."""
-    c, sizes = config, bucket_sizes(config)
+def embed_images(data, config, sizes, dtype):
+    """Latents of one centred view of each image, cut to its row of `sizes` (n, 2), height first; empty where unfit."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    vae, bucket = open_autoencoder(c, device), nearest_bucket(sizes, data.all_sizes())             # buckets as in Batches
-    area = np.mean([h * w for h, w in sizes]) / c["latent_stride"] ** 2            # latents per channel
-    room(data.folder, len(data) * c["latent_channels"] * area * DTYPES[args.dtype].itemsize, f"latents of {len(data)} images")
+    autoencoder, stride, channels = open_autoencoder(config, device), config["latent_stride"], config["latent_channels"]
+    numbers = channels * np.prod(sizes // stride, 1).sum()
+    print_room(data.folder, numbers * DTYPES[dtype].itemsize, f"latents of {len(data)} images")
+
+    def latents(i):
+        try:
+            image, _, _ = data.view(i, *sizes[i].tolist(), (0.5, 0.5), config["resize"])         # (H, W, 3), the middle
+        except (OSError, Unfit) as e:
+            print(f"skipped {data.where(i)}: {e}", file=sys.stderr)
+            return torch.zeros(0, 0, 0)                        # LatentCache.view passes over it
+        z = autoencoder.encode(to_tensor(image[None]).to(device))[0].cpu()                         # (c, H/s, W/s)
+        if not z.isfinite().all():
+            raise UserError(f"the latents of {data.where(i)} are not finite: "
+                            "try --dtype fp32, or check the autoencoder")
+        return z
 
     def make(numbers):
-        rows = []
-        for i in numbers:
-            try:
-                image, _, _ = data.view(i, *sizes[bucket[i]], (0.5, 0.5), c["resize"])             # (H, W, 3), the middle
-                z = vae.encode(to_tensor(np.stack([image])).to(device)).cpu()  # (1, c, H/s, W/s)
-            except (OSError, Unfit) as e:
-                print(f"skipped {data.where(i)}: {e}", file=sys.stderr)
-                z = torch.zeros(0)                             # Latents.view passes over it
-            if not z.isfinite().all():
-                raise UserError(f"the latents of {data.where(i)} are not finite: try --dtype fp32, or check the autoencoder")
-            rows.append(z.reshape(-1, 1).to(DTYPES[args.dtype]))                   # (c H/s W/s, 1): see about_latents
-        return rows
-    fill(latents_folder(data, c), about_latents(data, c) | {"dtype": args.dtype}, len(data), make, config["batch"], "latents")
+        return [latents(i) for i in numbers]
+    about = about_latents(data, config) | {"dtype": dtype}
+    write_table(latents_path(data, config), about, 3, len(data), make, config["batch"], "latents")
 
 
 def main():

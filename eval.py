@@ -39,8 +39,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import (Batches, COLOURS, CONTRAST, GROUNDS, IMAGES, SHAPES, Scenes, describe, distance, encode_captions,
-                  open_autoencoder, open_data, pillow, texture_wave)
+                  open_data, pillow, texture_wave)
 from lib.draws import normals, uniforms
+from lib.encoders import open_autoencoder
 from lib.files import atomic_write, file_hash, free_name, import_extra
 from lib.pictures import draw_tuning, to_tensor, to_uint8, write_png
 from lib.settings import UserError

@@ -38,9 +38,9 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from data import encoder_parts, has_pretrained_encoder
 from kernels import attention, kv_merge
 from lib.checkpoint import open_checkpoint
+from lib.encoders import encoder_parts, has_pretrained_encoder
 from lib.settings import UserError, default_config, load_config
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -24,8 +24,9 @@ import re
 import torch
 from tqdm import tqdm
 
-from data import encode_captions, open_autoencoder
+from data import encode_captions
 from lib.draws import normals
+from lib.encoders import open_autoencoder
 from lib.files import free_name
 from lib.pictures import make_grid, to_uint8, write_png
 from lib.settings import Parser, UserError

@@ -44,6 +44,7 @@ import kernels
 import model as models
 import sample as sampling
 from data import Batches, Scenes
+from lib.encoders import open_autoencoder
 from lib.files import file_hash
 from lib.pictures import to_tensor, write_png
 from lib.settings import UserError, config_names, load_config, read_sections
@@ -243,7 +244,7 @@ def test_twins_train_and_sample_in_every_stage(name):
         net = shaken(models.build(config))
         batches = Batches(data.open_data(config), config, filtered=False)
         x, text, size = (part[:2] for part in batches[0])
-        x = data.open_autoencoder(config).encode(x)
+        x = open_autoencoder(config).encode(x)
         loss = models.diffusion_loss(net, x, text, torch.tensor([0.3, 0.7]), torch.randn_like(x), config, size)
         loss.sum().backward()
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
@@ -1119,152 +1120,48 @@ def test_workers_prepare_the_same_batches(photos):
 
 # data: encoders and their caches
 
-@pytest.fixture(scope="session")
-def encoders(tmp_path_factory):
-    """Folders with a tiny T5, CLIP and ByT5 of random weights, and their tokenizers."""
-    library = pytest.importorskip("transformers")
-    from tokenizers import Tokenizer, models as kinds, pre_tokenizers, processors
-    out, said = tmp_path_factory.mktemp("encoders"), "grey level a b c red 0 1 2 3 4 5 6 7 8 9".split()
-    vocab = {w: k for k, w in enumerate(["<pad>", "</s>", "<unk>"] + said)}
-    words = Tokenizer(kinds.WordLevel(vocab, "<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    words = library.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
-    t5 = lambda v, seed: (torch.manual_seed(seed), library.T5EncoderModel(library.T5Config(vocab_size=v, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)))[1]
-    clip = library.CLIPTextModel(library.CLIPTextConfig(vocab_size=32, hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                                                        max_position_embeddings=77, bos_token_id=1, eos_token_id=1, pad_token_id=0))
-    for name, net, tokenizer in (("t5", t5(32, 0), words), ("other", t5(32, 1), words), ("clip", clip, words), ("byt5", t5(384, 2), library.ByT5Tokenizer())):
-        net.save_pretrained(out / name)
-        tokenizer.save_pretrained(out / name)
-    return out
-
-
-BOTH = "t5-xxl:6,clip-h:5"
-
-
-def embedded(photos, encoders, which=BOTH, weights=("t5", "clip"), **options):
-    options = {"dtype": "fp32", "vae": None} | options
-    if not os.path.exists(photos / data.INDEX):
-        indexed(photos)
-    args = types.SimpleNamespace(path=str(photos), encoder=which, weights=",".join(str(encoders / w) for w in weights), **options)
-    data.embed(args, tiny(data=str(photos), batch=5))
-    return args.weights
-
-
-def reading(photos, **changes):
-    return tiny(**dict(data=str(photos), encoder=BOTH, encoder_width=(32, 24), text_length=11, caption_dropout=0.0) | changes)
-
-
-def test_cached_embeddings_are_those_of_the_encoders_with_nothing_in_the_padding(photos, encoders, capsys):
+def test_captions_are_embedded_once_and_read_as_batches(photos, encoders, capsys):
+    pytest.importorskip("pyarrow")
     (photos / "a 5.txt").write_text("grey " * 30)              # longer than the encoders read
     (photos / "a 6.txt").write_text("")
-    folders = embedded(photos, encoders)
-    assert "24" in capsys.readouterr().out
-    config = reading(photos)
-    world = data.open_data(config)
-    batches = Batches(world, config, False)
+    indexed(photos)
+    args = types.SimpleNamespace(path=str(photos), encoder="t5-xxl:6,clip-h:5", weights=folders(encoders, "t5", "clip"), dtype="fp32", vae=None)
+    data.embed(args, tiny(data=str(photos), batch=5))
+    config = tiny(data=str(photos), encoder=args.encoder, encoder_width=(32, 24), text_length=11, caption_dropout=0.0)
+    batches = Batches(data.open_data(config), config, False)
     x, text, _ = batches[0]
     assert text.shape == (8, 11, 32) and text.dtype == torch.float32
     captions = [batches.sample(e, i)[1] for e, i in batches.pairs(0)]
-    direct = data.encode_captions(captions, config | {"encoder_weights": folders, "encoder_id": batches.identity["encoder_id"]})
-    assert torch.allclose(text, direct, atol=1e-5) and torch.equal(data.encode_captions(captions, config), text)
-    net = pytest.importorskip("transformers").T5EncoderModel.from_pretrained(encoders / "t5").eval()
-    tokens = data.open_encoders(BOTH, folders, "fp32")[0].tokenizer(captions[0], return_tensors="pt")
-    assert torch.allclose(text[0, :tokens.input_ids.shape[1]], net(**tokens).last_hidden_state[0], atol=1e-5)
-    mask = text.any(-1)
-    for row, caption in zip(mask, captions):
-        n = min(len(caption.split()) + 1, 6) if caption else 0
-        assert row.tolist() == [True] * n + [False] * (6 - n) + [True] * min(n, 5) + [False] * (5 - min(n, 5))
-    assert not text[:, 6:, 24:].any()                          # CLIP is narrower
+    now = data.encode_captions(captions, config | {"encoder_weights": args.weights, "encoder_id": batches.identity["encoder_id"]})
+    assert torch.allclose(text, now, atol=1e-5) and torch.equal(data.encode_captions(captions, config), text)
     assert data.encode_captions(["", ""], config).shape == (2, 11, 32) and not data.encode_captions([""], config).any()
-
-
-def test_embeddings_of_another_encoder_are_refused_with_both_names(photos, encoders, capsys):
-    embedded(photos, encoders)
-    config = reading(photos)
-    world = data.open_data(config)
-    name = Batches(world, config, False).identity["encoder_id"]
-    assert re.fullmatch(r"t5-xxl fp32 \w{16}, clip-h fp32 \w{16}", name)
-    refused(capsys, lambda: Batches(world, config | {"encoder_id": "t5-xxl fp32 0123456789abcdef"}, False), "0123456789abcdef", name)
-    others = f"{encoders / 'other'},{encoders / 'clip'}"
-    refused(capsys, lambda: data.encode_captions(["grey"], config | {"encoder_id": name, "encoder_weights": others}), name, "encoder_weights holds t5-xxl fp32")
     refused(capsys, lambda: data.encode_captions(["unseen words"], config), "'unseen words'", "set encoder_weights")
-    refused(capsys, lambda: Batches(world, config | {"encoder_width": (32, 32)}, False), "(32, 24) wide")
-    refused(capsys, lambda: Batches(world, config | {"encoder": "t5-xl:128"}, False), "did you mean 't5-xxl'")
-    refused(capsys, lambda: embedded(photos, encoders, weights=("other", "clip")), "made otherwise")
-    (photos / "a 3.txt").write_text("other words")
-    indexed(photos)
-    refused(capsys, lambda: Batches(data.open_data(config), config, False), "other captions than the index")
-
-
-def test_embedding_goes_on_where_it_was_killed(photos, encoders):
-    embedded(photos, encoders, "byt5:12", ["byt5"], dtype="bf16")
-    folder = photos / data.INDEX / "byt5-12"
-    whole = {p.name: p.read_bytes() for p in folder.iterdir()}
-    about = json.loads(whole["about.json"])
-    assert about["id"].startswith("byt5 bf16 ") and len(whole["values.bin"]) == 2 * 32 * about["rows"] and about["rows"] == 24 * 12
-    for values, ends in ((0, 0), (len(whole["values.bin"]) // 2 + 7, len(whole["ends.bin"])), (len(whole["values.bin"]), 83)):
-        (folder / "about.json").unlink(missing_ok=True)
-        (folder / "started.json").write_text(json.dumps({k: v for k, v in about.items() if k not in ("arrays", "rows")}, sort_keys=True))
-        os.truncate(folder / "values.bin", values)
-        os.truncate(folder / "ends.bin", ends)
-        calls = []
-        net = data.open_encoders("byt5:12", str(encoders / "byt5"), "bf16")[0].net
-        hook = net.register_forward_hook(lambda *_: calls.append(1))
-        embedded(photos, encoders, "byt5:12", ["byt5"], dtype="bf16")
-        hook.remove()
-        assert {p.name: p.read_bytes() for p in folder.iterdir()} == whole
-        assert len(calls) == (5 if not values else 3 if ends != 83 else 3)
-
-
-def test_embeddings_that_are_not_finite_are_refused_by_name(photos, encoders, capsys):
-    args = ("t5-xxl:6", ["t5"])
-    net = data.open_encoders("t5-xxl:6", str(encoders / "t5"), "fp32")[0].net
-    weight = net.shared.weight.data
-    kept = weight[3].clone()
-    weight[3] = float("nan")                                   # the word "grey"
-    refused(capsys, lambda: embedded(photos, encoders, *args), "not finite for caption", "'grey level")
-    weight[3] = kept
-    assert not os.path.exists(photos / data.INDEX / "t5-xxl-6" / "about.json")
-    embedded(photos, encoders, *args)
-    os.truncate(photos / data.INDEX / "t5-xxl-6" / "values.bin", 64)
-    config = reading(photos, encoder="t5-xxl:6", text_length=6, encoder_width=(32,))
-    refused(capsys, lambda: Batches(data.open_data(config), config, False), "other sizes than about.json says")
-
-
-def test_encoders_come_from_complete_local_folders_without_pickles(encoders, tmp_path, capsys):
-    open_ = lambda folder: data.Encoder("t5-xxl", 6, str(folder), "fp32")
-    refused(capsys, lambda: open_(tmp_path), "no encoder t5-xxl", "google/t5-v1_1-xxl")
-    shutil.copytree(encoders / "t5", tmp_path / "t5")
-    torch.save(Trap(), tmp_path / "t5" / "pytorch_model.bin")
-    (tmp_path / "t5" / "model.safetensors").unlink()
-    refused(capsys, lambda: open_(tmp_path / "t5"), "does not open", ".safetensors")
-    assert not os.path.exists("executed")
 
 
 def test_latents_are_made_once_and_read_as_batches(photos, capsys):
+    pytest.importorskip("pyarrow")
     config = tiny(data=str(photos), resolution=16, latent_stride=2, latent_channels=12, latent_scale=1.0, batch=24)
     indexed(photos)
-    args = types.SimpleNamespace(path=str(photos), encoder="", weights="", dtype="fp32", vae="blocks")
+    args = types.SimpleNamespace(path=str(photos), encoder="", weights="", dtype="fp32", vae="space_to_depth")
     data.embed(args, config)
-    config["autoencoder"] = "blocks"
+    config["autoencoder"] = "space_to_depth"
     world = data.open_data(config)
     batches = Batches(world, config, False)
     z, _, size = batches[0]
     assert z.shape == (24, 12, 8, 8)
     for row, z_, (_, i) in zip(size.tolist(), z, batches.pairs(0)):
         image, top, left = world.view(i, 16, 16)
-        assert torch.allclose(data.open_autoencoder(config).decode(z_[None]), to_tensor(np.stack([image])), atol=1e-6) and row[2:] == [top, left, 16, 16]
+        assert torch.allclose(open_autoencoder(config).decode(z_[None]), to_tensor(np.stack([image])), atol=1e-6) and row[2:] == [top, left, 16, 16]
     refused(capsys, lambda: Batches(world, config | {"flip": True}, False), "flip and jitter need pixels")
     refused(capsys, lambda: Batches(world, config | {"resize": "stretch"}, False), "resize crop there, stretch here")
-    about = photos / data.INDEX / "latents-16" / "about.json"
-    about.rename(about.with_suffix(".away"))                   # killed half-way
-    refused(capsys, lambda: Batches(world, config, False), "is not complete", "data.py embed")
-    about.with_suffix(".away").rename(about)
+    table = photos / data.INDEX / "latents-16.arrow"
+    table.rename(f"{table}.part")                              # killed half-way
+    refused(capsys, lambda: Batches(world, config, False), "is not complete")
+    os.rename(f"{table}.part", table)
     assert Batches(world, config | {"autoencoder": ""}, False)[0][0].shape == (24, 3, 16, 16)
 
 
-def test_sentencepiece_captions(photos, tmp_path, capsys):
+def test_a_vocabulary_is_trained_on_the_captions_and_read(photos, tmp_path, capsys):
     pytest.importorskip("sentencepiece")
     args = types.SimpleNamespace(path=str(photos), to=str(tmp_path / "v.model"), size=32000)
     data.vocabulary(args, tiny(data=str(photos)))
@@ -1272,12 +1169,8 @@ def test_sentencepiece_captions(photos, tmp_path, capsys):
     config = tiny(data=str(photos), encoder=f"sentencepiece:{args.to}", text_vocab=pieces + 1, text_length=30)
     batches = Batches(data.open_data(config), config, False)
     _, text, _ = batches[0]
-    assert text.shape == (8, 30) and text.dtype == torch.int64 and 0 < text.max() <= pieces and not data.encode_captions([""], config).any()
-    library = pytest.importorskip("sentencepiece").SentencePieceProcessor(model_file=args.to)
-    tokens = data.encode_captions(["grey level 7"], config)[0]
-    assert library.decode([int(t) - 1 for t in tokens if t]) == "grey level 7"
-    refused(capsys, lambda: data.encode_captions(["x"], config | {"text_vocab": 9}), f"set text_vocab = {pieces + 1}")
-    refused(capsys, lambda: data.encode_captions(["x"], config | {"encoder_id": "sentencepiece 0000"}), "sentencepiece 0000", batches.identity["encoder_id"])
+    assert text.shape == (8, 30) and text.dtype == torch.int64 and 0 < text.max() <= pieces
+    assert not data.encode_captions([""], config).any() and batches.identity["encoder_id"].startswith("sentencepiece ")
 
 
 # data: looking
@@ -1331,58 +1224,14 @@ for step, _ in enumerate(data.torch.utils.data.DataLoader(batches, batch_size=No
     assert len(table) == 5 and table[-1][1] < 1.03 * table[1][1], done.stdout + done.stderr[-2000:]
 
 
-@pytest.fixture(scope="session")
-def vae(tmp_path_factory):
-    """A tiny AutoencoderKL with random weights, made here and saved as diffusers does."""
-    diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("vae")
-    diffusers.AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 16),
-                            layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=32, scaling_factor=0.5).save_pretrained(folder)
-    return [("autoencoder", str(folder)), ("latent_stride", "2"), ("latent_scale", "0.5")]
+def test_png_is_read_back_by_a_library(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    data.write_png(str(tmp_path / "x.png"), pixels)
+    assert (np.asarray(image.open(tmp_path / "x.png")) == pixels).all()
 
 
-def test_latents_of_an_autoencoder_are_its_scaled_mean_and_decode_in_tiles(vae, capsys):
-    from diffusers import AutoencoderKL
-    config = load_config("toy", "grow", vae)
-    opened, plain = data.open_autoencoder(config), AutoencoderKL.from_pretrained(vae[0][1], low_cpu_mem_usage=False).eval()
-    x = torch.rand(2, 3, 32, 24) * 2 - 1
-    with torch.no_grad():
-        mean = plain.encode(x).latent_dist.mean
-        assert torch.allclose(opened.encode(x), 0.5 * mean, atol=1e-6)
-        assert torch.allclose(opened.decode(0.5 * mean), plain.decode(mean).sample.clamp(-1, 1), atol=1e-6)
-        large = torch.randn(1, 4, 40, 48)                      # tiles are 16 latents wide
-        assert opened.decode(large).shape == (1, 3, 80, 96)
-        assert not torch.allclose(opened.decode(large), plain.decode(large / 0.5).sample.clamp(-1, 1), atol=1e-5)      # so it was tiled
-    assert models.image_shape(config) == (4, 16, 16)
-    for key, value, words in [("latent_scale", 0.13025, "set latent_scale = 0.5"), ("latent_channels", 8, "set latent_channels = 4"),
-                              ("autoencoder", "/nowhere", "no autoencoder in '/nowhere'")]:
-        with pytest.raises(UserError):
-            data.open_autoencoder({**config, key: value})
-        assert words in capsys.readouterr().err
-
-
-def test_without_diffusers_latents_say_what_to_install(monkeypatch, tmp_path, capsys):
-    (tmp_path / "config.json").write_text("{}")
-    monkeypatch.setitem(sys.modules, "diffusers", None)
-    with pytest.raises(UserError):
-        data.open_autoencoder(dict(tiny(), autoencoder=str(tmp_path)))
-    assert "pip install diffusers" in capsys.readouterr().err
-
-
-def test_blocks_lose_nothing_and_pixels_stay_as_they_are(capsys):
-    x = torch.rand(2, 3, 16, 24) * 2 - 1
-    config = tiny(autoencoder="blocks", latent_channels=12, latent_stride=2, latent_scale=0.7)
-    blocks = data.open_autoencoder(config)
-    assert blocks.encode(x).shape == (2, 12, 8, 12) and torch.allclose(blocks.decode(blocks.encode(x)), x, atol=1e-6)
-    pixels = data.open_autoencoder(tiny())
-    assert torch.equal(pixels.encode(x), x) and torch.equal(pixels.decode(x), x)
-    with pytest.raises(UserError):
-        data.open_autoencoder(dict(config, latent_channels=4))
-    assert "set latent_channels = 12" in capsys.readouterr().err
-
-
-# ---- model.py --------------------------------------------------------------------------------------------------------
+# ---- model.py ---------------------------------------------------------------------------------------------------------------
 
 def test_noise_schedule_is_the_cosine_shifted_by_resolution():
     config = tiny(logsnr_min=-20.0, logsnr_max=20.0)
@@ -3197,7 +3046,9 @@ def test_readme_tells_true_line_counts_and_starts_early():
 
 from lib.test_checkpoint import *  # noqa
 from lib.test_draws import *  # noqa
+from lib.test_encoders import *  # noqa
 from lib.test_files import *  # noqa
 from lib.test_pictures import *  # noqa
 from lib.test_processes import *  # noqa
 from lib.test_settings import *  # noqa
+from lib.test_tables import *  # noqa
