@@ -1245,7 +1245,7 @@ def embed_images(data, config, sizes, dtype):
         except (OSError, Unfit) as e:
             print(f"skipped {data.where(i)}: {e}", file=sys.stderr)
             return torch.zeros(0, 0, 0)                        # LatentCache.view passes over it
-        z = autoencoder.encode(to_tensor(image[None]).to(device))[0].cpu()                         # (c, H/s, W/s)
+        z = autoencoder.encode(to_tensor(np.stack([image])).to(device))[0].cpu()                        # (c, H/s, W/s)
         if not z.isfinite().all():
             raise UserError(f"the latents of {data.where(i)} are not finite: "
                             "try --dtype fp32, or check the autoencoder")
