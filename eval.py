@@ -21,7 +21,6 @@ the networks turn images into features, and `evaluate` is where a run's pictures
 """
 import argparse
 import base64
-import csv
 import functools
 import glob
 import hashlib
@@ -29,7 +28,6 @@ import itertools
 import json
 import os
 import platform
-import re
 import sys
 import tempfile
 
@@ -44,6 +42,7 @@ from lib.draws import normals, uniforms
 from lib.encoders import open_autoencoder
 from lib.files import atomic_write, file_hash, free_name, import_extra
 from lib.pictures import draw_tuning, to_tensor, to_uint8, write_png
+from lib.questions import dsg_corpus, dsg_table, read_answers, read_dsg
 from lib.settings import UserError
 from model import diffusion_loss, load, read_checkpoint
 from sample import SAMPLERS, sample
@@ -380,38 +379,6 @@ def inception_score(logits, splits=10):
         marginal = log_p.logsumexp(0) - np.log(len(log_p))                         # (classes,): log of the mean p
         scores.append((log_p.exp() * (log_p - marginal)).sum(1).mean().exp().item())  # exp of the mean KL
     return float(np.mean(scores)), float(np.std(scores))
-
-
-def dsg_right(answers, parents):
-    """
-    {id: 0 or 1}: a question counts only if it and all its parents are answered 1 (Cho et al. 2024, in the published code).
-    One level: a parent's own answer decides, not whether that parent counts. Parents that nobody asked stop nothing.
-    """
-    if not set(answers.values()) <= {0, 1}:
-        raise ValueError(f"answers must be 0 or 1, not {sorted(map(str, set(answers.values()) - {0, 1}))}")
-    return {q: int(a and all(answers.get(p, 1) for p in parents.get(q, ()) if p != 0)) for q, a in answers.items()}
-
-
-def dsg_score(answers, parents):
-    """Share in [0, 1] of one prompt's questions that count: answers {id: 0 or 1}, parents {id: [ids]}, 0 the root. No answers: 0."""
-    right = dsg_right(answers, parents)
-    return sum(right.values()) / max(len(right), 1)
-
-
-def dsg_corpus(prompts):
-    """
-    {"overall": mean over prompts of dsg_score, category: mean over all questions of that category} from a list of {"answers",
-    "parents", "categories": {id: name}}.
-    """
-    if not prompts:
-        raise ValueError("no prompts: there is nothing to average")
-    by_category = {}                                           # over all questions, not over prompts
-    for prompt in prompts:
-        for q, right in dsg_right(prompt["answers"], prompt["parents"]).items():
-            if q in prompt.get("categories", {}):
-                by_category.setdefault(prompt["categories"][q], []).append(right)
-    overall = float(np.mean([dsg_score(p["answers"], p["parents"]) for p in prompts]))  # each prompt counts alike, however long
-    return {"overall": overall} | {c: float(np.mean(r)) for c, r in by_category.items()}
 
 
 def resize(images, size):
@@ -825,74 +792,6 @@ def with_kept_pictures(task, folder, ranks=(0, 1)):
 
 # ---------------------------------------------------------------------------------------------------------------
 # Questions about real images: Davidsonian scene graphs (DSG, Cho et al. 2024), in the columns of Greedy Growing, Table 6
-
-COLUMNS = {"entity": "entities", "relation": "relations", "attribute": "attributes", "global": "global",
-           "other": "attributes", "action": "relations"}       # the last two as in DSG's own breakdown: counts and text are attributes
-
-
-def read_table(file, columns):
-    """The rows of a CSV file as dicts; `columns` are those that it must have."""
-    try:
-        with open(file, newline="", encoding="utf-8-sig") as f:                    # as spreadsheets write it
-            rows = list(csv.DictReader(f))                     # captions may hold commas, quotes and line breaks
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise UserError(f"{file!r} cannot be read ({e}): give a CSV file with the columns {', '.join(columns)}")
-    if lacking := [c for c in columns if not rows or rows[0].get(c) is None]:
-        raise UserError(f"{file!r} lacks {', '.join(lacking)}: give a CSV file with the columns {', '.join(columns)}")
-    return rows
-
-
-def read_dsg(file):
-    """
-    Prompts of a DSG file in the published format (dsg-1k-anns.csv, a row per question): a list of {"item", "text",
-    "questions": {id: text}, "parents": {id: [ids]}, "categories": {id: column of Table 6}}, in the file's order.
-    """
-    prompts, broken = {}, set()                                # rows of a prompt need not stand together
-    for row in read_table(file, ("item_id", "text", "proposition_id", "dependency", "category_broad", "question_natural_language")):
-        item, kind = row["item_id"], (row["category_broad"] or "").strip()
-        if not re.fullmatch(r"[\w.-]+", item) or not row["proposition_id"].isdecimal() or kind not in COLUMNS:
-            raise UserError(f"{file!r}: item {item!r}, question {row['proposition_id']!r}, category {kind!r}: mend that row")
-        p = prompts.setdefault(item, {"item": item, "text": row["text"], "questions": {}, "parents": {}, "categories": {}})
-        q = int(row["proposition_id"])
-        p["questions"][q], p["categories"][q] = row["question_natural_language"], COLUMNS[kind]
-        try:
-            p["parents"][q] = [int(parent) for parent in (row["dependency"] or "").split(",")]  # 0 is the root
-        except ValueError:
-            broken.add(item)
-    for item in broken:                                        # as the published code: one bad string frees all questions of its prompt
-        prompts[item]["parents"] = {}
-    if broken:
-        print(f"{len(broken)} prompts have dependencies that cannot be read and are scored without, such as {min(broken)}")
-    return list(prompts.values())
-
-
-def read_answers(file, prompts):
-    """[{id: answer}] for the prompts from a CSV file as DSG publishes them: item_id, question_id, answer, and perhaps t2i_model."""
-    rows, known = read_table(file, ("item_id", "question_id", "answer")), {p["item"]: i for i, p in enumerate(prompts)}  # item -> its place
-    if len(models := {row["t2i_model"] for row in rows if "t2i_model" in row}) > 1:
-        raise UserError(f"{file!r} answers for {', '.join(sorted(models))}: keep the rows of one model")
-    said = [{} for _ in prompts]                               # a prompt may stay without answers
-    for row in rows:
-        if row["item_id"] in known:
-            i = known[row["item_id"]]
-            if not row["question_id"].isdecimal() or int(row["question_id"]) not in prompts[i]["questions"]:
-                raise UserError(f"{file!r} answers question {row['question_id']!r} of {row['item_id']!r}, which the DSG file does not ask")
-            said[i][int(row["question_id"])] = row["answer"]
-    if not any(said):
-        raise UserError(f"{file!r} answers none of these prompts: its item_id must be those of the DSG file")
-    return said
-
-
-def dsg_table(prompts, said):
-    """{"entities", "relations", "attributes", "global", "dsg"} from [{id: answer}]: "yes" is right, whatever else is wrong."""
-    odd = sum(answer not in ("yes", "no") for answers in said for answer in answers.values())  # as "Yes." would be
-    mute = sum(len(p["questions"]) - len(answers) for p, answers in zip(prompts, said))  # asked, but not answered
-    if odd or mute:                                            # nothing is dropped without a word
-        print(f"{odd} answers are neither yes nor no and count as no; {mute} questions have no answer; a prompt without any scores 0")
-    score = dsg_corpus([{"answers": {q: int(a == "yes") for q, a in answers.items()}, "parents": p["parents"], "categories": p["categories"]}
-                        for p, answers in zip(prompts, said)])
-    return {c: score.get(c, float("nan")) for c in dict.fromkeys(COLUMNS.values())} | {"dsg": score["overall"]}  # in the order of the table
-
 
 def dsg_task(prompts, ask):
     """The pictures' captions are the prompts; `ask`, where there is one, is asked each question about its picture."""

@@ -48,6 +48,7 @@ from lib.encoders import open_autoencoder
 from lib.files import file_hash
 from lib.pictures import to_tensor, write_png
 from lib.settings import UserError, config_names, load_config, read_sections
+from lib.test_questions import ANSWERS, DSG
 from model import build
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -1772,28 +1773,6 @@ def test_inception_score_from_one_to_the_number_of_classes():
     assert evaluation.inception_score(p.log()) == (pytest.approx(np.mean(scores)), pytest.approx(np.std(scores)))
 
 
-def test_dsg_looks_one_level_up_and_survives_odd_parents():
-    score, chain = evaluation.dsg_score, {1: [0], 2: [1], 3: [2]}
-    assert score({1: 1, 2: 1, 3: 1}, chain) == 1 and score({}, {}) == 0
-    assert score({1: 0, 2: 1, 3: 1}, chain) == pytest.approx(1 / 3)                # 3 counts: its parent's own answer is 1
-    assert score({1: 1, 2: 0, 3: 1}, chain) == pytest.approx(1 / 3)
-    assert score({1: 1, 2: 1}, {1: [2], 2: [0]}) == 1                              # the parent comes later
-    assert score({1: 1, 2: 1}, {1: [2], 2: [1]}) == 1 and score({1: 1, 2: 0}, {1: [2], 2: [1]}) == 0   # a cycle
-    assert score({1: 1, 2: 0}, {1: [1], 2: [2]}) == 0.5                            # its own parent
-    assert score({1: 1}, {1: [7]}) == 1 and score({1: 1}, {}) == 1                 # a parent that does not exist; none listed
-    with pytest.raises(ValueError, match="0 or 1"):
-        score({1: "yes"}, {})
-
-
-def test_dsg_corpus_averages_over_prompts_not_questions():
-    prompts = [{"answers": {1: 1}, "parents": {1: [0]}, "categories": {1: "entity"}},
-               {"answers": {1: 0, 2: 1, 3: 1}, "parents": {1: [0], 2: [1], 3: [0]}, "categories": {1: "entity", 2: "colour", 3: "entity"}},
-               {"answers": {}, "parents": {}, "categories": {}}]
-    assert evaluation.dsg_corpus(prompts) == {"overall": pytest.approx((1 + 1 / 3 + 0) / 3), "entity": pytest.approx(2 / 3), "colour": 0}
-    with pytest.raises(ValueError):
-        evaluation.dsg_corpus([])
-
-
 @pytest.mark.parametrize("size", [(24, 24), (64, 64), (224, 224), (30, 50)])
 def test_resize_is_that_of_pillow(size):
     pillow = pytest.importorskip("PIL.Image")
@@ -2028,26 +2007,6 @@ def test_the_inception_file_gets_whole_levels_and_gives_its_features(tmp_path, m
 
 # ---- questions about real images ------------------------------------------------------------------------------------------------
 
-DSG = """item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language
-zoo_1,"a red fox, left of two owls",fox,1,0,entity,whole,entity - whole (fox),Is there a fox?
-zoo_1,"a red fox, left of two owls","fox, red",2,1,attribute,color,"attribute - color (fox, red)",Is the fox red?
-zoo_1,"a red fox, left of two owls",owls,3,0,entity,whole,entity - whole (owls),Are there owls?
-zoo_1,"a red fox, left of two owls","owls, ==2",4,3,other,count,"other - count (owls, ==2)",Are there two owls?
-zoo_1,"a red fox, left of two owls","fox, owls",5,"1,3",relation,spatial,"relation - spatial (fox, owls)",Is the fox left of the owls?
-sea_7,a photo of the sea,photo,1,0,global,-,global - (photo),Is this a photo?
-sea_7,a photo of the sea,sea,2,"0, calm",entity,whole,entity - whole (sea),Is there a sea?
-"""
-ANSWERS = """t2i_model,item_id,question,question_id,answer
-m,zoo_1,,1,no
-m,zoo_1,,2,yes
-m,zoo_1,,3,yes
-m,zoo_1,,4,Yes
-m,zoo_1,,5,yes
-m,sea_7,,1,yes
-m,sea_7,,2,yes
-"""
-
-
 @pytest.fixture
 def says(monkeypatch, capsys):
     """says(*words): what eval.py prints when called with these words; a refusal ends with status 2 and one line."""
@@ -2063,33 +2022,17 @@ def says(monkeypatch, capsys):
     return called
 
 
-def test_a_dsg_file_and_published_answers_give_the_columns_of_table_6(tmp_path, says):
+def test_published_answers_are_scored_from_the_command_line(tmp_path, says):
     (tmp_path / "dsg.csv").write_text(DSG)
-    (tmp_path / "said.csv").write_text(ANSWERS)
-    prompts = evaluation.read_dsg(str(tmp_path / "dsg.csv"))
-    assert [p["text"] for p in prompts] == ["a red fox, left of two owls", "a photo of the sea"] and prompts[0]["parents"][5] == [1, 3]
-    assert prompts[0]["categories"][4] == "attributes" and prompts[1]["parents"] == {}       # a count; a string that is no number
-    said = says("made/by/m", "--dsg", tmp_path / "dsg.csv", "--answers", tmp_path / "said.csv", "--json", tmp_path / "e.json")
-    told = json.load(open(tmp_path / "e.json"))
-    # no fox, so neither its colour nor its place counts; "Yes" is not "yes"; each prompt counts alike: (1 / 5 + 2 / 2) / 2
-    assert told["metrics"]["questions"] == {"entities": pytest.approx(2 / 3), "relations": 0, "attributes": 0, "global": 1, "dsg": pytest.approx(0.6)}
-    assert "1 answers are neither yes nor no" in said and "1 prompts have dependencies that cannot be read" in said and "dsg 0.600" in said
-    assert told["answers"]["sea_7"] == {"1": "yes", "2": "yes"} and len(told["card"]["networks"]["vqa"]["answers"].split("sha256 ")[1]) == 64
-    (tmp_path / "said.csv").write_text("\n".join(ANSWERS.splitlines()[:6]))
-    said = says("m", "--dsg", tmp_path / "dsg.csv", "--answers", tmp_path / "said.csv")
-    assert "2 questions have no answer" in said and "dsg 0.100" in said            # (1 / 5 + 0) / 2
-
-
-@pytest.mark.parametrize("file, old, new, words", [
-    ("dsg", "dependency", "parents", "lacks dependency"), ("dsg", ",global,", ",mood,", "category 'mood'"), ("dsg", "sea_7,", "../sea,", "'../sea'"),
-    ("dsg", DSG, "", "lacks item_id"), ("said", "m,sea_7,,2", "n,sea_7,,2", "answers for m, n"), ("said", "sea_7,,2", "sea_7,,9", "question '9'"),
-    ("said", "m,", "m,x", "answers none"), ("said", "answer", "reply", "lacks answer")])
-def test_bad_question_and_answer_files_are_refused(file, old, new, words, tmp_path, says):
-    texts = {"dsg": DSG, "said": ANSWERS}
-    for name, text in texts.items():
-        (tmp_path / f"{name}.csv").write_text(text.replace(old, new) if name == file else text)
-    said = says("m", "--dsg", tmp_path / "dsg.csv", "--answers", tmp_path / "said.csv")
-    assert said.splitlines()[-1].startswith("error: ") and words in said
+    (tmp_path / "answers.csv").write_text(ANSWERS)
+    words = "m", "--dsg", tmp_path / "dsg.csv", "--answers", tmp_path / "answers.csv"
+    printed = says(*words, "--json", tmp_path / "e.json")
+    result = json.load(open(tmp_path / "e.json"))
+    assert result["metrics"]["questions"]["dsg"] == pytest.approx(0.6) and "dsg 0.600" in printed
+    assert result["answers"]["sea_7"] == {"1": "yes", "2": "yes"}
+    assert len(result["card"]["networks"]["vqa"]["answers"].split("sha256 ")[1]) == 64
+    (tmp_path / "answers.csv").write_text(ANSWERS.replace("zoo_1", "zoo_2").replace("sea_7", "zoo_2"))
+    assert "error: " in says(*words) and "answers none" in says(*words)
 
 
 def tiny_blip(folder):
@@ -3050,5 +2993,6 @@ from lib.test_encoders import *  # noqa
 from lib.test_files import *  # noqa
 from lib.test_pictures import *  # noqa
 from lib.test_processes import *  # noqa
+from lib.test_questions import *  # noqa
 from lib.test_settings import *  # noqa
 from lib.test_tables import *  # noqa
