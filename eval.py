@@ -13,14 +13,14 @@ How good is a run: does the picture show what the caption says, and do the pictu
 
 On `scenes` a judge without learned weights looks at each generated picture (nearest colour, connected components, best
 matching shape) and answers the caption's questions. Beside each score stands its chance level: the same pictures judged
-against other captions. Features named `random` come from a fixed random network: they compare only runs of this repository
-at equal n, and no number made from them is FID. Every result ends with a card that says how it was made.
+against other captions. Features named `random` come from a fixed random network: they compare only runs of this
+repository at equal n, and no number made from them is FID. Every result ends with a card that says how it was made.
 
-Where to read: "Metrics" are plain functions that need nothing else of this file. The judge and its questions measure alignment,
-the networks turn images into features, and `evaluate` is where a run's pictures meet all of these. The rest is files and people.
+Where to read: "Metrics" are plain functions that need nothing else of this file. The judge and its questions measure
+alignment, the networks turn images into features, and `evaluate` is where a run's pictures meet all of these. The rest
+is files and people.
 """
 import argparse
-import base64
 import functools
 import glob
 import hashlib
@@ -29,7 +29,6 @@ import json
 import os
 import platform
 import sys
-import tempfile
 
 import numpy as np
 import torch
@@ -38,9 +37,10 @@ from tqdm import tqdm
 
 from data import (Batches, COLOURS, CONTRAST, GROUNDS, IMAGES, SHAPES, Scenes, describe, distance, encode_captions,
                   open_data, pillow, texture_wave)
-from lib.draws import normals, uniforms
+from lib.draws import normals
 from lib.encoders import open_autoencoder
 from lib.files import atomic_write, file_hash, free_name, import_extra
+from lib.people import QUESTIONS, ratings_score, read_ratings, write_page
 from lib.pictures import draw_tuning, to_tensor, to_uint8, write_png
 from lib.questions import dsg_corpus, dsg_table, read_answers, read_dsg
 from lib.settings import UserError
@@ -53,8 +53,9 @@ from sample import SAMPLERS, sample
 
 def components(mask):
     """
-    (H, W) bool -> (H, W) int: 4-connected pixels share a number, 0 is outside. Each pixel starts as its own number, takes the
-    largest of its neighbours, and then that of the pixel which this number names: the reach doubles each time.
+    (H, W) bool -> (H, W) int: 4-connected pixels share a number, 0 is outside. Each pixel starts as its own number,
+    takes the largest of its neighbours, and then that of the pixel which this number names: the reach doubles each
+    time.
     """
     label = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
     while True:
@@ -66,7 +67,10 @@ def components(mask):
 
 
 def neighbourhood(x):
-    """(H, W) -> (5, H, W): x and its four shifts, zeros beyond the border. Of a mask, all(0) erodes by a pixel and any(0) dilates."""
+    """
+    (H, W) -> (5, H, W): x and its four shifts, zeros beyond the border. Of a mask, all(0) erodes by a pixel and any(0)
+    dilates.
+    """
     p = np.pad(x, 1)
     return np.stack([x, p[:-2, 1:-1], p[2:, 1:-1], p[1:-1, :-2], p[1:-1, 2:]])
 
@@ -82,9 +86,9 @@ def template(shape, area, x0, y0, side):
 
 def look(image, cycles, least_fit=0.75):
     """
-    What the judge sees in (H, W, 3) uint8: (ground, objects). An object is a connected region of non-ground colours of at
-    least 0.5 % of the picture. Its shape is the one whose template of equal area and centre overlaps it best (intersection
-    over union of soft cover); under `least_fit` it is a "blob", which answers no question about shapes.
+    What the judge sees in (H, W, 3) uint8: (ground, objects). An object is a connected region of non-ground colours of
+    at least 0.5 % of the picture. Its shape is the one whose template of equal area and centre overlaps it best
+    (intersection over union of soft cover); under `least_fit` it is a "blob", which answers no question about shapes.
     """
     image, side = image / 255.0, len(image)                    # (H, W, 3) in [0, 1]
     border = np.median(np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]]), 0)  # (3,): the ground, unless shapes touch the border
@@ -98,7 +102,9 @@ def look(image, cycles, least_fit=0.75):
 
 
 def describe_region(image, region, back, palette, cycles, least_fit):
-    """One region of `look` -> dict: shape, colour, texture, diameter (share of the side), centre (x, y in [0, 1]), fit."""
+    """
+    One region of `look` -> dict: shape, colour, texture, diameter (share of the side), centre (x, y in [0, 1]), fit.
+    """
     side, around = len(image), neighbourhood(region)
     inner = around.all(0) if around.all(0).any() else region   # without its edge, whose pixels mix two colours
     mean = image[inner].mean(0)                                                    # (3,)
@@ -126,7 +132,9 @@ def describe_region(image, region, back, palette, cycles, least_fit):
 
 
 def matches(group, thing, middle):
-    """Does this object have the group's shape, size, colour, texture? Four booleans. `middle` parts small from large."""
+    """
+    Does this object have the group's shape, size, colour, texture? Four booleans. `middle` parts small from large.
+    """
     size = "small" if thing["diameter"] < middle else "large"  # sizes lie 5 % about two means
     return [thing["shape"] == group["shape"], size == group["size"], thing["colour"] == group["colour"],
             thing["texture"] == group["texture"]]
@@ -134,9 +142,10 @@ def matches(group, thing, middle):
 
 def judge_answers(scene, ground, objects, middle):
     """
-    The caption's questions and the judge's answers: a list of (category, parents, 0 or 1), parents being places in the list.
-    Each group of the caption is answered by an object of its own, the assignment that answers most: shape first.
-    A group is what a caption says once, such as "two small red circles"; scene is that of Scenes.scene, the rest from `look`.
+    The caption's questions and the judge's answers: a list of (category, parents, 0 or 1), parents being places in the
+    list. Each group of the caption is answered by an object of its own, the assignment that answers most: shape first.
+    A group is what a caption says once, such as "two small red circles"; scene is that of Scenes.scene, the rest from
+    `look`.
     """
     groups, axis = scene["groups"], 1 if scene["relation"] == "above" else 0
     in_order = lambda one, two: one["centre"][axis] < two["centre"][axis]          # one lies left of two, or above it
@@ -161,8 +170,8 @@ def judge_answers(scene, ground, objects, middle):
 
 def questions_score(scenes, seen, middle):
     """
-    {"entities", "attributes", "relations", "counts", "global": share of questions right, "dsg": mean over captions of each
-    caption's share}, by the rule of dsg_corpus. A kind of question that no caption asks is nan.
+    {"entities", "attributes", "relations", "counts", "global": share of questions right, "dsg": mean over captions of
+    each caption's share}, by the rule of dsg_corpus. A kind of question that no caption asks is nan.
     """
     prompts = []
     for scene, (ground, objects) in zip(scenes, seen):
@@ -176,8 +185,8 @@ def questions_score(scenes, seen, middle):
 
 def judge(world, scenes, seen):
     """
-    questions_score of what `look` saw in the pictures of these scenes, with chance_dsg: the same pictures, each judged by the
-    next one's caption. A model that ignores its caption scores chance_dsg, which lies far above 0.
+    questions_score of what `look` saw in the pictures of these scenes, with chance_dsg: the same pictures, each judged
+    by the next one's caption. A model that ignores its caption scores chance_dsg, which lies far above 0.
     """
     middle = sum(world.diameters.values()) / 2                 # parts small from large
     score = questions_score(scenes, seen, middle)
@@ -186,8 +195,8 @@ def judge(world, scenes, seen):
 
 def counting(scenes, seen):
     """
-    {"1", "2", "3": share of the groups of so many of which the picture holds exactly so many, of their shape and colour}
-    (Greedy Growing, appendix on counting, where people count). A number that no caption asks for is left out.
+    {"1", "2", "3": share of the groups of so many of which the picture holds exactly so many, of their shape and
+    colour} (Greedy Growing, appendix on counting, where people count). A number that no caption asks for is left out.
     """
     right = {}
     for scene, (_, objects) in zip(scenes, seen):
@@ -215,7 +224,9 @@ BLOCK = 2048                                                   # rows at a time:
 
 
 def check(*sets, least=1):
-    """Each set is (n >= least, D), finite, with one D for all. Unchecked, a NaN compares as False and D = 1 broadcasts."""
+    """
+    Each set is (n >= least, D), finite, with one D for all. Unchecked, a NaN compares as False and D = 1 broadcasts.
+    """
     for x in sets:
         if not torch.is_tensor(x) or x.ndim != 2 or x.is_complex() or not x.shape[1]:
             raise ValueError(f"expected a real tensor (rows, width), not {tuple(x.shape) if hasattr(x, 'shape') else type(x)}")
@@ -228,7 +239,10 @@ def check(*sets, least=1):
 
 
 def feature_stats(x):
-    """(n >= 2, D) -> mean (D,) and covariance (D, D), divisor n - 1 as np.cov. Centred first, so that a common offset costs no digits."""
+    """
+    (n >= 2, D) -> mean (D,) and covariance (D, D), divisor n - 1 as np.cov. Centred first, so that a common offset
+    costs no digits.
+    """
     check(x, least=2)
     mu = sum(rows.double().sum(0) for rows in x.split(BLOCK)) / len(x)             # (D,)
     centred = (rows.double() - mu for rows in x.split(BLOCK))  # (p, D) each
@@ -237,9 +251,10 @@ def feature_stats(x):
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """
-    |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2) between two Gaussians (Dowson and Landau 1982; FID: Heusel et al. 2017). The
-    last trace is the sum of singular values of S1^1/2 S2^1/2: other routes take roots of eigenvalues that are rounding noise,
-    1e-8 of the trace for each dimension without variance, this one 1e-9 in all. Nothing is added to the diagonals.
+    |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2) between two Gaussians (Dowson and Landau 1982; FID: Heusel et al. 2017).
+    The last trace is the sum of singular values of S1^1/2 S2^1/2: other routes take roots of eigenvalues that are
+    rounding noise, 1e-8 of the trace for each dimension without variance, this one 1e-9 in all. Nothing is added to the
+    diagonals.
     """
     check(mu1[None], sigma1, mu2[None], sigma2)
     for sigma in (sigma1, sigma2):
@@ -257,15 +272,17 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def pair_sum(kernel, x, y):
-    """Sum of kernel(a, b) over all pairs of rows of x (n, D) and y (m, D), in blocks; kernel: (p, D), (q, D) -> (p, q)."""
+    """
+    Sum of kernel(a, b) over all pairs of rows of x (n, D) and y (m, D), in blocks; kernel: (p, D), (q, D) -> (p, q).
+    """
     return sum(kernel(a.double(), b.double()).sum().item() for a in x.split(BLOCK) for b in y.split(BLOCK))
 
 
 def mmd(x, y):
     """
-    Unbiased squared MMD, mean k(x, x') + mean k(y, y') - 2 mean k(x, y), with the cubic kernel k = (x.y / D + 1)^3 over all rows at
-    once: what kid's mean estimates (Binkowski et al. 2018, eq. 4). x (n, D), y (m, D). It may be negative, and is for equal
-    sets: pairs of a row with itself are left out.
+    Unbiased squared MMD, mean k(x, x') + mean k(y, y') - 2 mean k(x, y), with the cubic kernel k = (x.y / D + 1)^3 over
+    all rows at once: what kid's mean estimates (Binkowski et al. 2018, eq. 4). x (n, D), y (m, D). It may be negative,
+    and is for equal sets: pairs of a row with itself are left out.
     """
     check(x, y, least=2)
     kernel = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3      # (p, q)
@@ -290,9 +307,9 @@ def kid(x, y, n_subsets=100, subset_size=1000, seed=0):
 
 def cmmd(x, y):
     """
-    1000 (mean k(x, x') + mean k(y, y') - 2 mean k(x, y)), k = exp(-|a - b|^2 / (2 10^2)) over all pairs, a row with itself
-    included: biased, >= 0, and 0 for equal sets (Jayasumana et al. 2024 and its code). Rows are meant to be CLIP image
-    embeddings of length one; they are taken as they come. k is near 1, so k - 1 is summed: the three ones cancel.
+    1000 (mean k(x, x') + mean k(y, y') - 2 mean k(x, y)), k = exp(-|a - b|^2 / (2 10^2)) over all pairs, a row with
+    itself included: biased, >= 0, and 0 for equal sets (Jayasumana et al. 2024 and its code). Rows are meant to be CLIP
+    image embeddings of length one; they are taken as they come. k is near 1, so k - 1 is summed: the three ones cancel.
     """
     check(x, y)
     kernel = lambda a, b: torch.expm1(squared_distances(a, b) / (-2 * 10 ** 2))    # k - 1, (p, q)
@@ -316,8 +333,8 @@ def radii(x, k):
 
 def balls(centres, points, k, closed):
     """
-    Around each of `centres` (n, D) a ball reaches to its k-th neighbour. How many balls hold each of `points` (m,), and how
-    many points each ball holds (n,). `closed` counts points on the surface.
+    Around each of `centres` (n, D) a ball reaches to its k-th neighbour. How many balls hold each of `points` (m,), and
+    how many points each ball holds (n,). `closed` counts points on the surface.
     """
     check(centres, points)
     if not 1 <= k < len(centres):
@@ -336,8 +353,9 @@ def balls(centres, points, k, closed):
 
 def precision_recall(real, fake, k=3):
     """
-    (precision, recall): the share of fake rows in some real row's ball, and of real rows in some fake row's ball; the balls
-    are closed and reach to the k-th neighbour (Kynkaanniemi et al. 2019, eq. 1-2). real (n > k, D), fake (m > k, D).
+    (precision, recall): the share of fake rows in some real row's ball, and of real rows in some fake row's ball; the
+    balls are closed and reach to the k-th neighbour (Kynkaanniemi et al. 2019, eq. 1-2). real (n > k, D), fake (m > k,
+    D).
     """
     share = lambda centres, points: (balls(centres, points, k, closed=True)[0] > 0).double().mean().item()  # of points that lie in a ball
     return share(real, fake), share(fake, real)                # precision asks of fake, recall of real
@@ -345,8 +363,9 @@ def precision_recall(real, fake, k=3):
 
 def prdc(real, fake, k=5):
     """
-    {"precision", "recall", "density", "coverage"} with open balls (Naeem et al. 2020, eq. 1-4, and its code `prdc`). Density:
-    real balls around a fake row, over k; coverage: real balls that hold a fake row. real (n > k, D), fake (m > k, D).
+    {"precision", "recall", "density", "coverage"} with open balls (Naeem et al. 2020, eq. 1-4, and its code `prdc`).
+    Density: real balls around a fake row, over k; coverage: real balls that hold a fake row. real (n > k, D), fake (m >
+    k, D).
     """
     of_fake, of_real_ball = balls(real, fake, k, closed=False)                     # (m,), (n,)
     of_real, _ = balls(fake, real, k, closed=False)            # for recall the fake rows carry the balls
@@ -356,7 +375,10 @@ def prdc(real, fake, k=5):
 
 
 def clip_score(image_embeddings, text_embeddings):
-    """100 x mean cosine of each image (n, D) with its caption (n, D), not clamped. Hessel et al. 2021 clamp and scale by 2.5."""
+    """
+    100 x mean cosine of each image (n, D) with its caption (n, D), not clamped. Hessel et al. 2021 clamp and scale by
+    2.5.
+    """
     check(image_embeddings, text_embeddings)
     if len(image_embeddings) != len(text_embeddings):
         raise ValueError(f"{len(image_embeddings)} images and {len(text_embeddings)} captions: give each image its caption")
@@ -367,8 +389,9 @@ def clip_score(image_embeddings, text_embeddings):
 
 def inception_score(logits, splits=10):
     """
-    Mean and standard deviation (ddof 0) over splits of exp(mean KL(p(y|x) || p(y))) (Salimans et al. 2016). Logits (n, classes)
-    without bias, rows in random order; split i is rows i n // splits to (i + 1) n // splits, as in the first code.
+    Mean and standard deviation (ddof 0) over splits of exp(mean KL(p(y|x) || p(y))) (Salimans et al. 2016). Logits (n,
+    classes) without bias, rows in random order; split i is rows i n // splits to (i + 1) n // splits, as in the first
+    code.
     """
     check(logits, least=max(splits, 1))
     if splits < 1:
@@ -383,9 +406,9 @@ def inception_score(logits, splits=10):
 
 def resize(images, size):
     """
-    (B, 3, H, W) in [0, 255], or floats in [0, 1], -> (B, 3, size, size) or (B, 3, *size) float. Bicubic with a = -0.5 and
-    antialias, as pillow's BICUBIC on floats: without antialias torch takes a = -0.75, another picture even when enlarging.
-    The overshoot is clamped to the range; nothing is rounded (pillow on uint8 rounds after each axis).
+    (B, 3, H, W) in [0, 255], or floats in [0, 1], -> (B, 3, size, size) or (B, 3, *size) float. Bicubic with a = -0.5
+    and antialias, as pillow's BICUBIC on floats: without antialias torch takes a = -0.75, another picture even when
+    enlarging. The overshoot is clamped to the range; nothing is rounded (pillow on uint8 rounds after each axis).
     """
     size = (size, size) if isinstance(size, int) else tuple(size)                  # height, width
     if images.ndim != 4 or images.shape[1] != 3 or not images.numel() or min(size) < 1:
@@ -409,8 +432,9 @@ def random_layers(seed=0):
 
 def random_features(images, seed=0):
     """
-    (n, H, W, 3) uint8 -> (n, 64) float64 from a fixed random network: three convolutions of stride 2 with ReLU, then mean and
-    spread of 32 channels over space. Sees colour, edges, layout statistics; its numbers depend on the size of the images.
+    (n, H, W, 3) uint8 -> (n, 64) float64 from a fixed random network: three convolutions of stride 2 with ReLU, then
+    mean and spread of 32 channels over space. Sees colour, edges, layout statistics; its numbers depend on the size of
+    the images.
     """
     layers, rows = random_layers(seed), []
     for chunk in to_tensor(images).split(256):                 # (B, 3, H, W) in [-1, 1]
@@ -432,8 +456,9 @@ OF_CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.275777
 
 def open_network(name, weights, device):
     """
-    (features, about): a function from (n, H, W, 3) uint8 to (n, D), and what the card must say about it. `weights` is a local
-    file or folder; UserError where it is absent, of another network, or lacks a tensor. `logits` are those of `inception`.
+    (features, about): a function from (n, H, W, 3) uint8 to (n, D), and what the card must say about it. `weights` is a
+    local file or folder; UserError where it is absent, of another network, or lacks a tensor. `logits` are those of
+    `inception`.
     """
     if name == "random":
         drawn = hashlib.sha256(b"".join(w.numpy().tobytes() for w in random_layers())).hexdigest()   # so that a new torch with new draws is noticed
@@ -458,8 +483,9 @@ def require_weights(flag, weights, kind):
 
 def open_inception(weights, device, logits=False):
     """
-    The 2048 pooled features of FID; or the 1008 logits of the Inception score, without bias as the first code had them. The
-    file's own output is softmax, whose logarithm differs from the logits by a constant per row, which the score does not see.
+    The 2048 pooled features of FID; or the 1008 logits of the Inception score, without bias as the first code had them.
+    The file's own output is softmax, whose logarithm differs from the logits by a constant per row, which the score
+    does not see.
     """
     net = torch.jit.load(weights, map_location=device).eval()
     pixels = lambda images: torch.tensor(images).permute(0, 3, 1, 2).to(device)    # (n, 3, H, W) uint8
@@ -471,7 +497,9 @@ def open_inception(weights, device, logits=False):
 
 
 def pretrained(kind, wanted, weights, device):
-    """A transformers network from a local folder. Refuses one of another type, and one whose file lacks a single weight."""
+    """
+    A transformers network from a local folder. Refuses one of another type, and one whose file lacks a single weight.
+    """
     transformers = import_extra("transformers", f"a network of type {wanted}")
     transformers.logging.set_verbosity_error()                 # what matters is checked below
     transformers.logging.disable_progress_bar()
@@ -488,7 +516,10 @@ def pretrained(kind, wanted, weights, device):
 
 
 def to_square(images, side, crop):
-    """(n, H, W, 3) uint8 -> (n, 3, side, side) in whole levels, as pillow makes them: the centre square if `crop`, else squashed."""
+    """
+    (n, H, W, 3) uint8 -> (n, 3, side, side) in whole levels, as pillow makes them: the centre square if `crop`, else
+    squashed.
+    """
     _, h, w, _ = images.shape
     s = min(h, w)                                              # side of the centre square
     if crop:
@@ -516,7 +547,9 @@ def hub_positions(table, new):
 
 
 def open_dino(weights, device, side=224):
-    """DINOv2's class token after the last norm, not normalised: the features of FD-DINO (Stein et al. 2023, dgm-eval)."""
+    """
+    DINOv2's class token after the last norm, not normalised: the features of FD-DINO (Stein et al. 2023, dgm-eval).
+    """
     net = pretrained("Dinov2Model", "dinov2", weights, device)
     table, c = net.embeddings.position_embeddings, net.config  # (1, 1 + 37^2, D)
     # a table that already fits is left alone by transformers, so its own interpolation never runs
@@ -528,8 +561,8 @@ def open_dino(weights, device, side=224):
 
 def open_clip(weights, device):
     """
-    CLIP's projected image embeddings of length one: CMMD takes 336 px (224 in Greedy Growing, Sec. 4.1). A list of captions
-    gives theirs, cut at 77 tokens, with no words put before them.
+    CLIP's projected image embeddings of length one: CMMD takes 336 px (224 in Greedy Growing, Sec. 4.1). A list of
+    captions gives theirs, cut at 77 tokens, with no words put before them.
     """
     net = pretrained("CLIPModel", "clip", weights, device)
     c, tokens = net.config.vision_config, net.config.text_config.max_position_embeddings
@@ -569,8 +602,8 @@ def needed(networks, metrics):
 
 def compare(reference, fake, metrics, captions=None):
     """
-    {metric_network: value} of {network: (n, D)} features of reference and generated images; captions (n, D) from CLIP. fd_inception
-    is FID, fd_dino is FD-DINO; mmd on clip is CMMD. `logits` stand alone.
+    {metric_network: value} of {network: (n, D)} features of reference and generated images; captions (n, D) from CLIP.
+    fd_inception is FID, fd_dino is FD-DINO; mmd on clip is CMMD. `logits` stand alone.
     """
     result = {}
     for name, x in fake.items():
@@ -598,14 +631,16 @@ CHUNK = 64                                                     # images at a tim
 
 
 def chunks(n):
-    """Ranges that cover 0 to n - 1. They do not depend on the number of ranks, so neither does a single bit of an image."""
+    """
+    Ranges that cover 0 to n - 1. They do not depend on the number of ranks, so neither does a single bit of an image.
+    """
     return [range(k, min(k + CHUNK, n)) for k in range(0, n, CHUNK)]
 
 
 def on_all_ranks(work, jobs, ranks, label=""):
     """
-    [work(job) for job in jobs], every world-th job done here: ranks = (rank, world). Rank 0 gets all results, in order; the
-    others get their own. One rank alone touches nothing of torch.distributed.
+    [work(job) for job in jobs], every world-th job done here: ranks = (rank, world). Rank 0 gets all results, in order;
+    the others get their own. One rank alone touches nothing of torch.distributed.
     """
     (rank, world), jobs = ranks, list(jobs)                    # jobs may be a generator
     mine = tqdm(range(rank, len(jobs), world), label, leave=False, disable=True if rank else None)  # in turns: all ranks end together
@@ -618,7 +653,10 @@ def on_all_ranks(work, jobs, ranks, label=""):
 
 
 def join_ranks():
-    """(rank, world) of this process under torchrun, else (0, 1). Over gloo also on GPUs: only finished results are gathered."""
+    """
+    (rank, world) of this process under torchrun, else (0, 1). Over gloo also on GPUs: only finished results are
+    gathered.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:              # torchrun sets it
         return 0, 1
     torch.distributed.init_process_group("gloo")
@@ -670,7 +708,9 @@ def folder_features(files, features, ranks=(0, 1)):
 
 
 def fingerprint(files):
-    """sha256 over the names and contents of files in order: it changes with any image that is added, renamed or edited."""
+    """
+    sha256 over the names and contents of files in order: it changes with any image that is added, renamed or edited.
+    """
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{os.path.basename(file)} {file_hash(file)}\n".encode())
@@ -679,8 +719,8 @@ def fingerprint(files):
 
 def open_reference(path, networks, ranks=(0, 1)):
     """
-    ({network: (n, D)}, size of the images or None, words for the card) of a folder, or of the one file that an earlier call
-    kept of it. The features of a folder are kept beside it under a name with the hashes of network and images.
+    ({network: (n, D)}, size of the images or None, words for the card) of a folder, or of the one file that an earlier
+    call kept of it. The features of a folder are kept beside it under a name with the hashes of network and images.
     """
     networks = {name: network for name, network in networks.items() if name != "logits"}
     if os.path.isfile(path):
@@ -732,7 +772,10 @@ def same_size(networks, one, other):
 
 
 def score_folders(real, fake, networks, metrics, ranks=(0, 1)):
-    """({metric: value}, facts for the card) of the images in two folders. `real` is the reference: precision and recall need the order."""
+    """
+    ({metric: value}, facts for the card) of the images in two folders. `real` is the reference: precision and recall
+    need the order.
+    """
     files, size = list_images(fake)
     reference, real_size, words = open_reference(real, networks if set(DISTANCES) & set(metrics) else {}, ranks)
     same_size(networks, real_size, size)                       # before the long work
@@ -745,7 +788,9 @@ def score_folders(real, fake, networks, metrics, ranks=(0, 1)):
 # what is found in the i-th picture, (H, W, 3) uint8; score(all that was found, metrics) -> {"questions": ..., "counting": ...}.
 
 def held_out(config):
-    """Scenes that training never draws (a caption may occur in both), or the images of the folder that it was trained on."""
+    """
+    Scenes that training never draws (a caption may occur in both), or the images of the folder that it was trained on.
+    """
     return Scenes(config, "exam", 0) if config["data"] == "scenes" else open_data(config)
 
 
@@ -802,8 +847,9 @@ def dsg_task(prompts, ask):
 
 def open_vqa(weights, device):
     """
-    (ask, card): ask(image (H, W, 3) uint8, question) -> an answer in words, from BLIP (Li et al. 2022), greedily. One question at
-    a time: transformers lets BLIP's decoder see padding, so a batch of questions of several lengths would change the answers.
+    (ask, card): ask(image (H, W, 3) uint8, question) -> an answer in words, from BLIP (Li et al. 2022), greedily. One
+    question at a time: transformers lets BLIP's decoder see padding, so a batch of questions of several lengths would
+    change the answers.
     """
     digest = require_weights("--vqa", weights, "blip")
     net, words = pretrained("BlipForQuestionAnswering", "blip", weights, device), open_tokenizer(weights, "blip")
@@ -852,8 +898,9 @@ def score_dsg(args, prompts, device, ranks):
 @torch.no_grad()
 def best_caption(model, config, image, text, number, seed=0, draws=16):
     """
-    Index of the row of text (options, L) or (options, L, E) under which the mean loss of image (H, W, 3) uint8 is lowest. All
-    options meet the same `draws` noises, at times spread evenly over [0, 1]: differences in noise would drown those in words.
+    Index of the row of text (options, L) or (options, L, E) under which the mean loss of image (H, W, 3) uint8 is
+    lowest. All options meet the same `draws` noises, at times spread evenly over [0, 1]: differences in noise would
+    drown those in words.
     """
     device = next(model.parameters()).device
     x = open_autoencoder(config, device).encode(to_tensor(image[None]).to(device)) # (1, C, H, W): pixels, or latents
@@ -890,8 +937,9 @@ def zeroshot(model, config, world, n, seed=0, draws=16, ranks=(0, 1)):
 
 def zeroshot_folder(model, config, folder, template, n, seed=0, draws=16, ranks=(0, 1)):
     """
-    On n images of folder/CLASS/*, evenly many of each class (rounded up): {class: accuracy, "mean", "chance"}. The caption is the
-    `template` with the class in place of {}, an underscore being a space; a picture's centre square is shown.
+    On n images of folder/CLASS/*, evenly many of each class (rounded up): {class: accuracy, "mean", "chance"}. The
+    caption is the `template` with the class in place of {}, an underscore being a space; a picture's centre square is
+    shown.
     """
     classes = sorted(d for d in os.listdir(folder) if os.path.isdir(os.path.join(folder, d))) if os.path.isdir(folder) else []
     files = {c: sorted(f for f in glob.glob(os.path.join(glob.escape(folder), glob.escape(c), "*")) if f.lower().endswith(IMAGES)) for c in classes}
@@ -911,104 +959,11 @@ def zeroshot_folder(model, config, folder, template, n, seed=0, draws=16, ranks=
 # ---------------------------------------------------------------------------------------------------------------
 # People compare two runs (Greedy Growing, Sec. 6.2): same caption, same noise, names hidden, three answers to two questions
 
-ASKED = {"aesthetics": "Which one looks better, whatever the words say?", "consistency": "Which one shows better what the words say?"}
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>Which picture?</title>
-<style>
-  body { font: 17px/1.4 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: .6rem }
-  progress { width: 100% }  #caption { font-size: 1.25rem; min-height: 1.8rem }
-  #pictures, .scale, #foot { display: flex; gap: .6rem; justify-content: center }
-  #pictures img { width: min(49%, 50vh); object-fit: contain; outline: 1px solid #8886 }
-  img.small { image-rendering: pixelated }  fieldset { border: 2px solid #8886; margin: .8rem 0 }  fieldset.now { border-color: #2a6df4 }
-  button { font: inherit; padding: .6rem .8rem }  .scale button { flex: 1 }  button.on { background: #2a6df4; color: white }
-</style>
-<progress id="bar"></progress><small id="place"></small>
-<p id="caption"></p>
-<div id="pictures"><img id="left" alt="left picture"><img id="right" alt="right picture"></div>
-<div id="questions"></div>
-<div id="foot"><button id="back">Back</button><button id="next">Next</button><button id="save">Save answers to a file</button></div>
-<p id="done" hidden><b>All answered, thank you! Please save your answers and send the file back.</b></p>
-<p><small>Keys: &larr; left, &darr; unsure (also: equally good or bad), &rarr; right, Backspace goes back. Answers stay in this browser.</small></p>
-<script>
-const pairs = PAIRS, sheet = "SHEET", asked = Object.entries(ASKED), scale = [[-1, "Left"], [0, "Unsure"], [1, "Right"]];
-const $ = id => document.getElementById(id), memory = "sheet-" + sheet;
-let state = {rater: Math.random().toString(36).slice(2, 10), answers: {}}, at = 0;
-try { state = JSON.parse(localStorage[memory]) || state } catch (e) {}         // a page closed by mistake loses nothing
-const given = k => state.answers[pairs[k].id] || {};
-const open = k => asked.findIndex(([key]) => !(key in given(k)));              // the first open question of pair k, or -1
-
-function show() {                                                              // the pair `at`, with the answers given so far
-  const done = pairs.filter((_, k) => open(k) < 0).length;
-  $("bar").max = pairs.length; $("bar").value = done; $("done").hidden = done < pairs.length;
-  $("place").textContent = `Pair ${at + 1} of ${pairs.length}, ${done} answered`;
-  $("caption").textContent = pairs[at].caption ? "\u201c" + pairs[at].caption + "\u201d" : "(no words)";
-  for (const side of ["left", "right"]) $(side).src = pairs[at][side];
-  $("questions").innerHTML = asked.map(([key, text], q) => `<fieldset class="${q === open(at) ? "now" : ""}"><legend>${text}</legend>
-    <div class="scale">${scale.map(([value, word]) => `<button id="${key}${value}" class="${given(at)[key] === value ? "on" : ""}"
-      onclick="answer('${key}', ${value})">${word}</button>`).join("")}</div></fieldset>`).join("");
-  $("back").disabled = at === 0; $("next").disabled = at === pairs.length - 1;
-}
-function answer(key, value) {
-  state.answers[pairs[at].id] = {...given(at), [key]: value};
-  try { localStorage[memory] = JSON.stringify(state) } catch (e) {}
-  const from = at;                                                             // a moment to see the choice, then the next pair
-  if (open(at) < 0) setTimeout(() => { if (at === from) go(1) }, 250);
-  show();
-}
-function go(by) { at = Math.max(0, Math.min(pairs.length - 1, at + by)); show() }
-$("back").onclick = () => go(-1);
-$("next").onclick = () => go(1);
-document.onkeydown = event => {
-  const value = {ArrowLeft: -1, ArrowDown: 0, ArrowRight: 1}[event.key], now = open(at);
-  if (event.key === "Backspace") go(-1);
-  else if (value !== undefined && now >= 0) answer(asked[now][0], value);
-  else return;
-  event.preventDefault();
-};
-for (const side of ["left", "right"]) $(side).onload = () => $(side).classList.toggle("small", $(side).naturalWidth < 200);
-$("save").onclick = () => {
-  const text = JSON.stringify({sheet, ...state}, null, 1), name = `answers-${sheet}-${state.rater}.json`;
-  Object.assign(document.createElement("a"), {href: URL.createObjectURL(new Blob([text], {type: "application/json"})), download: name}).click();
-};
-go(Math.max(0, pairs.findIndex((_, k) => open(k) >= 0)));                      // where the last visit stopped
-</script>
-</html>
-"""
-
-
-def picture_url(image):
-    """(H, W, 3) uint8 -> a data: address. Small pictures as PNG, exactly; above 256 px as JPEG, or 500 pairs would be gigabytes."""
-    with tempfile.TemporaryDirectory() as folder:              # write_png and pillow alike write files
-        file, kind = os.path.join(folder, "x"), "png"
-        if max(image.shape) <= 256:
-            write_png(file, image)
-        else:
-            pillow().fromarray(image).save(file, kind := "jpeg", quality=95, subsampling=0)
-        with open(file, "rb") as f:
-            return f"data:image/{kind};base64," + base64.b64encode(f.read()).decode()
-
-
-def make_sheet(folder, runs, captions, images, seed=0):
-    """
-    index.html for the raters and key.json, which tells the sides. `images` (2, n, H, W, 3) uint8 or two such sets; the order
-    of pairs and the side of each are drawn from `seed`. The page holds no name of a run.
-    """
-    pairs, swapped = [], {}                                    # in the order shown; by pair: is A on the right?
-    for i in np.random.default_rng(seed).permutation(len(captions)).tolist():      # the same sheet from the same seed
-        swapped[str(i)] = bool(uniforms(1, "sides", seed, i)[0] < 0.5)
-        left, right = (picture_url(images[k][i]) for k in ((1, 0) if swapped[str(i)] else (0, 1)))  # A, B or B, A
-        pairs.append({"id": str(i), "caption": captions[i], "left": left, "right": right})
-    name = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:12]             # so that answers meet the right key
-    page = PAGE.replace("SHEET", name).replace("ASKED", json.dumps(ASKED))
-    page = page.replace("PAIRS", json.dumps(pairs).replace("<", "\\u003c"))        # no caption can end the script
-    os.makedirs(folder, exist_ok=True)
-    for file, text in (("key.json", json.dumps({"sheet": name, "runs": runs, "swapped": swapped}, indent=1)), ("index.html", page)):
-        with open(os.path.join(folder, file), "w", encoding="utf-8") as f:
-            f.write(text)
-
-
 def write_sheet(args, task, device, ranks):
-    """A sheet of the two runs' pictures, for the same captions from the same noise, each with its own guidance unless told."""
+    """
+    A sheet of the two runs' pictures, for the same captions from the same noise, each with its own guidance unless
+    told.
+    """
     if os.path.exists(os.path.join(args.sheet, "key.json")):
         raise UserError(f"{args.sheet!r} holds a sheet already, whose key would be lost: give another folder")
     loaded = [load(run, device) for run in args.run]
@@ -1022,70 +977,22 @@ def write_sheet(args, task, device, ranks):
         work = lambda rows: draw(model, config, captions, rows, 0, args.steps, guidance, args.sampler)
         images.append([image for part in on_all_ranks(work, chunks(len(captions)), ranks, "pairs") for image in part])
     if not ranks[0]:
-        make_sheet(args.sheet, args.run, captions, images)
+        write_page(args.sheet, args.run, captions, images)
         print(f"{args.sheet}: {len(captions)} pairs. Give index.html to the raters and keep key.json; then\n"
               f"python eval.py --sheet {args.sheet} --ratings FILES")
 
 
-def krippendorff(units):
-    """
-    Krippendorff's alpha (2011) of units (n, levels): how many raters gave unit i level k. alpha = 1 - D_o / D_e, the squared ordinal
-    difference of two ratings of one unit over that of any two: 1 is full agreement, 0 that of chance. Units rated once say
-    nothing; nan where all ratings are the same.
-    """
-    units = np.asarray(units, float)
-    units = units[units.sum(1) > 1]                            # a single rating has nothing to agree with
-    of_level, of_unit = units.sum(0), units.sum(1)                                 # (levels,), (n,)
-    place = of_level.cumsum() - of_level / 2                                       # mean ranks of the levels
-    apart = np.square(place[:, None] - place)                                      # (levels, levels)
-    # both sums are over all pairs of ratings; what is left away from each is the same factor
-    observed = (np.einsum("ui,ij,uj->u", units, apart, units) / (of_unit - 1)).sum()
-    expected = of_level @ apart @ of_level / max(of_level.sum() - 1, 1)
-    return 1 - observed / expected if expected > 0 else float("nan")
-
-
-def ratings_score(votes, draws=1000):
-    """
-    (questions, pairs, 3) votes for A, neither, B -> shares of the votes and alpha, each with the 95 % interval of a bootstrap
-    over pairs: the pairs stand for all captions, whereas the raters of one pair see the same two pictures.
-    """
-    votes = votes[:, votes.sum((0, 2)) > 0]                    # pairs that somebody answered
-    figures = lambda v: [*v.sum((0, 1)) / v.sum(), krippendorff(v.reshape(-1, 3))]
-    resample = np.random.default_rng(0)                        # the same interval each time
-    many = np.array([figures(votes[:, resample.integers(votes.shape[1], size=votes.shape[1])]) for _ in range(draws)]).T   # (4, draws)
-    bounds = [np.percentile(f[np.isfinite(f)], [2.5, 97.5]).tolist() if np.isfinite(f).any() else [float("nan")] * 2 for f in many]
-    return {k: {"value": float(v), "interval": b} for k, v, b in zip(("wins_a", "neutral", "wins_b", "alpha"), figures(votes), bounds)}
-
-
-def read_ratings(folder, files):
-    """(key, votes (questions, pairs, 3) for A, neither, B) of answer files for the sheet whose key.json lies in `folder`."""
-    try:
-        key, *sheets = [json.load(open(f, encoding="utf-8")) for f in (os.path.join(folder, "key.json"), *files)]
-        place, raters = {pair: i for i, pair in enumerate(key["swapped"])}, {}     # row of each pair
-        votes = np.zeros((len(ASKED), len(place), 3))          # A, neither, B
-        for file, told in zip(files, sheets):
-            if told["sheet"] != key["sheet"]:
-                raise UserError(f"{file!r} answers another sheet than {folder!r}: give the --sheet folder that it was made from")
-            if told["rater"] in raters:
-                raise UserError(f"{raters[told['rater']]!r} and {file!r} are of one rater: give each rater's last file alone")
-            raters[told["rater"]] = file
-            for pair, given in told["answers"].items():
-                for q, answer in given.items():
-                    side = {-1: -1, 0: 0, 1: 1}[answer] * (-1 if key["swapped"][pair] else 1)  # any other answer is a KeyError
-                    votes[list(ASKED).index(q), place[pair], 1 + side] += 1
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"the answers cannot be read ({type(e).__name__}: {e}): give --sheet FOLDER with key.json, and files as the page saves them")
-    return key, votes
-
-
 def rate(args):
-    """Win rates, neutral share and agreement of the raters' answer files. Without --sheet, key.json lies beside the first of them."""
+    """
+    Win rates, neutral share and agreement of the raters' answer files. Without --sheet, key.json lies beside the first
+    of them.
+    """
     key, votes = read_ratings(args.sheet or os.path.dirname(args.ratings[0]) or ".", args.ratings)
     if args.run and args.run != key["runs"]:
         raise UserError(f"the sheet compares {' and '.join(key['runs'])}, not {' and '.join(args.run)}: leave the runs away")
     if not votes.sum((1, 2)).all():
         raise UserError("a question has no answer at all: answer at least one pair")
-    result = {q: ratings_score(votes[k:k + 1]) for k, q in enumerate(ASKED)} | {"together": ratings_score(votes)}
+    result = {q: ratings_score(votes[k:k + 1]) for k, q in enumerate(QUESTIONS)} | {"together": ratings_score(votes)}
     print(f"A is {key['runs'][0]}, B is {key['runs'][1]}; {len(args.ratings)} raters, {int((votes.sum((0, 2)) > 0).sum())} pairs; "
           "alpha is Krippendorff's, ordinal; 95 % intervals by bootstrap over pairs")
     for q, figures in result.items():
@@ -1102,7 +1009,10 @@ RANDOM = {"random": (random_features, {})}
 
 
 def draw(model, config, captions, rows, seed=0, steps=None, guidance=None, sampler=None, bar=False, poll=lambda: None):
-    """Pictures of captions[rows] as (len(rows), H, W, 3) uint8; each depends on its place in the whole list, not on `rows`."""
+    """
+    Pictures of captions[rows] as (len(rows), H, W, 3) uint8; each depends on its place in the whole list, not on
+    `rows`.
+    """
     return to_uint8(sample(model, config, captions[rows.start:rows.stop], seed, rows.start, steps, guidance, sampler, bar=bar, poll=poll))
 
 
@@ -1113,7 +1023,10 @@ def each_network(networks, images):
 
 @torch.no_grad()
 def real_features(config, n, networks, ranks=(0, 1)):
-    """{network: (n, D)} of n other real images than those whose captions held_out takes; a folder of fewer than 2 n is gone round again."""
+    """
+    {network: (n, D)} of n other real images than those whose captions held_out takes; a folder of fewer than 2 n is
+    gone round again.
+    """
     networks = {name: network for name, network in networks.items() if name != "logits"}
     plain = config | {"aspects": "", "flip": False, "jitter": 0.0}                 # augmented images would not be real
     batches = Batches(held_out(config), plain, filtered=False)                     # names and passes over what cannot be decoded
@@ -1126,11 +1039,11 @@ def real_features(config, n, networks, ranks=(0, 1)):
 def evaluate(model, config, n, guidance=None, steps=None, sampler=None, seed=0, metrics=("questions", "fd", "mmd"), bar=True,
              networks=RANDOM, task=None, reference=None, ranks=(0, 1), poll=lambda: None):
     """
-    {metric: value} of n images, for held-out captions or those of `task`, against n real images or the features `reference`
-    {network: (m, D)}. Each chunk is drawn, looked at, turned into features and forgotten, so n is not bound by memory. CLIP among
-    the networks {name: (features, about)} adds the CLIP score. Of several ranks = (rank, world) each does its share, and rank 0
-    alone gets the result, the others {}. None for guidance, steps or sampler means the run's own. `poll` is called between the
-    steps of the sampler and may raise, as training does at a signal.
+    {metric: value} of n images, for held-out captions or those of `task`, against n real images or the features
+    `reference` {network: (m, D)}. Each chunk is drawn, looked at, turned into features and forgotten, so n is not bound
+    by memory. CLIP among the networks {name: (features, about)} adds the CLIP score. Of several ranks = (rank, world)
+    each does its share, and rank 0 alone gets the result, the others {}. None for guidance, steps or sampler means the
+    run's own. `poll` is called between the steps of the sampler and may raise, as training does at a signal.
     """
     captions, _, see, score = task or held_out_task(config, n)
     captions, compared = captions[:n], bool(set(DISTANCES) & set(metrics))
@@ -1178,8 +1091,8 @@ def over_seeds(results, how):
 
 def tuning(points):
     """
-    Curves over guidance from [(guidance, metrics)], and the range between the optimum of the first Frechet distance and that of
-    the first MMD, where to look for a good value (Greedy Growing, Sec. 5.3, with FD-DINO and CMMD).
+    Curves over guidance from [(guidance, metrics)], and the range between the optimum of the first Frechet distance and
+    that of the first MMD, where to look for a good value (Greedy Growing, Sec. 5.3, with FD-DINO and CMMD).
     """
     points = sorted(points, key=lambda p: p[0])
     curves = {k: [flat(m)[k] for _, m in points] for k in flat(points[0][1])}      # by metric, over guidance
@@ -1205,7 +1118,9 @@ def make_card(networks, device, **rest):
 
 
 def tell(card, figures, file):
-    """Print the card, and write it with the figures to `file`, if any, as JSON; an older file of that name steps aside."""
+    """
+    Print the card, and write it with the figures to `file`, if any, as JSON; an older file of that name steps aside.
+    """
     for key, value in flat(card).items():
         print(f"  {key:26s} {value}")
     if not file:
@@ -1251,8 +1166,9 @@ def run_zeroshot(args, model, config, n, seed, ranks):
 
 def score_run(args, networks, metrics, task, about, device, ranks):
     """
-    All guidances and seeds of one run: mean and spread (standard deviation, ddof 0) over seeds, curves over guidance, card. `task`
-    is None for held-out captions; `about` is what the card says of the network that answers questions, if one does.
+    All guidances and seeds of one run: mean and spread (standard deviation, ddof 0) over seeds, curves over guidance,
+    card. `task` is None for held-out captions; `about` is what the card says of the network that answers questions, if
+    one does.
     """
     step, (model, config) = read_checkpoint(args.run[0])["step"], load(args.run[0], device)      # the step alone: moments are large
     values, n = guidances(args.guidance, [config["guidance"]]), args.n or (len(task[0]) if task else 1000)
@@ -1376,7 +1292,9 @@ def open_networks(args, metrics, device):
 
 
 def main():
-    """One of five: answers of people, questions about pictures from elsewhere, a sheet of two runs, two folders, or a run."""
+    """
+    One of five: answers of people, questions about pictures from elsewhere, a sheet of two runs, two folders, or a run.
+    """
     args = parse()
     if args.ratings:
         return rate(args)

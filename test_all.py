@@ -26,7 +26,6 @@ import tarfile
 import tempfile
 import time
 import types
-import urllib.request
 import zlib
 
 import torch
@@ -48,6 +47,7 @@ from lib.encoders import open_autoencoder
 from lib.files import file_hash
 from lib.pictures import to_tensor, write_png
 from lib.settings import UserError, config_names, load_config, read_sections
+from lib.test_people import prefers_a, tiny_page, write_answers
 from lib.test_questions import ANSWERS, DSG
 from model import build
 
@@ -1891,12 +1891,6 @@ def test_prdc_is_that_of_the_package(k, capsys):
     assert evaluation.prdc(x, y, k) == pytest.approx(public("prdc").compute_prdc(x.numpy(), y.numpy(), k), rel=1e-12)
 
 
-def test_agreement_is_that_of_the_package():
-    units = np.random.default_rng(0).multinomial(5, [0.5, 0.2, 0.3], 40)
-    told = public("krippendorff").alpha(value_counts=units, value_domain=[0, 1, 2], level_of_measurement="ordinal")
-    assert evaluation.krippendorff(units) == pytest.approx(told, rel=1e-12)
-
-
 # ---- feature networks: tiny ones with random weights, built here ---------------------------------------------------------------
 
 def tiny_dino(folder, **changes):
@@ -2075,121 +2069,16 @@ def test_a_network_answers_questions_about_pictures(tmp_path, says, capsys):
 
 # ---- people compare two runs ----------------------------------------------------------------------------------------------------
 
-def tiny_sheet(folder, n=3):
-    """A sheet of n pairs: A draws the scene, B another one."""
-    world = Scenes(tiny())
-    images = [[world.image(i + shift, 32) for i in range(n)] for shift in (0, 50)]
-    captions = ['a "red" </script><b>circle</b> & \u2028 more', *(world.caption(i) for i in range(1, n))]
-    evaluation.make_sheet(str(folder), ["out/a", "out/b"], captions, images)
-    return json.load(open(folder / "key.json"))
-
-
-@pytest.fixture
-def browser(tmp_path):
-    """ask(method, path, **body) of a headless Chromium, spoken to in the WebDriver protocol (W3C), which is plain HTTP."""
-    driver, chromium = shutil.which("chromedriver"), shutil.which("chromium")
-    if not driver or not chromium:
-        pytest.skip("needs chromium and chromedriver: apt-get install chromium chromium-driver")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    process = subprocess.Popen([driver, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    def ask(method, path, **body):
-        call = urllib.request.Request(f"http://127.0.0.1:{port}{path}", json.dumps(body).encode() if method == "POST" else None, method=method)
-        return json.load(urllib.request.urlopen(call, timeout=60))["value"]
-    for _ in range(100):
-        try:
-            ask("GET", "/status")
-            break
-        except OSError:
-            time.sleep(0.1)
-    options = {"binary": chromium, "args": ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=500,900"],
-               "prefs": {"download.default_directory": str(tmp_path)}}
-    session = "/session/" + ask("POST", "/session", capabilities={"alwaysMatch": {"goog:chromeOptions": options}})["sessionId"]
-    yield lambda method, path, **body: ask(method, session + path, **body)
-    ask("DELETE", session)
-    process.terminate()
-    process.wait()
-
-
-@slow                                                          # a browser keeps its own time: one run in ten is too late
-def test_people_compare_two_runs_in_a_browser(browser, tmp_path, capsys):
-    key = tiny_sheet(tmp_path / "sheet")
-    script = lambda text: browser("POST", "/execute/sync", script=text, args=[])
-    press = lambda *keys: browser("POST", "/actions", actions=[{"type": "key", "id": "k", "actions": [
-        {"type": kind, "value": k} for k in keys for kind in ("keyDown", "keyUp")]}])
-    left, down, right, back = "\ue012", "\ue015", "\ue014", "\ue003"
-
-    def wait(what):
-        for _ in range(50):
-            if script(f"return {what}"):
-                return True
-            time.sleep(0.05)
-    browser("POST", "/url", url=(tmp_path / "sheet/index.html").as_uri())
-    assert "out/a" not in script("return document.documentElement.outerHTML") and not script("return document.fonts.size")
-    assert wait("$('left').naturalWidth === 32 && $('right').naturalWidth === 32")
-    assert script("return document.documentElement.scrollWidth <= innerWidth")     # fits a phone
-    ids = script("return pairs.map(p => p.id)")
-    script("go(%d)" % ids.index("0"))                          # no caption is taken for a part of the page
-    assert script("return $('caption').textContent") == '\u201ca "red" </script><b>circle</b> & \u2028 more\u201d'
-    script("go(-9)")
-    press(left, down)                                          # aesthetics, consistency; then the next pair comes by itself
-    assert wait("at === 1") and script("return $('place').textContent") == "Pair 2 of 3, 1 answered"
-    time.sleep(0.5)                                            # the browser stores what was answered in a process of its own
-    browser("POST", "/refresh")                                # a page that was closed comes back where it was
-    assert wait("at === 1 && $('bar').value === 1")
-    press(back)
-    assert wait("at === 0") and script("return document.querySelector('#aesthetics-1').className") == "on"
-    script("$('next').click(); $('aesthetics1').click(); $('consistency1').click()")
-    assert wait("at === 2") and script("return $('done').hidden")
-    press(right, left)
-    assert wait("!$('done').hidden")
-    script("$('save').click()")
-    deadline = time.time() + 10
-    while not (files := list(tmp_path.glob("answers-*.json"))) and time.time() < deadline:
-        time.sleep(0.05)
-    told = json.load(open(files[0]))
-    given = {ids[0]: (-1, 0), ids[1]: (1, 1), ids[2]: (1, -1)}
-    assert told["sheet"] == key["sheet"] and told["answers"] == {i: dict(zip(evaluation.ASKED, pair)) for i, pair in given.items()}
-    _, votes = evaluation.read_ratings(str(tmp_path / "sheet"), [str(files[0])])
-    for i, pair in given.items():
-        for q, answer in enumerate(pair):                      # column 0 is for A, 2 for B
-            assert votes[q, list(key["swapped"]).index(i)].argmax() == 1 + (-answer if key["swapped"][i] else answer)
-
-
-def test_ratings_give_win_rates_and_agreement(tmp_path, says):
-    key = tiny_sheet(tmp_path / "sheet", 20)
-    side = lambda pair, for_b: for_b * (-1 if key["swapped"][pair] else 1)         # what a rater who prefers B presses: 1 is right
-
-    def answers(rater, aesthetics, consistency, sheet=key["sheet"]):
-        told = {pair: dict(aesthetics=side(pair, aesthetics(int(pair))), consistency=side(pair, consistency(int(pair)))) for pair in key["swapped"]}
-        (tmp_path / f"{rater}.json").write_text(json.dumps(dict(sheet=sheet, rater=rater, answers=told)))
-        return tmp_path / f"{rater}.json"
-    prefers = lambda i: (-1, -1, -1, 0)[i % 4]                 # 15 for A, 5 neutral
-    files = [answers("ann", prefers, lambda i: 1), answers("bob", prefers, lambda i: -1)]
-    said = says("--sheet", tmp_path / "sheet", "--ratings", *files, "--json", tmp_path / "e.json")
-    told = json.load(open(tmp_path / "e.json"))["metrics"]
-    assert set(json.load(open(tmp_path / "e.json"))["card"]) == {"sheet", "answers", "interval"} and key["sheet"] in said
-    value = lambda question: {k: v["value"] for k, v in told[question].items()}
-    assert value("aesthetics") == {"wins_a": 0.75, "neutral": 0.25, "wins_b": 0, "alpha": 1}
-    assert value("consistency") == {"wins_a": 0.5, "neutral": 0, "wins_b": 0.5, "alpha": pytest.approx(1 - 39 / 20)}   # always apart
-    assert value("together")["wins_a"] == 0.625 and value("together")["neutral"] == 0.125
-    low, high = told["aesthetics"]["wins_a"]["interval"]
-    assert 0.5 < low < 0.65 and 0.85 < high < 1 and "2 raters, 20 pairs" in said   # binomial: 0.75 +- 1.96 sqrt(0.75 x 0.25 / 20)
-    assert "of one rater" in says("--sheet", tmp_path / "sheet", "--ratings", *files, files[0])
-    assert "another sheet" in says("--sheet", tmp_path / "sheet", "--ratings", answers("cat", prefers, prefers, sheet="x"))
-    assert "cannot be read" in says("--ratings", files[0])
-    assert "leave the runs away" in says("x", "y", "--sheet", tmp_path / "sheet", "--ratings", files[0])
+def test_answers_of_people_are_scored_from_the_command_line(tmp_path, says):
+    key = tiny_page(tmp_path / "sheet", 20)
+    files = [write_answers(tmp_path, key, name, prefers_a, prefers_a) for name in ("ann", "bob")]
+    words = "--sheet", tmp_path / "sheet", "--ratings", *files
+    printed, result = says(*words, "--json", tmp_path / "e.json"), json.load(open(tmp_path / "e.json"))
+    assert result["metrics"]["aesthetics"]["wins_a"]["value"] == 0.75 and "2 raters, 20 pairs" in printed
+    assert set(result["card"]) == {"sheet", "answers", "interval"} and key["sheet"] in printed
+    assert set(result["metrics"]) == {"aesthetics", "consistency", "together"}
+    assert "cannot be read" in says("--ratings", files[0]) and "leave the runs away" in says("x", "y", *words)
     assert "holds a sheet already" in says("x", "y", "--sheet", tmp_path / "sheet")
-
-
-def test_agreement_is_that_of_the_published_example():
-    """Krippendorff 2011, example C: four observers, twelve units; ordinal alpha 0.815."""
-    rows = ["123321412   ", "1233224125 3", " 3332342251 ", "12332441251 "]
-    units = [[sum(r[u] == str(level) for r in rows) for level in range(1, 6)] for u in range(12)]
-    assert evaluation.krippendorff(units) == pytest.approx(0.815, abs=5e-4)
-    assert np.isnan(evaluation.krippendorff([[2, 0, 0], [3, 0, 0]]))               # all alike: there is no chance to agree by
 
 
 # ---- the command line -----------------------------------------------------------------------------------------------------------
@@ -2311,7 +2200,7 @@ def test_runs_are_drawn_for_people_and_for_other_networks(runs, tmp_path, says):
     assert "4 pairs" in said and "warning: pictures of 16 and 32 px" in said
     assert "give one value" in says(a, b, "--sheet", tmp_path / "other", "--n", 4, "--guidance", "1,2")
     page = (tmp_path / "sheet/index.html").read_text()
-    pairs = json.loads(re.search(r"const pairs = (.*?), sheet =", page)[1])
+    pairs = json.loads(re.search(r"pairs = (.*), questions =", page)[1])
     pictures = {p[side] for p in pairs for side in ("left", "right")}
     assert len(pairs) == 4 and len(pictures) == 8 and str(runs[0]) not in page and "http" not in page
     (tmp_path / "dsg.csv").write_text(DSG)
@@ -2991,6 +2880,7 @@ from lib.test_checkpoint import *  # noqa
 from lib.test_draws import *  # noqa
 from lib.test_encoders import *  # noqa
 from lib.test_files import *  # noqa
+from lib.test_people import *  # noqa
 from lib.test_pictures import *  # noqa
 from lib.test_processes import *  # noqa
 from lib.test_questions import *  # noqa
