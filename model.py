@@ -26,22 +26,18 @@ tokens, E width of their embeddings, D width of the core, r ratio of the KV merg
 time, size and pooled caption.
 """
 import functools
-import gc
 import math
 import os
-import sys
-import time
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import attention, kv_merge
+from kernels import MERGE_EPS, attention, kv_merge
 from lib.checkpoint import open_checkpoint
 from lib.encoders import encoder_parts, has_pretrained_encoder
-from lib.settings import UserError, default_config, load_config
+from lib.settings import UserError, default_config
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Noise and loss. z = alpha x + sigma eps,  v = alpha eps - sigma x,  logsnr = log(alpha^2 / sigma^2).
@@ -192,7 +188,7 @@ class SelfAttention(nn.Module):
         self.out = nn.Linear(width, width)
         if r > 1:                                              # never called: kv_merge takes their parameters
             self.merge = nn.Conv2d(width, width, r, stride=r, groups=width)
-            self.merge_norm = nn.LayerNorm(width) if merge_norm else None
+            self.merge_norm = nn.LayerNorm(width, eps=MERGE_EPS) if merge_norm else None
 
     def forward(self, x, hw):
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).unbind(2)          # each (B, N, heads, D/heads)
@@ -654,45 +650,3 @@ def load(path, device="cpu"):
     model = build(state["config"])
     model.load_state_dict(ema_weights(state))
     return model.eval().to(device), state["config"]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# python model.py CONFIG/STAGE ...: how large and how fast
-
-def speed(name, device):
-    """Prints parameters, and TFLOP, seconds and peak memory of a forward and of a training step of one image in
-    bf16, recomputation included."""
-    gc.collect()                                               # the model before refers to itself
-    config = load_config(*name.split("/"))
-    with torch.device(device):
-        model, (z, logsnr, text) = build(config), example(config)
-    if name.endswith("/grow"):
-        freeze_core(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-    if config["checkpointing"]:
-        enable_activation_checkpointing(model)
-
-    def step(train):
-        begin = time.perf_counter()
-        with torch.set_grad_enabled(train), torch.autocast(device, torch.bfloat16):
-            loss = model(z + 1, logsnr, text + 1).float().square().mean()          # a text of zeros would be skipped
-        if train:
-            loss.backward(), optimizer.step(), optimizer.zero_grad()
-        return float(loss.detach()), time.perf_counter() - begin                   # reading a value waits for the device
-    for train in (False, True):
-        step(train)                                            # tries the kernels, makes the optimizer's state
-        torch.cuda.reset_peak_memory_stats() if device == "cuda" else None
-        with FlopCounterMode(display=False) as counter:
-            step(train)
-        seconds, tera = sorted(step(train)[1] for _ in range(3))[1], counter.get_total_flops() / 1e12
-        gib = torch.cuda.max_memory_allocated() / 2 ** 30 if device == "cuda" else math.nan
-        print(f"{name:28} {sum(p.numel() for p in model.parameters()) / 1e6:8.1f}M  {'training step' if train else 'forward':13}  {tera:9.3f} TFLOP"
-              f"  {seconds:9.4f} s  {tera / seconds:7.1f} TFLOP/s  {gib:6.1f} GiB", flush=True)
-
-
-if __name__ == "__main__":
-    if {"-h", "--help"} & set(sys.argv):
-        sys.exit(print(__doc__))
-    largest = [f"pixart-sigma-{size}{kv}/defrost" for size in ("1k", "2k", "4k") for kv in ("", "-kv")] + ["huge/grow"]
-    for name in sys.argv[1:] or largest:
-        speed(name, "cuda" if torch.cuda.is_available() else "cpu")

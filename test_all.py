@@ -7,6 +7,7 @@ What the README promises, one test each, in the order of the files.
 
 Tests of the scripts start them as a user would, with a few steps of a small model.
 """
+import functools
 import glob
 import hashlib
 import importlib.util
@@ -29,13 +30,13 @@ import types
 import zlib
 
 import torch
-import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"                       # read when Triton is imported, which parts of torch do
 import numpy as np
 import pytest
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import eval as evaluation
@@ -43,12 +44,14 @@ import kernels
 import model as models
 import sample as sampling
 from data import Batches, Scenes
+from lib import triton_tools
 from lib.encoders import open_autoencoder
 from lib.files import file_hash
 from lib.pictures import to_tensor, write_png
 from lib.settings import UserError, config_names, load_config, read_sections
 from lib.test_people import prefers_a, tiny_page, write_answers
 from lib.test_questions import ANSWERS, DSG
+from lib.triton_tools import NO_TRITON, relative_errors, run_with_gradients, seeded_randn, tolerance
 from model import build
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -263,13 +266,13 @@ def test_a_twin_is_its_preset_but_for_sizes():
             assert all(twin[k] == real[k] for k in ("shell", "sampler", "size_condition", "kv_merge", "muon_lr")), name
 
 
-# ---- kernels.py -------------------------------------------------------------------------------------------------------------
-# Without a GPU the kernels run in Triton's interpreter, which is slow but exact; the models keep to PyTorch all the while, since a
-# kernel is taken on a CPU only where backend = "triton" asks for it.
+# ---- kernels.py ------------------------------------------------------------------------------------------------------
+# Without a GPU the kernels run in Triton's interpreter, which is slow but exact; the models keep to PyTorch all the
+# while, since a kernel is taken on a CPU only where backend = "triton" asks for it.
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16] + [torch.float64] * (DEVICE == "cpu")
-needs_triton = pytest.mark.skipif(kernels.NO_TRITON is not None, reason="no Triton")
+needs_triton = pytest.mark.skipif(NO_TRITON is not None, reason="no Triton")
 
 
 @pytest.fixture
@@ -292,49 +295,71 @@ def run_apart(code, **environment):
     return subprocess.run([sys.executable, "-c", code], cwd=HERE, env=env | environment, capture_output=True, text=True)
 
 
-def assert_close_to_float64(name, width, dtype, **options):
-    """Within the dtype's tolerance, and no worse than twice what PyTorch makes of the same numbers."""
-    kernel, twin, *rest = kernels.case(name, width, dtype, DEVICE, **options)
-    ours, theirs = kernels.errors(kernel, twin, *rest), kernels.errors(twin, twin, *rest)
-    for a, b in zip(ours, theirs):
-        assert a < kernels.tolerance(dtype), (ours, theirs)
-        assert dtype == torch.float64 or a < 2 * b + torch.finfo(dtype).eps, (ours, theirs)
+def results(name, width, dtype=torch.float32, **options):
+    """Outputs and gradients of a kernel and of its plain twin for the same inputs."""
+    kernel, twin, *call = kernels.example_call(name, width, dtype, DEVICE, **options)
+    return run_with_gradients(kernel, *call), run_with_gradients(twin, *call)
 
 
 # kernels: errors against float64
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("D", [8, 64, 72, 96, 128])
+IN_EVERY_DTYPE = [("attention", D, dict(H=1)) for D in (8, 64, 72, 96, 128)] + [
+    ("kv_merge", 9, dict(ratio=3)), ("kv_merge", 48, dict(ratio=2)), ("kv_merge", 72, dict(ratio=4))]
+IN_FLOAT32 = [("attention", 16, dict(H=1, Nk=150, kv_len=(n,))) for n in (63, 64, 65, 128)] + [   # edges of blocks
+    ("attention", 8, dict(Nq=1030, Nk=20, H=1, B=1, kv_len=None)),         # few keys: several programs add to one dK
+    ("kv_merge", 24, dict(norm=False))]
+MANY_BLOCKS = [("attention", D, dict(Nq=Nq, Nk=Nk, **keys)) for D in (64, 72, 96, 128)
+               for Nq, Nk in ((461, 100), (100, 461), (256, 256))
+               for keys in (dict(kv_len=None), dict(kv_len=(Nk, Nk // 3)), dict(kv_len=None, mask=True))]
+
+
+@pytest.mark.parametrize("name, width, options, dtype", [
+    *((*case, dtype) for case in IN_EVERY_DTYPE for dtype in DTYPES), *((*case, torch.float32) for case in IN_FLOAT32),
+    *(pytest.param("kv_merge", 1152, dict(ratio=2), dtype, marks=slow) for dtype in DTYPES),
+    *(pytest.param(*case, torch.float16, marks=slow) for case in MANY_BLOCKS)])
 @needs_triton
-def test_attention_in_every_dtype_and_head_dim(D, dtype, poisoned):
-    assert_close_to_float64("attention", D, dtype, H=1)
+def test_kernels_are_right(name, width, options, dtype, poisoned):
+    """Within the dtype's tolerance, and no worse than twice what PyTorch makes of the same numbers."""
+    kernel, twin, *call = kernels.example_call(name, width, dtype, DEVICE, **options)
+    ours, theirs = relative_errors(kernel, twin, *call), relative_errors(twin, twin, *call)
+    for a, b in zip(ours, theirs):
+        assert a < tolerance(dtype), (ours, theirs)
+        assert dtype == torch.float64 or a < 2 * b + torch.finfo(dtype).eps, (ours, theirs)
 
 
-@pytest.mark.parametrize("Nq, Nk, D", [(1, 1, 16), (16, 31, 5), (77, 205, 72), (205, 64, 40), (130, 129, 24), (128, 128, 64)])
+@pytest.mark.parametrize("Nq, Nk, D", [(1, 1, 16), (16, 31, 5), (77, 205, 72), (205, 64, 40), (130, 129, 24),
+                                       (128, 128, 64)])
 @needs_triton
 def test_attention_of_odd_sizes(Nq, Nk, D, poisoned):
-    dtype = torch.float32
-    kernel, twin, inputs, options = kernels.case("attention", D, dtype, DEVICE, B=1, H=3, Nq=Nq, Nk=Nk, kv_len=None)
-    ours = kernels.outcome(kernel, inputs, options)
-    exact = kernels.outcome(twin, [x.double() for x in inputs], options)
-    for a, b in zip(ours, exact):                                   # with one key dq and dk are zero: no relative error
-        assert (a.double() - b).norm() < kernels.tolerance(dtype) * (b.norm() + 1e-1 * b.numel() ** 0.5)
+    kernel, twin, inputs, options = kernels.example_call("attention", D, torch.float32, DEVICE, B=1, H=3, Nq=Nq, Nk=Nk,
+                                                         kv_len=None)
+    exact = run_with_gradients(twin, [x.double() for x in inputs], options)
+    for a, b in zip(run_with_gradients(kernel, inputs, options), exact):   # dQ, dK of one key are 0: no relative error
+        assert (a.double() - b).norm() < tolerance(torch.float32) * (b.norm() + 1e-1 * b.numel() ** 0.5)
 
 
-@slow
-@pytest.mark.parametrize("D", [64, 72, 96, 128])
-@pytest.mark.parametrize("Nq, Nk", [(461, 100), (100, 461), (256, 256)])
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")     # in rows that are thrown away
 @needs_triton
-def test_attention_over_many_blocks(Nq, Nk, D, poisoned):
-    for options in (dict(kv_len=None), dict(kv_len=(Nk, Nk // 3)), dict(kv_len=None, mask=True)):
-        assert_close_to_float64("attention", D, torch.float16, Nq=Nq, Nk=Nk, **options)
+def test_large_logits():
+    """The backward's P = exp(S - L) is as good as float32 holds S and L: its error grows with the logits."""
+    for size in (1e2, 1e4):
+        kernel, twin, inputs, options = kernels.example_call("attention", 16, torch.float32, DEVICE, H=1)
+        inputs[0] = inputs[0] * size
+        o, _, _, dv = relative_errors(kernel, twin, inputs, options)
+        o_twin, _, _, dv_twin = relative_errors(twin, twin, inputs, options)
+        assert o < 2 * o_twin + 1e-5 and dv < 2 * dv_twin + 1e-5 + 2e-7 * size
+        assert all(x.isfinite().all() for x in run_with_gradients(kernel, inputs, options))
 
 
-@pytest.mark.parametrize("width, ratio", [(9, 3), (48, 2), (72, 4), pytest.param(1152, 2, marks=slow)])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.skipif(DEVICE == "cuda", reason="float64 in the interpreter only")
 @needs_triton
-def test_kv_merge_in_every_dtype_and_ratio(dtype, width, ratio, poisoned):
-    assert_close_to_float64("kv_merge", width, dtype, ratio=ratio)
+def test_gradients_by_finite_differences():
+    q, k, v = (seeded_randn(1, n, 1, 4, seed=i).double().requires_grad_() for i, n in enumerate((5, 7, 7)))
+    mask = torch.tensor([[True, True, False, True, True, False, True]])
+    assert torch.autograd.gradcheck(functools.partial(kernels.attention_triton, mask=mask), (q, k, v), fast_mode=True)
+    kernel, _, inputs, options = kernels.example_call("kv_merge", 4, torch.float64, DEVICE, B=1)
+    inputs = [x.requires_grad_() for x in inputs]
+    assert torch.autograd.gradcheck(functools.partial(kernel, **options), inputs, fast_mode=True)
 
 
 # kernels: which keys count
@@ -343,34 +368,24 @@ def test_kv_merge_in_every_dtype_and_ratio(dtype, width, ratio, poisoned):
 @pytest.mark.parametrize("mask", [False, True])
 @needs_triton
 def test_keys_that_do_not_count(kv_len, mask, poisoned):
-    kernel, twin, inputs, options = kernels.case("attention", 20, torch.float32, DEVICE, kv_len=kv_len, mask=mask)
-    o, dq, dk, dv = kernels.outcome(kernel, inputs, options)
-    for a, b in zip((o, dq, dk, dv), kernels.outcome(twin, inputs, options)):
-        assert torch.allclose(a, b, atol=1e-5)
+    (o, dq, dk, dv), twin = results("attention", 20, kv_len=kv_len, mask=mask)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip((o, dq, dk, dv), twin))
     for i, n in enumerate(kv_len):
-        assert not dk[i, n:].any() and not dv[i, n:].any()          # exact zeros
-        if n == 0:
-            assert not o[i].any() and not dq[i].any()
-
-
-@pytest.mark.parametrize("n", [63, 64, 65, 128])
-@needs_triton
-def test_length_at_the_edge_of_a_block(n, poisoned):
-    assert_close_to_float64("attention", 16, torch.float32, B=1, H=1, Nk=150, kv_len=(n,))
+        assert not dk[i, n:].any() and not dv[i, n:].any()                 # exact zeros
+        assert n > 0 or not o[i].any() and not dq[i].any()
 
 
 @needs_triton
 def test_skipped_keys_are_never_read():
-    kernel, twin, inputs, options = kernels.case("attention", 16, torch.float32, DEVICE, Nk=200, kv_len=(60, 64))
-    before = kernels.outcome(kernel, inputs, options)
+    kernel, _, inputs, options = kernels.example_call("attention", 16, torch.float32, DEVICE, Nk=200, kv_len=(60, 64))
+    before = run_with_gradients(kernel, inputs, options)
     for x in inputs[1:]:
         x[:, 64:] = float("nan")
-    for a, b in zip(before, kernels.outcome(kernel, inputs, options)):
-        assert torch.equal(a, b)
+    assert all(torch.equal(a, b) for a, b in zip(before, run_with_gradients(kernel, inputs, options)))
 
 
 def test_plain_twin_gives_zeros_without_keys():
-    q, k, v = (kernels.draw(2, 5, 2, 8, seed=i).requires_grad_() for i in range(3))
+    q, k, v = (seeded_randn(2, 5, 2, 8, seed=i).requires_grad_() for i in range(3))
     o = kernels.attention_reference(q, k, v, kv_len=torch.tensor([0, 3]))
     grads = torch.autograd.grad(o.sum(), (q, k, v))
     assert not o[0].any() and o[1].any() and all(not g[0].any() and g.isfinite().all() for g in grads)
@@ -379,50 +394,21 @@ def test_plain_twin_gives_zeros_without_keys():
 
 # kernels: exact properties, which need no reference
 
-@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")     # in rows that are thrown away
-@needs_triton
-def test_large_logits():
-    """The backward's P = exp(S - L) is as good as float32 holds S and L: its error grows with the logits."""
-    for size in (1e2, 1e4):
-        kernel, twin, inputs, options = kernels.case("attention", 16, torch.float32, DEVICE, H=1)
-        inputs[0] = inputs[0] * size
-        (o, *_, dv), (o_twin, *_, dv_twin) = kernels.errors(kernel, twin, inputs, options), kernels.errors(twin, twin, inputs, options)
-        assert o < 2 * o_twin + 1e-5 and dv < 2 * dv_twin + 1e-5 + 2e-7 * size
-        assert all(x.isfinite().all() for x in kernels.outcome(kernel, inputs, options))
-
-
 @needs_triton
 def test_constant_values_and_permuted_keys(by_triton):
-    q, k = kernels.draw(1, 70, 2, 24, seed=1).to(DEVICE), kernels.draw(1, 90, 2, 24, seed=2).to(DEVICE)
+    q, k, v = (seeded_randn(1, n, 2, 24, seed=n).to(DEVICE) for n in (70, 90, 90))
     assert torch.allclose(kernels.attention(q, k, torch.full_like(k, 3.0)), torch.tensor(3.0), rtol=1e-5)
     order = torch.randperm(90, generator=torch.Generator().manual_seed(0))
-    v = kernels.draw(1, 90, 2, 24, seed=3).to(DEVICE)
     assert torch.allclose(kernels.attention(q, k, v), kernels.attention(q, k[:, order], v[:, order]), atol=1e-5)
 
 
+@pytest.mark.parametrize("name, width, options", [
+    ("attention", 72, dict(Nq=70, H=1)), ("attention", 8, dict(Nq=1030, Nk=20, H=1, B=1, kv_len=None)),
+    ("kv_merge", 40, dict(B=3))])
 @needs_triton
-def test_two_runs_agree_bit_for_bit():
-    for name, width, options in (("attention", 72, dict(Nq=70, H=1)), ("attention", 8, dict(Nq=1030, Nk=20, H=1, B=1, kv_len=None)),
-                                 ("kv_merge", 40, dict(B=3))):
-        kernel, _, inputs, options = kernels.case(name, width, torch.float16, DEVICE, **options)
-        for a, b in zip(kernels.outcome(kernel, inputs, options), kernels.outcome(kernel, inputs, options)):
-            assert torch.equal(a, b)
-
-
-@needs_triton
-def test_few_keys_share_the_queries_out():
-    """1030 queries against 20 keys: several programs add to the same dK."""
-    assert_close_to_float64("attention", 8, torch.float32, Nq=1030, Nk=20, H=1, B=1, kv_len=None)
-
-
-@pytest.mark.skipif(DEVICE == "cuda", reason="float64 in the interpreter only")
-@needs_triton
-def test_gradients_by_finite_differences():
-    q, k, v = (x.double().requires_grad_() for x in (kernels.draw(1, 5, 1, 4), kernels.draw(1, 7, 1, 4, seed=1), kernels.draw(1, 7, 1, 4, seed=2)))
-    mask = torch.tensor([[True, True, False, True, True, False, True]])
-    assert torch.autograd.gradcheck(lambda *x: kernels.attention_triton(*x, mask=mask), (q, k, v), fast_mode=True)
-    kernel, _, inputs, options = kernels.case("kv_merge", 4, torch.float64, DEVICE, B=1)
-    assert torch.autograd.gradcheck(lambda *x: kernel(*x, **options), [x.requires_grad_() for x in inputs], fast_mode=True)
+def test_two_runs_agree_bit_for_bit(name, width, options):
+    first, second = (results(name, width, torch.float16, **options)[0] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
 # kernels: memory
@@ -430,32 +416,28 @@ def test_gradients_by_finite_differences():
 @needs_triton
 def test_strides_of_every_kind(poisoned):
     """Packed, transposed, expanded, offset and gapped inputs give what their contiguous copies give, bit for bit."""
-    x = kernels.draw(2, 33, 3, 3, 24).to(DEVICE, torch.float16)
-    views = [x[:, :, 0], x.transpose(2, 3)[:, :, :, 1], x[:1, :, 2].expand(2, -1, -1, -1), x[:, 1:, 0], x.flatten(3)[:, :, :, None, ::3],
-             kernels.draw(2, 3, 24, 33).to(DEVICE, torch.float16).permute(0, 3, 1, 2)]
+    x = seeded_randn(2, 33, 3, 3, 24).to(DEVICE, torch.float16)
+    views = [x[:, :, 0], x.transpose(2, 3)[:, :, :, 1], x[:1, :, 2].expand(2, -1, -1, -1), x[:, 1:, 0],
+             x.flatten(3)[:, :, :, None, ::3], seeded_randn(2, 3, 24, 33).to(DEVICE, torch.float16).permute(0, 3, 1, 2)]
     for q, k, v in ((0, 1, 2), (2, 0, 1), (1, 1, 1), (5, 0, 5), (3, 5, 5)):
         inputs = [views[i] for i in (q, k, v)]
-        ours = kernels.outcome(kernels.attention_triton, inputs, {})
-        copies = kernels.outcome(kernels.attention_triton, [y.contiguous() for y in inputs], {})
+        ours = run_with_gradients(kernels.attention_triton, inputs, {})
+        copies = run_with_gradients(kernels.attention_triton, [y.contiguous() for y in inputs], {})
         assert all(torch.equal(a, b) for a, b in zip(ours, copies))
-    q = views[0].detach().requires_grad_()                          # the gradient of a sum is expanded from one element
+    q = views[0].detach().requires_grad_()                                 # a sum's gradient is one element, expanded
     kernels.attention_triton(q, views[1], views[1]).sum().backward()
     assert q.grad.isfinite().all()
 
 
 @needs_triton
-def test_merge_of_views_and_without_norm():
-    kernel, twin, inputs, options = kernels.case("kv_merge", 24, torch.float32, DEVICE)
+def test_merge_keeps_nothing_without_a_backward_and_spares_an_unused_v():
+    kernel, _, inputs, options = kernels.example_call("kv_merge", 24, torch.float32, DEVICE)
     assert not inputs[0].is_contiguous()
-    bare = lambda f: lambda *x: f(*x, None, None, **options)
-    for a, b in zip(kernels.outcome(bare(kernel), inputs[:4], {}), kernels.outcome(bare(twin), inputs[:4], {})):
-        assert torch.allclose(a, b, atol=1e-4)
-    with torch.no_grad():                                           # keeps nothing for a backward
-        alone = kernel(*inputs, **options)
-    assert torch.equal(alone[0], kernels.outcome(kernel, inputs, options)[0])
-    q = [x.clone().requires_grad_() for x in inputs[:2]]
-    kernel(*q, *inputs[2:], **options)[0].sum().backward()          # V unused
-    assert q[0].grad.any() and (q[1].grad is None or not q[1].grad.any())
+    alone = run_with_gradients(kernel, inputs, options, training=False)
+    assert torch.equal(alone[0], run_with_gradients(kernel, inputs, options)[0])
+    k, v = (x.clone().requires_grad_() for x in inputs[:2])
+    kernel(k, v, *inputs[2:], **options)[0].sum().backward()
+    assert k.grad.any() and (v.grad is None or not v.grad.any())
 
 
 @needs_triton
@@ -477,7 +459,7 @@ kernels.backend = "triton"
 far = torch.empty(2 ** 31 + 4096, dtype=torch.float16)              # never touched, so never paid for
 for shape, stride in (((1, 8, 2, 16), (0, 16, 2 ** 31, 1)), ((2, 8, 1, 16), (2 ** 31, 16, 16, 1))):
     x = far.as_strided(shape, stride)
-    x.copy_(kernels.draw(*shape))
+    x.copy_(kernels.seeded_randn(*shape))
     assert torch.allclose(kernels.attention(x, x, x), kernels.attention_reference(x, x, x), atol=2e-3)
 """
     done = run_apart(code, TRITON_INTERPRET="1")
@@ -486,141 +468,154 @@ for shape, stride in (((1, 8, 2, 16), (0, 16, 2 ** 31, 1)), ((2, 8, 1, 16), (2 *
 
 # kernels: KV merge's contract
 
-def test_ratio_1_is_the_identity():
-    k, v = kernels.draw(2, 4, 8), kernels.draw(2, 4, 8)
-    merged = kernels.kv_merge(k, v, None, None, None, None, (2, 2), 1)
+def test_ratio_1_is_the_identity_and_a_grid_that_cannot_be_merged_is_refused():
+    k, v = seeded_randn(2, 15, 8), seeded_randn(2, 15, 8)
+    merged = kernels.kv_merge(k, v, None, None, None, None, (3, 5), 1)
     assert merged[0] is k and merged[1] is v
-
-
-def test_grid_that_cannot_be_merged_is_refused():
-    k = kernels.draw(1, 15, 8)
     with pytest.raises(ValueError, match="multiples of 2, such as"):
-        kernels.kv_merge(k, k, None, None, None, None, (3, 5), 2)
+        kernels.kv_merge(k, v, None, None, None, None, (3, 5), 2)
 
 
 @needs_triton
 def test_merge_starts_as_the_mean(by_triton):
-    k = kernels.draw(1, 16, 8).to(DEVICE)
-    mean, _ = kernels.kv_merge(k, k, torch.full((8, 1, 2, 2), 0.25, device=DEVICE), torch.zeros(8, device=DEVICE), None, None, (4, 4), 2)
+    k = seeded_randn(1, 16, 8).to(DEVICE)
+    weight, bias = torch.full((8, 1, 2, 2), 0.25, device=DEVICE), torch.zeros(8, device=DEVICE)
+    mean, _ = kernels.kv_merge(k, k, weight, bias, None, None, (4, 4), 2)
     assert torch.allclose(mean.view(2, 2, 8), k.view(2, 2, 2, 2, 8).mean((1, 3)), atol=1e-6)
 
 
 # kernels: which path
 
 def test_a_cpu_takes_pytorch_without_a_word(capsys, monkeypatch):
-    q = kernels.draw(1, 4, 1, 8)
-    monkeypatch.setattr(kernels, "launch", None)                    # would fail
+    q = seeded_randn(1, 4, 1, 8)
+    monkeypatch.setattr(kernels, "launch", None)                           # would fail
     assert torch.equal(kernels.attention(q, q, q), kernels.attention_reference(q, q, q))
     assert capsys.readouterr().out == ""
 
 
 @needs_triton
-def test_trial_prints_its_choice_and_falls_back(monkeypatch, capsys):
+def test_trial_prints_its_choice_and_falls_back_for_one_variant_alone(monkeypatch, capsys):
     monkeypatch.setattr(kernels, "verdicts", {})
-    state = torch.get_rng_state()
-    key = "attention", torch.float16, 8, torch.device(DEVICE)
+    state, attention = torch.get_rng_state(), functools.partial(
+        kernels.trial, "attention", torch.float16, 8, torch.device(DEVICE), True, H=1, Nq=40, Nk=50)
     with torch.no_grad():
-        assert kernels.trial(*key) and kernels.trial(*key)
-    assert torch.equal(state, torch.get_rng_state())                # the trial draws no numbers of anyone else's
-    assert capsys.readouterr().out.count("attention, float16, width 8: Triton (differs from float64 by") == 1
+        assert attention(kv_len=(0, 17, 50)) and attention(kv_len=(0, 17, 50))
+        assert kernels.trial("kv_merge", torch.float16, 8, torch.device(DEVICE), False, ratio=2, norm=False)
+    assert torch.equal(state, torch.get_rng_state())                       # a trial leaves others' numbers alone
+    said = capsys.readouterr().out
+    assert said.count(f"attention, float16, width 8, H 1, Nq 40, Nk 50, kv_len (0, 17, 50), training, {DEVICE}") == 1
+    assert said.count(": Triton (differs from float64 by") == 2
 
     def broken(*args, **options):
         raise RuntimeError("out of shared memory")
-    for launch, reason in ((broken, "RuntimeError: out of shared memory"), (lambda *args, **options: None, "differs")):
-        monkeypatch.setattr(kernels, "verdicts", {})
-        monkeypatch.setattr(kernels, "launch", launch)              # fails, or writes nothing
-        assert not kernels.trial(*key)
+
+    def writes_nan(kernel, grid, *args, **options):
+        for x in args:
+            if isinstance(x, torch.Tensor) and x.is_floating_point():
+                x.fill_(float("nan"))
+    for i, (launch, reason) in enumerate(((broken, "RuntimeError: out of shared memory"), (writes_nan, "differs"))):
+        monkeypatch.setattr(kernels, "launch", launch)
+        assert not attention(kv_len=None, mask=bool(i)) and attention(kv_len=(0, 17, 50))
         assert f"PyTorch ({reason}" in capsys.readouterr().out
 
 
-def test_import_without_triton():
+@pytest.mark.parametrize("Nq, Nk, kv_len", [(256, 256, None), (2304, 2304, None), (1024, 205, [5] * 4),
+                                            (768, 77, [77] * 4), (144, 36, None)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@needs_triton
+def test_the_trial_compiles_what_the_model_will_call(dtype, Nq, Nk, kv_len, monkeypatch):
+    """The same kernels, blocks, loops and kinds of arguments; and no loop over full blocks is left out."""
+    launches, trials = set(), []
+
+    def record(kernel, grid, *args, **options):
+        kinds = tuple(x.dtype if isinstance(x, torch.Tensor) else x if x is None else type(x) for x in args)
+        launches.add((kernel.fn.__name__ if hasattr(kernel, "fn") else kernel.__name__, kinds, *options.items()))
+
+    def try_kernel(name, x, **variant):
+        trials.append(variant)
+        return kernels.trial(name, x.dtype, x.shape[-1], x.device, True, **variant)
+    for module in (kernels, triton_tools):
+        monkeypatch.setattr(module, "INTERPRETED", False)
+    monkeypatch.setattr(kernels, "verdicts", {})
+    monkeypatch.setattr(kernels, "launch", record)
+    monkeypatch.setattr(kernels, "use_kernel", try_kernel)
+    x, y = torch.zeros(4, Nq, 3, 2, 72, dtype=dtype), torch.zeros(4, Nk, 2, 2, 72, dtype=dtype)
+    call = [x[:, :, 0], y[:, :, 0], y[:, :, 1]], dict(kv_len=kv_len and torch.tensor(kv_len))
+    kernels.attention(*call[0], **call[1])
+    tried = launches.copy()
+    launches.clear()
+    run_with_gradients(kernels.attention_triton, *call)
+    assert len(launches) == 3 and launches <= tried
+    largest = max(max(config[:2]) for row in kernels.CONFIGS.values() for config in row)
+    assert trials[0]["Nq"] >= largest and trials[0]["Nk"] >= largest
+
+
+def test_import_without_triton_and_without_the_compiler():
     code = """
 import sys
 sys.modules["triton"] = None
 import torch, kernels
+assert "torch._dynamo" not in sys.modules                           # a second at every start
 q = torch.randn(1, 4, 1, 8)
 assert kernels.attention(q, q, q).shape == q.shape
-assert not kernels.trial("attention", torch.float32, 8, torch.device("cpu"))
+assert not kernels.trial("attention", torch.float32, 8, torch.device("cpu"), False)
 kernels.backend = "triton"
 try: kernels.attention(q, q, q)
 except RuntimeError as e: print(e)
 """
     done = run_apart(code)
-    assert done.returncode == 0 and "PyTorch (ModuleNotFoundError" in done.stdout and "needs Triton" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "PyTorch (ModuleNotFoundError" in done.stdout and "needs Triton" in done.stdout
 
 
 # kernels: torch's other machinery
 
 @needs_triton
 def test_operators_are_registered_as_torch_wants():
-    q, k, v = (kernels.draw(1, 6, 1, 8, seed=i).to(DEVICE).requires_grad_() for i in range(3))
+    q, k, v = (seeded_randn(1, 6, 1, 8, seed=i).to(DEVICE).requires_grad_() for i in range(3))
     torch.library.opcheck(kernels.attention_op, (q, k, v, None, None, 0.3))
-    kernel, _, inputs, options = kernels.case("kv_merge", 8, torch.float32, DEVICE, B=1)
+    _, _, inputs, _ = kernels.example_call("kv_merge", 8, torch.float32, DEVICE, B=1)
     torch.library.opcheck(kernels.kv_merge_op, (*[x.requires_grad_() for x in inputs], 4, 4, 2, True))
 
 
+@pytest.mark.parametrize("name", ["attention", "kv_merge"])
 @needs_triton
-def test_compiles_as_one_graph(by_triton):
-    for name, width in (("attention", 16), ("kv_merge", 16)):
-        _, _, inputs, options = kernels.case(name, width, torch.float32, DEVICE)
-        function = lambda *x: getattr(kernels, name)(*x, **options)
-        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-        for a, b in zip(kernels.outcome(compiled, inputs, {}), kernels.outcome(function, inputs, {})):
-            assert torch.equal(a, b)
+def test_compiles_as_one_graph(name, by_triton):
+    _, _, inputs, options = kernels.example_call(name, 16, torch.float32, DEVICE)
+    function = functools.partial(getattr(kernels, name), **options)
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for a, b in zip(run_with_gradients(compiled, inputs, {}), run_with_gradients(function, inputs, {})):
+        assert torch.equal(a, b)
 
 
 @needs_triton
 def test_trial_happens_while_compiling(monkeypatch, capsys):
     monkeypatch.setattr(kernels, "verdicts", {})
-    monkeypatch.setattr(kernels, "use_kernel", lambda name, x, width: kernels.trial(name, x.dtype, width, x.device))
-    q = kernels.draw(1, 6, 1, 8).to(DEVICE)
+    monkeypatch.setattr(kernels, "use_kernel", lambda name, x, **variant: kernels.trial(
+        name, x.dtype, x.shape[-1], x.device, False, **variant))
     compiled = torch.compile(kernels.attention, fullgraph=True, backend="aot_eager")
-    assert torch.allclose(compiled(q, q, q), kernels.attention_reference(q, q, q), atol=1e-5)
-    assert "Triton (differs" in capsys.readouterr().out
+    for n in (6, 7, 9):                                                    # from the second on with sizes as symbols
+        q = seeded_randn(1, n, 1, 8).to(DEVICE)
+        assert torch.allclose(compiled(q, q, q), kernels.attention_reference(q, q, q), atol=1e-5)
+    assert "Triton (differs" in capsys.readouterr().out and len(kernels.verdicts) == 1
 
 
 @needs_triton
 def test_autocast(by_triton):
-    q = kernels.draw(1, 6, 1, 8).to(DEVICE).requires_grad_()
+    q = seeded_randn(1, 6, 1, 8).to(DEVICE).requires_grad_()
     with torch.autocast(DEVICE, torch.bfloat16):
         o = kernels.attention(q, q.bfloat16(), q.bfloat16())
     o.float().sum().backward()
     assert o.dtype == torch.bfloat16 and q.grad.dtype == torch.float32
 
 
-@needs_triton
-def test_flops_are_counted(by_triton):
-    from torch.utils.flop_counter import FlopCounterMode
-    q, k = kernels.draw(2, 6, 3, 8).to(DEVICE).requires_grad_(), kernels.draw(2, 10, 3, 8).to(DEVICE)
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_flops_are_counted(backend, monkeypatch):
+    monkeypatch.setattr(kernels, "backend", backend)
+    q, k = seeded_randn(2, 6, 3, 8).to(DEVICE).requires_grad_(), seeded_randn(2, 10, 3, 8).to(DEVICE)
     with FlopCounterMode(display=False) as counter:
         kernels.attention(q, k, k).sum().backward()
     assert counter.get_total_flops() == (4 + 10) * 2 * 3 * 6 * 10 * 8
-
-
-# kernels: the command line, and what an H100 would run
-
-def test_bench_without_a_gpu_says_so():
-    done = run_apart("import sys; sys.argv = ['kernels.py', 'bench']; import runpy; runpy.run_path('kernels.py', run_name='__main__')",
-                     CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 2 and done.stderr.startswith("error: bench needs a GPU"), done.stderr
-
-
-def compile_for_sm90(cases):
-    code = f"import kernels; rows = kernels.check_sm90({cases}); assert rows and all(r['good'] for r in rows)"
-    done = run_apart(code)
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@needs_triton
-def test_compiles_for_an_h100():
-    """No spills, matrix units in use, no element loaded alone: for the head dim that is hardest, 72."""
-    compile_for_sm90('[("attention", 72, "bfloat16", dict(Nq=200, Nk=300))]')
-
-
-@slow
-@needs_triton
-def test_every_configuration_compiles_for_an_h100():
-    compile_for_sm90("kernels.SM90_CASES")
 
 
 # ---- data.py ----------------------------------------------------------------------------------------------------------------
@@ -2874,8 +2869,9 @@ def test_readme_tells_true_line_counts_and_starts_early():
     assert next(i for i, l in enumerate(text.split("\n"), 1) if l.startswith("pip install")) < 40
 
 
-# ---- tests of lib/ ----------------------------------------------------------------------------------------------------------
+# ---- tests of lib/ and experiments/ ------------------------------------------------------------------------------------
 
+from experiments.test_bench import *  # noqa
 from lib.test_checkpoint import *  # noqa
 from lib.test_draws import *  # noqa
 from lib.test_encoders import *  # noqa
@@ -2886,3 +2882,4 @@ from lib.test_processes import *  # noqa
 from lib.test_questions import *  # noqa
 from lib.test_settings import *  # noqa
 from lib.test_tables import *  # noqa
+from lib.test_triton_tools import *  # noqa

@@ -1,0 +1,78 @@
+"""The commands of experiments.bench, on a CPU and with little to measure."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="slow: SLOW=1 pytest test_all.py")
+
+
+def python(*words):
+    """A Python of its own in the repository, without a GPU: Triton settles when it is imported what it runs on."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run([sys.executable, *map(str, words)], cwd=HERE, env=env, capture_output=True, text=True)
+
+
+def bench(*words):
+    return python("-m", "experiments.bench", *words)
+
+
+def test_models_are_measured_and_their_figures_tell_where_they_come_from(tmp_path):
+    done = bench("models", "toy/grow", "--json", tmp_path / "x.json")
+    assert done.returncode == 0 and "toy/grow" in done.stdout and "2 cases, 0 bad" in done.stdout, done.stderr
+    figures = json.load(open(tmp_path / "x.json"))
+    assert figures["command"].startswith("python -m experiments.bench models toy/grow") and figures["device"] == "cpu"
+    assert {"date", "python", "torch", "triton"} <= set(figures)
+    forward, step = figures["rows"]
+    assert forward["millions"] == step["millions"] > 1 and forward["seconds"] > 0
+    # a frozen core: its backward passes gradients on, and computes none of its weights
+    assert not forward["training"] and step["training"] and 2 < step["tflop"] / forward["tflop"] < 3
+
+
+def test_kernels_run_in_the_interpreter_and_stop_in_time(tmp_path):
+    pytest.importorskip("triton")
+    done = bench("kernels", "--minutes", 0.01, "--json", tmp_path / "x.json")
+    assert done.returncode == 1 and "interpreted" in done.stdout and "TimeoutError: no time left" in done.stdout
+    rows = json.load(open(tmp_path / "x.json"))["rows"]
+    assert 0 < len(rows) < 36 and all(row["good"] for row in rows)
+
+
+@pytest.mark.parametrize("words, error", [
+    (["models", "tyo/grow"], "error: no config 'tyo'"), (["kernels", "toy"], "error: kernels takes no 'toy'"),
+    (["kernel"], "error: argument part: invalid choice: 'kernel'"),
+    (["models", "--minuts", "3"], "did you mean 'minutes'")])
+def test_what_bench_does_not_know_is_named(words, error, monkeypatch, capsys):
+    from experiments.bench import main
+    monkeypatch.setattr(sys, "argv", ["bench.py", *words])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2 and error in capsys.readouterr().err
+
+
+@slow
+def test_all_goes_on_where_a_part_fails(tmp_path):
+    done = bench("all", "nonsense/grow", "--minutes", 0.3, "--json", tmp_path / "x.json")
+    rows = json.load(open(tmp_path / "x.json"))["rows"]
+    assert done.returncode == 1 and {row["part"] for row in rows} == {"kernels", "models", "sm90"}
+    assert any("problem" in row for row in rows if row["part"] == "models")
+
+
+def compile_for_sm90(cases):
+    pytest.importorskip("triton")
+    code = ("import math; from experiments import bench; rows = list(bench.compile_for_sm90(math.inf, "
+            f"{cases})); assert rows and all(row['good'] for row in rows)")
+    done = python("-c", code)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_compiles_for_an_h100():
+    """No spills, matrix units in use, no element loaded alone: for the head dim that is hardest, 72."""
+    compile_for_sm90('[("attention", 72, "bfloat16", dict(Nq=200, Nk=300))]')
+
+
+@slow
+def test_every_configuration_compiles_for_an_h100():
+    compile_for_sm90("bench.SM90_CASES")
