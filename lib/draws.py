@@ -4,9 +4,9 @@ Random numbers as pure functions of a key.
     uniforms(9, "data", stage, seed, epoch, i)                     # nine numbers of sample i, whatever was drawn before
     normals([("noise", stage, seed, step, row)], (3, 64, 64))      # the noise of one row of one batch
 
-A key begins with its purpose, so that no two uses of randomness meet, and goes on with all that the numbers may depend on. Nothing
-is remembered between two calls: a run that is resumed, or spread over other devices, draws the same numbers without any saved
-state. Names and integers make a key; its hash has 128 bits, of which a GPU's generator takes 64.
+A key begins with its purpose, so that no two uses of randomness meet, and goes on with all that the numbers may depend
+on. Nothing is remembered between two calls: a run that is resumed, or spread over other devices, draws the same numbers
+without any saved state. Names and integers make a key; its hash has 128 bits, of which a GPU's generator takes 64.
 """
 import hashlib
 
@@ -32,8 +32,8 @@ def uniforms(count, *key):
 
 def normals(keys, shape, device="cpu"):
     """
-    Standard normal numbers, float32 (len(keys), *shape). Row i depends on keys[i] alone, so an image is the same in any batch. On a
-    GPU they are drawn there, by its own generator: other numbers than on a CPU, and much faster.
+    Standard normal numbers, float32 (len(keys), *shape). Row i depends on keys[i] alone, so an image is the same in any
+    batch. On a GPU they are drawn there, by its own generator: other numbers than on a CPU, and much faster.
     """
     if torch.device(device).type == "cpu":
         return torch.from_numpy(np.stack([generator(*key).standard_normal(shape, np.float32) for key in keys]))

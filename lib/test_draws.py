@@ -24,7 +24,7 @@ def test_purpose_stage_and_all_64_bits_of_a_seed_count():
 
 
 def test_draws_are_uniform_and_normal_and_neighbours_independent():
-    u = np.stack([uniforms(8, "data", 0, i) for i in range(8000)])                 # (8000, 8): standard error of a mean 0.003
+    u = np.stack([uniforms(8, "data", 0, i) for i in range(8000)])  # (8000, 8): standard error of a mean 0.003
     assert u.min() >= 0 and u.max() < 1
     assert abs(u.mean(0) - 0.5).max() < 0.015 and abs(u.var(0) - 1 / 12).max() < 0.004
     assert abs(np.corrcoef(u[:-1].T, u[1:].T) - np.eye(16)).max() < 0.05
