@@ -27,23 +27,16 @@ L caption tokens, E their width, n items of a data set. Images are (height, widt
 alone is (width, height), as image libraries have it.
 """
 import argparse
-import concurrent.futures
-import csv
 import functools
-import hashlib
 import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
 import signal
-import stat
 import sys
-import tarfile
 import time
-import warnings
 import zlib
 from collections import Counter
 
@@ -55,7 +48,9 @@ from lib.draws import generator, uniforms
 from lib.encoders import (EmbeddingCache, about_latents, embed_captions, embed_now, encoder_identity, has_pretrained_encoder,
                           latents_path, open_autoencoder, open_encoders, to_pieces)
 from lib.files import atomic_write, import_extra
+from lib.images import Indexed, Unfit, covering, index_folder, jittered, write_index
 from lib.pictures import contact_sheet, to_tensor, write_png
+from lib.scan import MUTE, open_images, require, scan
 from lib.settings import UserError, load_config
 from lib.tables import DTYPES, Table, is_begun, print_room, write_table
 
@@ -213,654 +208,9 @@ def describe(scene):
     return middle.join(phrase(g) for g in scene["groups"]) + f" on a {scene['ground']} background"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Reading images: bytes of a file -> pixels. It does not matter where the bytes lay, and nothing that a header claims is trusted
-
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-UNSUPPORTED = (".gif", ".svg", ".heic", ".heif", ".avif", ".tif", ".tiff", ".mp4", ".mov", ".webm", ".mkv", ".avi", ".tar.gz", ".tgz", ".zip")
-UNSUPPORTED_STARTS = (b"GIF8", b"<svg", b"<?xml", b"II*\0", b"MM\0*", b"\x1aE\xdf\xa3")    # the first bytes of such files, where a name lies
-STARTS = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG", b"RIFF": "WEBP"}              # the first bytes of images that are ours
-MOST_BYTES = 2 ** 28                                           # of an image file; what is larger is not read
-LEAST_SIDE, MOST_ASPECT = 8, 8                                 # below and beyond, no crop shows what a caption says
-UPRIGHT = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
-SIDEWAYS = ("TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")                  # those of them that swap width and height
-
-
-class Unfit(Exception):
-    """An image or caption that cannot serve; its text is the reason that tables count. Never leaves this file: it is counted or named."""
-
-
-@functools.lru_cache(1)
-def pillow():
-    """The module PIL.Image, which decodes images; `scenes` does without. Large headers are ours to refuse, so it need not warn."""
-    image = import_extra("PIL.Image", "reading image files", "pillow")
-    warnings.simplefilter("ignore", image.DecompressionBombWarning)
-    return image
-
-
-def open_image(blob):
-    """(image, turn): pillow's image, its pixels not decoded yet, and what sets it upright (a name in UPRIGHT, or None). Raises Unfit."""
-    try:
-        image = pillow().open(io.BytesIO(blob), formats=("JPEG", "PNG", "WEBP", "BMP"))    # no other decoder sees unknown bytes
-    except pillow().DecompressionBombError:
-        raise Unfit("too large")
-    except Exception:                                          # pillow raises many kinds on bytes that are no image
-        foreign = blob.startswith(UNSUPPORTED_STARTS) or blob[4:8] == b"ftyp"              # HEIC, AVIF, MP4
-        kind = next((k for start, k in STARTS.items() if blob.startswith(start)), None)
-        raise Unfit("unsupported format" if foreign else "truncated" if kind and not is_whole(blob, kind) else "not an image")
-    if image.width * image.height > pillow().MAX_IMAGE_PIXELS: # 89 million: known from the header, before memory is taken
-        raise Unfit("too large")
-    if image.format in ("PNG", "WEBP") and getattr(image, "is_animated", False):
-        raise Unfit("unsupported format")
-    exif = pillow().Exif()
-    try:                                                       # not image.getexif(): for a PNG it would decode all pixels
-        exif.load(image.info.get("exif", b""))
-    except Exception:                                          # broken notes about a whole image
-        pass
-    return image, UPRIGHT.get(exif.get(0x0112))                # the tag "Orientation": 1 to 8, 1 is upright
-
-
-def is_whole(blob, kind):
-    """Does the file end as its format ends? A cut file still has a good header; decoding it to find out would cost 100 times more."""
-    if kind in ("JPEG", "MPO"):                                # an end marker after the last scan; what follows may be anything
-        return blob.endswith(b"\xff\xd9") or blob.rfind(b"\xff\xd9") > blob.rfind(b"\xff\xda")
-    if kind == "PNG":                                          # its last chunk and that chunk's checksum
-        return b"IEND" in blob[-12:] or b"IEND\xaeB`\x82" in blob
-    told = int.from_bytes(blob[4:8], "little") + 8 if kind == "WEBP" else int.from_bytes(blob[2:6], "little")   # BMP: both tell their size
-    return len(blob) >= told
-
-
-def header(blob):
-    """(width, height) of an image as shown, from its header alone; raises Unfit where training could not use it."""
-    image, turn = open_image(blob)
-    width, height = image.size[::-1] if turn in SIDEWAYS else image.size
-    if max(width, height) > MOST_ASPECT * min(width, height) > 0:
-        raise Unfit("aspect")
-    if min(width, height) < LEAST_SIDE:
-        raise Unfit("too small")
-    if not is_whole(blob, image.format):
-        raise Unfit("truncated")
-    return width, height
-
-
-def decode(blob, least=None):
-    """
-    Pillow's image, upright, RGB, transparency over white, 16 bits scaled to 8. JPEGs are decoded at a fraction of their size, but at
-    least `least` (width, height) as shown. Raises Unfit where the bytes cannot be decoded, which only decoding tells.
-    """
-    image, turn = open_image(blob)
-    try:
-        if least:                                              # a JPEG at 1/2, 1/4, 1/8: fewer DCT coefficients, several times faster
-            image.draft("RGB", least[::-1] if turn in SIDEWAYS else least)
-        if image.mode.startswith("I"):                         # 16-bit grey: convert() would clip it
-            image = pillow().fromarray(np.round(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))    # 65535 = 257 * 255
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:     # info: a palette, or one colour, that is clear
-            image = image.convert("RGBA")
-            image = pillow().alpha_composite(pillow().new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-    except Exception as e:                                     # many kinds here too, such as struct.error and SyntaxError
-        raise Unfit(f"cannot be decoded: {e}")
-    return image.transpose(pillow().Transpose[turn]) if turn else image
-
-
-def covering(size, height, width, rule):
-    """
-    (w, h) that an image of `size` (width, height) is resized to, so that height x width can be cut out of it. Rule "crop": the smallest
-    that covers it, its shape kept (Greedy Growing, Sec. 4); rule "stretch": just that, each side scaled by itself (PixelGen-V2).
-    """
-    scale = max(width / size[0], height / size[1])
-    return (width, height) if rule == "stretch" else (max(width, round(size[0] * scale)), max(height, round(size[1] * scale)))
-
-
-def jittered(image, draws, strength):
-    """Brightness, contrast and saturation, each times a factor drawn from 1 +- strength. (H, W, 3) uint8, three draws in [0, 1)."""
-    brightness, contrast, saturation = 1 + strength * (2 * np.array(draws) - 1)
-    x = image * brightness                                                         # (H, W, 3)
-    x = x.mean() + contrast * (x - x.mean())                                       # away from, or towards, one grey
-    grey = x @ np.array([[0.299], [0.587], [0.114]])                               # (H, W, 1), luma of ITU-R BT.601
-    return (grey + saturation * (x - grey)).clip(0, 255).round().astype(np.uint8)  # away from, or towards, each pixel's grey
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Scanning: a folder or tar shards -> arrays. One row per image; nothing is copied or encoded anew.
-#
-#     a folder    cat.jpg with cat.txt (a caption) or cat.json beside it, or captions.jsonl / captions.csv with a file in each row
-#     tar shards  as img2dataset writes them: 0001.jpg, 0001.txt, 0001.json, in any order
-#
-# In .json and .jsonl, "caption" (or "captions", "text") is one caption or a list of them, and "long_caption" (or "long_captions")
-# likewise, told apart in training by the key `long_captions`. Below, texts is such a pair of lists, (raw, long).
-
-SAMPLE = np.dtype([("file", "<i4"),                            # number of the file that holds the image: itself, or a tar
-                   ("offset", "<i8"), ("length", "<i8"),       # its bytes in there
-                   ("width", "<i4"), ("height", "<i4"),        # pixels, as shown
-                   ("crc", "<u4"),                             # crc32 of its bytes
-                   ("first", "<i8"), ("raw", "<u2"), ("long", "<u2")])             # its captions: raw ones from number `first`, then long ones
-RAW_KEYS, LONG_KEYS = ("caption", "captions", "text"), ("long_caption", "long_captions")
-FILE_KEYS = ("file", "file_name", "filename", "image", "path", "key")              # any of them names the image of a row
-LISTS = ("captions.jsonl", "captions.csv")
-MOST_CHARACTERS = 8000                                         # of a caption; the rest is cut
-MOST_CAPTIONS = 1000                                           # of an image, of each kind
-CHUNK = 256                                                    # files of a folder that a worker takes at a time
-
-
-def read_whole(path):
-    """Bytes of a regular file. OSError for anything else, such as a pipe, which would wait for ever; Unfit where it is too large."""
-    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        status = os.fstat(file)                                # of what was opened: the name may mean another file by now
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(f"{path} is no regular file")
-        if status.st_size > MOST_BYTES:
-            raise Unfit("too large")
-        return os.read(file, status.st_size)
-    finally:
-        os.close(file)
-
-
-def read_part(path, offset, length):
-    """Bytes of a file, read in place: nothing is unpacked. Fewer than `length` where the file ends."""
-    return os.pread(shared_file(path).fileno(), length, offset)                    # no position to move, so forked workers may share the file
-
-
-@functools.lru_cache(32)                                       # opening costs more than reading; what falls out of the cache is closed
-def shared_file(path):
-    return open(path, "rb", buffering=0)
-
-
-def read_json(text):
-    """The dict that a JSON text (str or bytes) holds, or None."""
-    try:
-        fields = json.loads(text)
-    except (ValueError, RecursionError):                       # no JSON, or built to exhaust the stack
-        return None
-    return fields if isinstance(fields, dict) else None
-
-
-class Found:
-    """What one worker found in a shard, or in some files of a folder. `bad` holds (name, reason)."""
-
-    def __init__(self):
-        self.files, self.sizes = [], []                        # names and bytes of the files that hold images
-        self.rows, self.captions = [], []                      # SAMPLEs with `file` counted from 0 here; captions of all rows, as bytes
-        self.bad, self.counts = [], Counter()                  # counts: captions that are missing, empty, truncated, replaced
-
-    def add(self, name, blob, offset, texts):
-        """An image of the file begun last, and its captions, str or bytes."""
-        try:
-            width, height = header(blob)
-        except Unfit as e:
-            return self.bad.append((name, str(e)))
-        raw, long = ([c for c in dict.fromkeys(map(self.clean, part[:MOST_CAPTIONS])) if c] for part in texts)     # each caption once
-        if not raw and not long:
-            self.counts["empty" if any(texts) else "missing"] += 1
-        self.rows.append((len(self.files) - 1, offset, len(blob), width, height, zlib.crc32(blob), 0, len(raw), len(long)))    # 0: see merge
-        self.captions += raw + long
-
-    def clean(self, caption):
-        """One line of UTF-8 bytes. What cannot be read becomes U+FFFD, what is longer than MOST_CHARACTERS is cut at a word."""
-        # JSON may hold half of a surrogate pair, which has no UTF-8: encoded and decoded it becomes a question mark
-        text = caption.decode("utf-8", "replace") if isinstance(caption, bytes) else str(caption).encode("utf-8", "replace").decode()
-        self.counts["replaced"] += "\ufffd" in text or "\0" in text
-        text = " ".join(text.replace("\0", " ").split())
-        if len(text) > MOST_CHARACTERS:
-            self.counts["truncated"] += 1
-            text = text[:MOST_CHARACTERS].rpartition(" ")[0] or text[:MOST_CHARACTERS]     # or: one word, longer than that
-        return text.encode()
-
-
-def texts_of(fields):
-    """(raw, long) captions of a .json or a row of .jsonl or .csv, each one string or a list of them."""
-    pick = lambda keys: [c for k in keys for c in (fields[k] if isinstance(fields.get(k), list) else [fields.get(k)]) if c is not None]
-    return pick(RAW_KEYS), pick(LONG_KEYS)
-
-
-def texts_beside(found, name, text, fields):
-    """(raw, long) captions from the bytes of a .txt and a .json, either of them None where there is no such file."""
-    row = read_json(fields) if fields is not None else {}
-    if row is None:
-        found.bad.append((name, "unreadable .json, not skipped"))
-    raw, long = texts_of(row or {})
-    return [text] if text is not None else raw, long           # img2dataset writes the caption to both: take it once
-
-
-def scan_files(root, images):
-    """Some files of a folder -> Found. images: (name, its .txt or None, its .json or None, its texts in captions.jsonl or .csv or None)."""
-    found = Found()
-    for name, *sidecars, texts in images:
-        try:
-            blob = read_whole(os.path.join(root, name))
-        except (OSError, Unfit) as e:                          # no permission, a loop of links, gone since it was listed; or too large
-            found.bad.append((name, str(e) if isinstance(e, Unfit) else "unreadable"))
-            continue
-        parts = []
-        for sidecar in sidecars:
-            try:
-                parts.append(read_whole(os.path.join(root, sidecar)) if sidecar else None)
-            except (OSError, Unfit):                           # as if it were not there: the caption counts as missing
-                parts.append(None)
-        found.files.append(name)
-        found.sizes.append(len(blob))
-        found.add(name, blob, 0, texts or texts_beside(found, name, *parts))
-    return found
-
-
-def scan_shard(root, name):
-    """A tar shard -> Found. Members of one key (the name up to its last dot) belong together, in whatever order they come."""
-    found, path = Found(), os.path.join(root, name)
-    try:
-        members, size, cut = tar_members(path)
-    except OSError:
-        found.bad.append((name, "unreadable"))
-        return found
-    if cut is not None:                                        # what it still holds is not taken: half a shard would go unnoticed
-        found.bad.append((name, f"incomplete at byte {cut}"))
-        return found
-    found.files.append(name)
-    found.sizes.append(size)
-    for key, parts in members.items():
-        sides = {kind: read_part(path, offset, min(length, MOST_BYTES)) for kind, _, offset, length in parts if kind in (".txt", ".json")}
-        pictures = [p for p in parts if p[0] in IMAGES + UNSUPPORTED]
-        if not pictures and ".txt" in sides:                   # a .json alone is no loss: img2dataset writes one for failed downloads too
-            found.bad.append((f"{name}/{key}.txt", "caption without image"))
-        for k, (kind, member, offset, length) in enumerate(pictures):
-            member = f"{name}/{member}"
-            reason = "same key" if k else "unsupported format" if kind in UNSUPPORTED else "too large" if length > MOST_BYTES else None
-            if reason:
-                found.bad.append((member, reason))
-            else:
-                found.add(member, read_part(path, offset, length), offset, texts_beside(found, member, sides.get(".txt"), sides.get(".json")))
-    return found
-
-
-def tar_members(path):
-    """
-    ({key: [(ending, name, offset, length)]}, size, cut) of a tar: its regular files by key, its bytes, and None where it is whole. A whole
-    tar ends in zero blocks; one that was cut, or whose writer died, stops at byte `cut`, between two members or within one.
-    """
-    members, end, size = {}, 0, os.path.getsize(path)
-    try:
-        with tarfile.open(path, "r:") as tar:                  # uncompressed; reads headers and skips contents
-            for member in tar:
-                key, kind = os.path.splitext(member.name)      # a name is only compared, never written to
-                if member.isreg():
-                    members.setdefault(key, []).append((kind.lower(), member.name, member.offset_data, member.size))
-                tar.members = []                               # else it keeps them all
-            end = tar.offset                                   # where the zero blocks, two of 512 bytes or more, should begin
-        whole = end + 512 <= size and not read_part(path, end, 1024).strip(b"\0")
-        return members, size, None if whole else end
-    except OSError:
-        raise
-    except Exception as e:                                     # tarfile raises many kinds on bytes that are no tar
-        return {}, size, size if "unexpected end" in str(e) else end
-
-
-def read_list(root, file, owners, listed):
-    """
-    Add the rows of captions.jsonl or captions.csv to listed, {name: (raw, long)}. Names are relative to the list and may lack their
-    ending (owners: {name without ending: image}); several rows of one image add up. Returns the (file, reason) of rows that could not be
-    read, for bad.tsv.
-    """
-    broken = []
-    with open(os.path.join(root, file), encoding="utf-8", errors="replace", newline="") as f:
-        csv.field_size_limit(MOST_BYTES)                       # else it refuses captions of 128 kB, which we cut
-        for fields in csv.DictReader(f) if file.endswith(".csv") else (read_json(line) or {} for line in f if line.strip()):
-            name = next((fields[k] for k in FILE_KEYS if isinstance(fields.get(k), str)), None)
-            if name is None:
-                broken.append((file, "row without a file, not skipped"))
-                continue
-            name = os.path.normpath(os.path.join(os.path.dirname(file), name))     # only ever compared with the names that walk found
-            for old, new in zip(listed.setdefault(owners.get(name, name), ([], [])), texts_of(fields)):
-                old += new
-    return broken
-
-
-def walk(path):
-    """(root, shards, images, bad): all that lies under a folder, in the order of the names; or one tar file. Images as in scan_files."""
-    if os.path.isfile(path) and path.lower().endswith(".tar"):
-        return os.path.dirname(path) or ".", [os.path.basename(path)], [], []
-    if not os.path.isdir(path):
-        raise UserError(f"no folder {path!r}: give a folder with images ({' '.join(IMAGES)}) or .tar shards, or one .tar")
-    names, bad, listed = [], [], {}
-    unreadable = lambda e: bad.append((os.path.relpath(e.filename, path), "unreadable"))
-    for folder, folders, files in os.walk(path, onerror=unreadable):
-        here = "" if folder == path else os.path.relpath(folder, path) + os.sep
-        bad += [(here + f, "linked folder") for f in folders if os.path.islink(os.path.join(folder, f))]       # not followed: it may be a loop
-        folders[:] = [f for f in folders if not f.endswith(INDEX)]                 # os.walk goes into what is left
-        names += [here + f for f in files]
-    names.sort(key=os.fsencode)                                # the same on every machine, also for names that are no UTF-8
-    ends = lambda kinds: [n for n in names if n.lower().endswith(kinds)]
-    stem = lambda name: os.path.splitext(name)[0]
-    shards, files = ends(".tar"), ends(IMAGES)
-    if not shards and not files:
-        raise UserError(f"nothing to use under {path!r}: looked for images ({' '.join(IMAGES)}) and .tar shards")
-    owners = {stem(f): f for f in reversed(files)}             # the first image of a name owns its .txt
-    for name in names:
-        if os.path.basename(name) in LISTS:
-            try:
-                bad += read_list(path, name, owners, listed)
-            except OSError:
-                bad.append((name, "unreadable"))
-    twice = {f for f in files if f not in listed and owners[stem(f)] != f}
-    bad += [(n, "unsupported format") for n in ends(UNSUPPORTED)] + [(n, "same key") for n in twice]
-    bad += [(n, "caption without image") for n in ends(".txt") if stem(n) not in owners]
-    bad += [(n, "caption without image") for n in set(listed).difference(files)]
-    sidecars = {stem(n) + n[len(stem(n)):].lower(): n for n in ends((".txt", ".json"))}            # a.txt comes after a.TXT, and wins
-    images = [(f, sidecars.get(stem(f) + ".txt"), sidecars.get(stem(f) + ".json"), listed.get(f)) for f in files if f not in twice]
-    return path, shards, images, bad
-
-
-def scan(path, workers=None):
-    """
-    (Indexed, bad) of all images under `path`, in memory; bad is every (name, reason). The same files give the same arrays, whatever the
-    number of workers. head["report"] is {"found", "used", "skipped": {reason: count}, "captions": {...}}, with found = used + skipped.
-    """
-    root, shards, images, bad = walk(path)
-    pillow()                                                   # said once, and not by each worker, if it is not there
-    jobs = [(scan_shard, root, s) for s in shards] + [(scan_files, root, images[k:k + CHUNK]) for k in range(0, len(images), CHUNK)]
-    parts = list(tqdm(in_parallel(jobs, workers), "index", len(jobs), unit="shard" if shards else "chunk", disable=None))
-
-    arrays, duplicates = merge(root, parts)
-    bad = sorted(bad + [b for p in parts for b in p.bad] + duplicates)
-    counts = sum((p.counts for p in parts), Counter())
-    skipped = Counter(reason_of(why) for _, why in bad if not why.endswith("not skipped"))
-    used = len(arrays["samples"])
-    report = {"found": used + skipped.total(), "used": used, "skipped": dict(sorted(skipped.items())),
-              "captions": {k: counts[k] for k in ("missing", "empty", "truncated", "replaced")}}
-    head = {"fingerprint": fingerprint(arrays), "counts": {k: len(a) for k, a in arrays.items()}, "report": report,
-            "such": {reason_of(why): ascii(name) for name, why in reversed(bad)}}  # the first file of each reason, as an example
-    return Indexed(arrays, head, root), bad
-
-
-def in_parallel(jobs, workers):
-    """Results of jobs (function, *arguments), in their order, from so many processes; few jobs are not worth a process."""
-    workers = min(len(jobs), workers or (os.cpu_count() if len(jobs) > 8 else 1))
-    if workers < 2:
-        yield from map(run_job, jobs)
-        return
-    # fork: workers start at once, with all that is imported here
-    pool = concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
-    try:
-        yield from pool.map(run_job, jobs)
-    except concurrent.futures.process.BrokenProcessPool:
-        raise UserError("a worker of the index was killed, by lack of memory most likely: fewer --workers")
-    finally:                                                   # also on Ctrl-C, which reaches this process alone: workers ignore it
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def run_job(job):
-    """A function of its own, because processes are told by name what to run."""
-    return job[0](*job[1:])
-
-
-def reason_of(why):
-    """The reason that tables count, less what differs from file to file: "incomplete at byte 512" -> "incomplete shard"."""
-    return re.sub(r" at byte \d+", " shard", why)
-
-
-def merge(root, parts):
-    """({name: array} as in ARRAYS, [(name, "duplicate")]): all parts in one, less images whose bytes and captions both came before."""
-    names, captions = ([x for p in parts for x in getattr(p, k)] for k in ("files", "captions"))
-    rows = np.concatenate([np.zeros(0, SAMPLE)] + [np.array(p.rows, SAMPLE) for p in parts])       # zeros: there may be no parts
-    before = np.cumsum([0] + [len(p.files) for p in parts])[:-1]                   # files of the parts before each part
-    rows["file"] += np.repeat(before, [len(p.rows) for p in parts]).astype(np.int32)
-    count = rows["raw"].astype(np.int64) + rows["long"]        # u2 + u2 would overflow
-    rows["first"] = np.cumsum(count) - count                   # captions stand in the order of their images
-
-    # strings of any length: all bytes one after the other, and where each ends; an object array would have to be pickled
-    pack = lambda blobs: (np.frombuffer(b"".join(blobs), np.uint8), np.cumsum([0] + [len(b) for b in blobs], dtype=np.int64))
-    arrays = {"samples": rows, "sizes": np.array([s for p in parts for s in p.sizes], np.int64)}
-    arrays["names"], arrays["name_ends"] = pack([os.fsencode(n) for n in names])
-    arrays["captions"], arrays["caption_ends"] = pack(captions)
-
-    again, data = [], Indexed(arrays, {}, root)
-    said = lambda i: captions[rows["first"][i]:rows["first"][i] + count[i]]        # the captions of image i
-    key = rows["crc"].astype(np.uint64) << np.uint64(32) | rows["length"].astype(np.uint64)
-    _, first, group = np.unique(key, return_index=True, return_inverse=True)       # first: the earliest row of each key
-    for i, earlier in ((i, first[group[i]]) for i in np.flatnonzero(first[group] != np.arange(len(rows)))):
-        if said(i) == said(earlier) and data.same(i, earlier): # checksums alone may agree by chance among millions
-            again.append(i)
-    arrays["samples"] = np.delete(rows, again)                 # their captions stay in place, and nothing points at them
-    return arrays, [(data.where(i), "duplicate") for i in again]
-
-
-def require(data, bad, allow=()):
-    """Raise UserError where training would not be what was meant: a shard cut short, images without captions, no image at all."""
-    path, report = data.root, data.head["report"]
-    mute = report["captions"]["missing"] + report["captions"]["empty"]
-    for name, reason in bad:
-        if reason.startswith("incomplete") and "incomplete" not in allow:
-            raise UserError(f"shard {name} is {reason}: fetch it again, or go on without it: python data.py index {path} --allow incomplete")
-    if not report["used"]:
-        raise UserError(f"none of {report['found']} files under {path!r} can serve: python data.py check {path} tells why")
-    if mute > report["used"] / 20 and "uncaptioned" not in allow:                  # one in twenty may lack one; more is a mistake in the names
-        raise UserError(f"{mute} of {report['used']} images under {path!r} have no caption: put NAME.txt beside NAME.jpg, or take them with "
-                        f"the null caption: python data.py index {path} --allow uncaptioned")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The index: those arrays as files beside the data, read through memory maps, and the data set that they make
-#
-#     samples.npy                      one SAMPLE per image
-#     sizes.npy                        bytes of each file that holds images, to see later whether it has changed
-#     names.npy, name_ends.npy         their names: all bytes one after the other, and where each ends (a 0 first)
-#     captions.npy, caption_ends.npy   captions likewise
-#     index.json                       format, root, fingerprint, counts, and the table of what was found
-#     bad.tsv                          every file that is not used, and why
-
-INDEX, INDEX_FORMAT = "nanovermeer.index", 1
-ARRAYS = {"samples": SAMPLE, "sizes": np.dtype("<i8"), "names": np.dtype("u1"), "name_ends": np.dtype("<i8"),
-          "captions": np.dtype("u1"), "caption_ends": np.dtype("<i8")}
-
-
-class Indexed:
-    """
-    Real images and their captions, by number, straight from the files where they lie. Arrays are memory maps where the index is on
-    disk: workers share them, and memory does not grow with the number of samples. folder is where the index lies, or None.
-    """
-
-    def __init__(self, arrays, head, root, folder=None):
-        self.__dict__.update(arrays)                           # samples, sizes, names, name_ends, captions, caption_ends
-        self.head, self.root, self.folder, self.name = head, os.path.normpath(root), folder, os.path.abspath(root)
-        self.fingerprint = head.get("fingerprint", "")
-        self.unreadable, self.kept = set(), {}                 # images that failed; decoded ones, {(i, height, width, rule): array}
-
-    def __len__(self):
-        return len(self.samples)
-
-    def size(self, i):
-        """(width, height) in pixels, as shown."""
-        return int(self.samples[i]["width"]), int(self.samples[i]["height"])
-
-    def all_sizes(self):
-        """int32 (n, 2): width, height."""
-        return np.stack([self.samples["width"], self.samples["height"]], 1)
-
-    def choose(self, i, which=0.0, long=False):
-        """Number of a caption of image i, -1 where it has none: a long one if `long` and there is one; of several the one at `which` in [0, 1)."""
-        s = self.samples[i]
-        first, raw, more = int(s["first"]), int(s["raw"]), int(s["long"])
-        first, count = (first + raw, more) if more and (long or not raw) else (first, raw)         # long ones stand behind the raw ones
-        return first + int(which * count) if count else -1
-
-    def text(self, number):
-        """The caption of that number; -1 is the null caption."""
-        return bytes(self.captions[self.caption_ends[number]:self.caption_ends[number + 1]]).decode("utf-8", "replace") if number >= 0 else ""
-
-    def caption(self, i):
-        """The first caption of image i."""
-        return self.text(self.choose(i))
-
-    @property
-    def captions_count(self):
-        return len(self.caption_ends) - 1
-
-    def captions_digest(self):
-        """sha256 of all captions in their order, 16 digits: embeddings are kept by a caption's number."""
-        digest = hashlib.sha256(np.ascontiguousarray(self.caption_ends))
-        digest.update(np.ascontiguousarray(self.captions))
-        return digest.hexdigest()[:16]
-
-    def file(self, k):
-        """Name of the k-th file that holds images, relative to the root."""
-        return os.fsdecode(bytes(self.names[self.name_ends[k]:self.name_ends[k + 1]]))
-
-    def table(self):
-        """Found, used, skipped by reason, captions that are odd: lines of text."""
-        report, such = self.head["report"], self.head["such"]
-        rows = [("found", report["found"], ""), ("used", report["used"], "")]
-        rows += [("skipped", count, f"{reason}, such as {such[reason]}") for reason, count in report["skipped"].items()]
-        rows += [("captions", count, reason) for reason, count in report["captions"].items() if count]
-        return [f"  {what:8s} {count:9d}  {why}".rstrip() for what, count, why in rows]
-
-    def where(self, i):
-        """Name of image i: its file; of one in a shard also the member's, which stands in the 512 bytes before it."""
-        s = self.samples[i]
-        name = self.file(s["file"])
-        if not name.lower().endswith(".tar"):
-            return name
-        try:                                                   # read again, so that the index need not hold millions of names
-            member = tarfile.TarInfo.frombuf(read_part(os.path.join(self.root, name), int(s["offset"]) - 512, 512), "utf-8", "replace").name
-        except (tarfile.TarError, OSError):
-            member = f"byte {s['offset']}"
-        return f"{name}/{member}"
-
-    def read(self, i):
-        """Bytes of image i. Raises Unfit if they are not those that were indexed, OSError if they cannot be read."""
-        s = self.samples[i]
-        blob = read_part(os.path.join(self.root, self.file(s["file"])), int(s["offset"]), int(s["length"]))
-        if zlib.crc32(blob) != s["crc"]:
-            raise Unfit("crc error: its bytes have changed since it was indexed")
-        return blob
-
-    def same(self, i, j):
-        """Have images i and j the same bytes, still those that were indexed?"""
-        try:
-            return self.read(i) == self.read(j)
-        except (OSError, Unfit):                               # gone, or written to, since it was looked at
-            return False
-
-    def view(self, i, height, width, draws=(0.5, 0.5), rule="crop"):
-        """
-        (H, W, 3) uint8, and top and left of the crop in the resized image, which two draws in [0, 1) place: 0.5 is the middle. Raises
-        Unfit, OSError. Callers must not write into it: small data sets keep resized images for the next epoch.
-        """
-        key = (i, height, width, rule)
-        image = self.kept.get(key)
-        if image is None:
-            w, h = covering(self.size(i), height, width, rule)
-            # decoded at twice the size at least: the coarse scaling of a JPEG decoder would show below that
-            image = np.asarray(decode(self.read(i), (2 * w, 2 * h)).resize((w, h), pillow().Resampling.BICUBIC))   # (h, w, 3)
-            if len(self) * height * width < 2 ** 25:           # 100 MB if all are cut to the square, more where shapes differ
-                self.kept[key] = image
-        h, w, _ = image.shape
-        left, top = int(draws[0] * (w - width + 1)), int(draws[1] * (h - height + 1))              # each place is as likely as any other
-        return image[top:top + height, left:left + width], top, left
-
-    def probe(self):
-        """Refuse an index whose files are gone or changed: the sizes of up to 4096 of them, and the checksums of 64 images, tell."""
-        again = f"put it back, or index again: python data.py index {self.root}"
-        for k in spaced(len(self.sizes), 4096):
-            path = os.path.join(self.root, self.file(k))
-            size = os.path.getsize(path) if os.path.exists(path) else None
-            if size != self.sizes[k]:
-                what = "is gone" if size is None else f"has {size} bytes instead of {self.sizes[k]}"
-                raise UserError(f"{path} {what} since it was indexed: {again}")
-        some = spaced(len(self), 64)
-        changed = [i for i in some if not self.same(i, i)]     # read() compares checksums
-        if len(changed) * 4 > len(some):                       # one bad byte is passed over in training; this is another data set
-            raise UserError(f"{len(changed)} of {len(some)} images looked at under {self.root} have changed since they were indexed, such as "
-                            f"{self.where(changed[0])}: {again}")
-
-
-def spaced(n, most):
-    """At most so many numbers of range(n), spread evenly over it: int (k,)."""
-    return np.unique(np.linspace(0, n - 1, most).astype(int)) if n else np.zeros(0, int)
-
-
-def index_folder(path):
-    """Where the index of `path` lies unless --to said otherwise: in the folder, or beside the .tar."""
-    return os.path.join(path, INDEX) if os.path.isdir(path) else os.path.splitext(path)[0] + "." + INDEX
-
-
-def fingerprint(arrays):
-    """sha256, 16 digits, of names, sizes, places, checksums and captions: other data have another one. Where the data lie does not matter."""
-    digest = hashlib.sha256()
-    for key in ARRAYS:
-        digest.update(key.encode())
-        digest.update(np.ascontiguousarray(arrays[key]).view(np.uint8))
-    return digest.hexdigest()[:16]
-
-
-def write_index(folder, data, bad):
-    """index.json goes first when an index is made again, and comes last: without it the other files are nothing."""
-    os.makedirs(folder, exist_ok=True)
-    file = os.path.join(folder, "index.json")
-    if os.path.exists(file):
-        os.remove(file)
-    for key in ARRAYS:
-        atomic_write(os.path.join(folder, key + ".npy"), lambda f: np.save(f, getattr(data, key), allow_pickle=False))
-    lines = "name\treason\n" + "".join(f"{json.dumps(name)[1:-1]}\t{reason}\n" for name, reason in bad)       # a name may hold a newline
-    atomic_write(os.path.join(folder, "bad.tsv"), lambda f: f.write(lines.encode()))
-    inside = os.path.realpath(folder).startswith(os.path.realpath(data.root) + os.sep)                        # then both may be moved together
-    head = {"format": INDEX_FORMAT, "root": os.path.relpath(data.root, folder) if inside else os.path.abspath(data.root)} | data.head
-    atomic_write(file, lambda f: f.write(json.dumps(head, indent=1).encode()))
-
-
-def read_index(folder):
-    """Indexed. Refuses, before an image is read: another format, counts and places that do not fit, files that have changed since."""
-    again = "make it again: python data.py index"
-    try:
-        with open(os.path.join(folder, "index.json"), encoding="utf-8") as f:
-            head = json.loads(f.read(2 ** 24))                 # bounded: a header is a few kB
-        if head["format"] != INDEX_FORMAT:
-            raise UserError(f"index {folder!r} is of format version {head['format']}, this code reads {INDEX_FORMAT}: {again}")
-        with np.errstate(over="ignore"):                       # of a header that claims 2^60 rows; the map then fails
-            arrays = {k: np.load(os.path.join(folder, k + ".npy"), mmap_mode="r" if head["counts"][k] else None, allow_pickle=False)
-                      for k in ARRAYS}                         # an empty file cannot be mapped
-        data = Indexed(arrays, head, os.path.join(folder, head["root"]), folder)
-        data.table(), head["fingerprint"] + ""                 # nothing of the header is missing or of another type
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, EOFError, RecursionError) as e:
-        raise UserError(f"index {folder!r} is broken ({str(e)[:200]}): {again}")
-    wrong = [f"{k}.npy has {a.dtype} {a.shape}, index.json says {head['counts'][k]}" for k, a in arrays.items()
-             if a.dtype != ARRAYS[k] or a.shape != (head["counts"][k],)] or misfits(arrays)
-    if wrong:
-        raise UserError(f"index {folder!r} is broken ({wrong[0]}): {again}")
-    data.probe()
-    return data
-
-
-def misfits(arrays):
-    """What is impossible in the arrays of an index, a list of texts. Looks at a million rows at a time, so that memory stays bounded."""
-    for key, blob in (("name_ends", "names"), ("caption_ends", "captions")):
-        ends = arrays[key]
-        falls = (np.diff(ends[k:k + 2 ** 20 + 1]).min(initial=0) < 0 for k in range(0, len(ends), 2 ** 20))    # a text of negative length
-        if not len(ends) or ends[0] != 0 or ends[-1] != len(arrays[blob]) or any(falls):
-            return [f"{key}.npy does not fit {blob}.npy"]
-    files, captions = len(arrays["sizes"]), len(arrays["caption_ends"]) - 1
-    if files != len(arrays["name_ends"]) - 1:
-        return ["sizes.npy does not fit name_ends.npy"]
-    for k in range(0, len(arrays["samples"]), 2 ** 20):
-        s = arrays["samples"][k:k + 2 ** 20]
-        good = (s["file"] >= 0) & (s["file"] < files) & (s["offset"] >= 0) & (s["length"] > 0) & (s["length"] <= MOST_BYTES) & (s["first"] >= 0)
-        good &= (s["width"] > 0) & (s["height"] > 0) & (s["first"] <= captions - s["raw"].astype(np.int64) - s["long"])
-        # of the rows that are good so far, since a wild file number cannot be looked up; a difference, since a sum could overflow
-        good[good] &= s["offset"][good] <= arrays["sizes"][s["file"][good]] - s["length"][good]
-        if not good.all():
-            return [f"sample {k + int(np.argmin(good))} of samples.npy lies outside of its file"]
-    return []
-
-
-def open_data(config):
-    """The data set that `data` names: 'scenes'; an index; or a folder or .tar, by its index or, where it has none, scanned into memory now."""
-    path = config["data"]
-    if path == "scenes":
-        return Scenes(config)
-    for folder in (path, index_folder(path)):
-        if os.path.exists(os.path.join(folder, "index.json")):
-            return read_index(folder)
-    data, bad = scan(path)
-    require(data, bad)
-    return data
+def open_data(config, allow=()):
+    """The data set that `data` names: scenes; or real images, by their index or, where they have none, scanned into memory now."""
+    return Scenes(config) if config["data"] == "scenes" else open_images(config["data"], allow)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1121,6 +471,9 @@ class Batches(torch.utils.data.Dataset):
 # Commands: python data.py index|check|show|stats|vocabulary|embed. Each takes (args, config): the flags of main, and a config's dict
 
 
+LOOK = ("incomplete", "uncaptioned")                         # what show and stats do not refuse: they are for looking
+
+
 def index(args, config):
     """Scan, tell, and write the index beside the data or to --to."""
     begin, folder = time.perf_counter(), args.to or index_folder(args.path)        # seconds
@@ -1137,11 +490,19 @@ def index(args, config):
 
 
 def check(args, config):
-    """The same table without writing anything, and how many images each resolution would keep."""
-    data = Scenes(config) if args.path == "scenes" else scan(args.path, config["workers"])[0]
+    """The same table without writing anything, how many images each resolution would keep, and what training would refuse."""
+    data, bad = (Scenes(config), []) if args.path == "scenes" else scan(args.path, config["workers"])
     print("\n".join(data.table()) if isinstance(data, Indexed) else f"{len(data)} scenes")
-    if not len(data):
-        return
+    mute = [name for name, reason in bad if reason in MUTE]
+    print("".join(f"no caption: {name}\n" for name in mute[:20]) + f"... and {len(mute) - 20} more" * (len(mute) > 20), end="")
+    if len(data):
+        print_shares(data, config)
+    if isinstance(data, Indexed):
+        require(data, bad)
+
+
+def print_shares(data, config):
+    """How long captions are, and how many images each resolution would keep."""
     lengths = np.array([len(words(data.caption(i))) for i in range(min(len(data), 10000))])        # enough for a share
     print(f"captions of {lengths.mean():.1f} words; {np.mean(lengths > config['text_length']):.1%} are cut at text_length = {config['text_length']}")
     least = data.all_sizes().min(1)                            # (n,), the short sides
@@ -1151,7 +512,8 @@ def check(args, config):
 
 def show(args, config):
     """A contact sheet of step 0's batch after all transforms, captions beneath; without pillow they go to the terminal alone."""
-    data, config = open_data(config), config | {"encoder": "words", "autoencoder": ""}             # pixels and captions, not what models read
+    data = open_data(config, LOOK)
+    config = config | {"encoder": "words", "autoencoder": ""}                       # pixels and captions, not what models read
     usable = len(Batches(data, config | {"batch": 1}, filtered=True).usable)
     batches = Batches(data, config | {"batch": min(config["batch"], usable)}, filtered=True)       # a few images are worth a look too
     rows = [(i, *batches.sample(epoch, i)) for epoch, i in batches.pairs(0)]
@@ -1191,7 +553,7 @@ def nouns(caption):
 
 def stats(args, config):
     """The columns of PixArt-Sigma's Table 1: valid distinct nouns (in more than 10 captions' nouns), distinct nouns, all nouns, words per caption."""
-    data, kinds = open_data(config), {}
+    data, kinds = open_data(config, LOOK), {}
     for i in tqdm(range(len(data)), "stats", disable=None):    # kinds: {"raw": captions, "long": captions}, one of each for an image
         for long in (False, True):
             number = data.choose(i, 0.0, long)

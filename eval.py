@@ -35,11 +35,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (Batches, COLOURS, CONTRAST, GROUNDS, IMAGES, SHAPES, Scenes, describe, distance, encode_captions,
-                  open_data, pillow, texture_wave)
+from data import (Batches, COLOURS, CONTRAST, GROUNDS, SHAPES, Scenes, describe, distance, encode_captions,
+                  open_data, texture_wave)
 from lib.draws import normals
 from lib.encoders import open_autoencoder
 from lib.files import atomic_write, file_hash, free_name, import_extra
+from lib.images import IMAGES, pillow
 from lib.people import QUESTIONS, ratings_score, read_ratings, write_page
 from lib.pictures import draw_tuning, to_tensor, to_uint8, write_png
 from lib.questions import dsg_corpus, dsg_table, read_answers, read_dsg

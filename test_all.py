@@ -47,6 +47,7 @@ from data import Batches, Scenes
 from lib import triton_tools
 from lib.encoders import open_autoencoder
 from lib.files import file_hash
+from lib.images import INDEX
 from lib.pictures import to_tensor, write_png
 from lib.settings import UserError, config_names, load_config, read_sections
 from lib.test_people import prefers_a, tiny_page, write_answers
@@ -675,36 +676,6 @@ def test_devices_share_a_batch_and_more_of_them_than_samples_change_nothing(phot
 
 # data: a folder or shards -> an index
 
-@pytest.fixture
-def photos(tmp_path):
-    image = pytest.importorskip("PIL.Image")
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for i in range(24):
-        image.fromarray(np.full((40 + i, 64, 3), 10 * i, np.uint8)).save(folder / f"a {i}.{'JPG' if i % 2 else 'png'}")
-        (folder / f"a {i}.txt").write_text(f"grey level {i}")
-    return folder
-
-
-def picture(width, height, seed=0, kind="JPEG", **options):
-    """Bytes of an image file with noise in it."""
-    file, pixels = io.BytesIO(), np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    pytest.importorskip("PIL.Image").fromarray(pixels).save(file, kind, **options)
-    return file.getvalue()
-
-
-def shard(path, members, footer=True):
-    """A tar of (name, bytes), in the order given."""
-    with tarfile.open(path, "w") as tar:
-        for name, blob in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(blob)
-            tar.addfile(member, io.BytesIO(blob))
-        end = tar.offset
-    if not footer:
-        os.truncate(path, end)
-
-
 def test_folder_of_images_trains_grows_and_samples(photos, tmp_path):
     (photos / "fake.jpg").write_text("<html>")                 # no image
     torn = picture(64, 64, kind="PNG")
@@ -721,191 +692,23 @@ def test_folder_of_images_trains_grows_and_samples(photos, tmp_path):
     assert "taken in place of " + old in run(*again, "--data_id", old)             # who means it may go on
 
 
-def test_pixels_are_upright_over_white_and_of_three_channels_in_every_mode(tmp_path):
-    image = pytest.importorskip("PIL.Image")
-    deep = image.fromarray(np.full((8, 8), 128 * 257, np.uint16))
-    palette = image.new("P", (8, 8), 1)
-    palette.putpalette([0, 0, 0, 10, 200, 30])
-    clear = palette.copy()
-    saves = {"rgba.png": image.new("RGBA", (8, 8), (255, 0, 0, 0)), "half.png": image.new("RGBA", (8, 8), (255, 0, 0, 128)), "palette.png": palette,
-             "grey.png": image.new("L", (8, 8), 77), "la.png": image.new("LA", (8, 8), (0, 0)), "bit.png": image.new("1", (8, 8), 1), "deep.png": deep,
-             "cmyk.jpg": image.new("CMYK", (8, 8), (0, 255, 255, 0)), "rgb.webp": image.new("RGB", (8, 8), (200, 20, 90)), "bitmap.bmp": image.new("RGB", (8, 8), (1, 2, 3))}
-    golden = {"rgba.png": [255, 255, 255], "half.png": [255, 127, 127], "palette.png": [10, 200, 30], "grey.png": [77, 77, 77], "la.png": [255, 255, 255],
-              "bit.png": [255, 255, 255], "deep.png": [128, 128, 128], "cmyk.jpg": [255, 0, 0], "rgb.webp": [200, 20, 90], "bitmap.bmp": [1, 2, 3], "clear.png": [255, 255, 255]}
-    for file, picture_ in saves.items():
-        picture_.save(tmp_path / file, **({"lossless": True} if file.endswith("webp") else {}))
-    clear.save(tmp_path / "clear.png", transparency=1)
-    turned = image.new("RGB", (8, 16), "black")
-    turned.paste("white", (0, 0, 8, 8))                        # upper half white; orientation 6 turns it to the right
-    exif = image.Exif()
-    exif[0x0112] = 6
-    turned.save(tmp_path / "turned.png", exif=exif)
-    turned.save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    (tmp_path / "turned.jpg").rename(tmp_path / "also turned.jpg")
-    for file in [*golden, "turned.png", "also turned.jpg"]:
-        (tmp_path / file).with_suffix(".txt").write_text(file)
-    world = data.open_data({"data": str(tmp_path)} | {})
-    place = {world.where(i): i for i in range(len(world))}
-    for file, pixel in golden.items():
-        assert abs(world.view(place[file], 8, 8)[0].astype(int) - pixel).max() <= (1 if file.endswith("jpg") else 0), file
-    for file in "turned.png", "also turned.jpg":
-        i = place[file]
-        right, left = (world.view(i, 8, 8, (x, 0))[0] for x in (0.99, 0))
-        assert world.size(i) == (16, 8) and right[4, 6].min() > 245 and left[4, 1].max() < 10
-
-
-def test_yellow_ink_over_an_adobe_marker_is_not_inverted(tmp_path):
-    image = pytest.importorskip("PIL.Image")
-    file = io.BytesIO()
-    image.new("CMYK", (16, 16), (0, 0, 255, 0)).save(file, "JPEG", quality=95)
-    assert abs(np.asarray(data.decode(file.getvalue()))[8, 8].astype(int) - [255, 255, 0]).max() <= 3
-
-
-@pytest.mark.parametrize("blob, reason", [
-    (lambda: picture(64, 64)[:-50], "truncated"), (lambda: picture(64, 64, kind="PNG")[:-50], "truncated"), (lambda: picture(64, 64, kind="WEBP")[:-50], "truncated"),
-    (lambda: b"", "not an image"), (lambda: b"<!DOCTYPE html>", "not an image"), (lambda: picture(1, 4000, kind="PNG"), "aspect"),
-    (lambda: picture(1, 1), "too small"), (lambda: bomb(30000, 30000), "too large"), (lambda: bomb(0, 0), "not an image"),
-    (lambda: b"GIF89a" + bytes(99), "unsupported format"), (lambda: b'<?xml version="1.0"?><svg/>', "unsupported format"),
-    (lambda: bytes(4) + b"ftypheic" + bytes(99), "unsupported format"), (lambda: moving("WEBP"), "unsupported format"), (lambda: moving("PNG"), "unsupported format")])
-def test_what_cannot_serve_is_known_from_the_header(blob, reason):
-    pytest.importorskip("PIL.Image")
-    with pytest.raises(data.Unfit, match=reason):
-        data.header(blob())
-
-
-def test_whatever_decoding_raises_is_a_reason_to_skip():
-    blob = picture(16, 16, kind="PNG")
-    end = blob.rindex(b"IEND") - 4
-    late = struct.pack(">I", 1) + b"tRNS" + b"x" + struct.pack(">I", zlib.crc32(b"tRNSx"))         # behind the pixels, and too short
-    assert data.header(blob[:end] + late + blob[end:]) == (16, 16)
-    with pytest.raises(data.Unfit, match="cannot be decoded"):
-        data.decode(blob[:end] + late + blob[end:])
-
-
-def bomb(width, height):
-    """A PNG whose header claims width x height."""
-    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
-
-
-def moving(kind):
-    image, file = pytest.importorskip("PIL.Image"), io.BytesIO()
-    image.new("RGB", (32, 32)).save(file, kind, save_all=True, append_images=[image.new("RGB", (32, 32), "red")])
-    return file.getvalue()
-
-
-def test_index_tells_all_that_was_found_and_why_some_is_not_used(tmp_path):
-    folder = tmp_path / "in"
-    (folder / "sub.dir").mkdir(parents=True)
-    names = ["plain.jpg", "UPPER.JPG", "a b.c.d.jpeg", "new\nline.png", "ünï\u202e😀.webp", "sub.dir/x.y.jpg"]
-    for k, name in enumerate(names):
-        (folder / name).write_bytes(picture(32, 32, k, {"png": "PNG", "ebp": "WEBP"}.get(name[-3:], "JPEG")))
-        (folder / name).with_suffix(".TXT" if k == 1 else ".txt").write_text(f"caption {k}")
-    for k in range(60):                                        # so that a few without captions are under one in twenty
-        (folder / f"n{k}.jpg").write_bytes(picture(32, 32, 100 + k))
-        (folder / f"n{k}.json").write_text(json.dumps({"caption": f"raw {k}", "long_captions": [f"long {k}", f"longer {k}"]}))
-    (folder / "cut.jpg").write_bytes(picture(64, 64)[:900])
-    (folder / "empty.jpg").write_bytes(b"")
-    (folder / "film.mp4").write_bytes(b"x")
-    (folder / "plain.png").write_bytes(picture(32, 32, 50, "PNG"))                 # the same key as plain.jpg
-    (folder / "copy.jpg").write_bytes((folder / "plain.jpg").read_bytes())
-    (folder / "copy.txt").write_text("caption 0")              # a duplicate, also in words
-    (folder / "other words.jpg").write_bytes((folder / "plain.jpg").read_bytes())
-    (folder / "other words.txt").write_text("the same picture otherwise told")
-    (folder / "alone.txt").write_text("no image")
-    (folder / "mute.jpg").write_bytes(picture(32, 32, 51))
-    (folder / "blank.jpg").write_bytes(picture(32, 32, 52))
-    (folder / "blank.txt").write_text(" \n\t ")
-    (folder / "odd.jpg").write_bytes(picture(32, 32, 53))
-    (folder / "odd.txt").write_bytes(b"\xff\xfe broken \x00 bytes \xf0\x9f\x98\x80 \xd7\xa9")
-    (folder / "endless.jpg").write_bytes(picture(32, 32, 54))
-    (folder / "endless.txt").write_text("word " * 10000)
-    os.symlink("loop.jpg", folder / "loop.jpg")
-    os.symlink(folder, folder / "sub.dir" / "up")
-    os.mkfifo(folder / "pipe.jpg")
-    said = run("data.py", "index", folder, "--to", tmp_path / "ix", "--json", tmp_path / "t.json", "--workers", 2)
-    table = json.load(open(tmp_path / "t.json"))
-    assert table == {"found": 80, "used": 71, "captions": {"missing": 1, "empty": 1, "truncated": 1}, "skipped": {
-        "truncated": 1, "not an image": 1, "unsupported format": 1, "same key": 1, "duplicate": 1, "caption without image": 1, "linked folder": 1, "unreadable": 2}}
-    assert "captions         1  replaced" in said and "used            71" in said
-    bad = open(tmp_path / "ix" / "bad.tsv").read().splitlines()
-    assert len(bad) == 10 and "cut.jpg\ttruncated" in bad and "plain.jpg\tduplicate" in bad            # copy.jpg came first
-    world = data.open_data({"data": str(tmp_path / "ix")})
-    captions = {world.where(i): world.caption(i) for i in range(len(world))}
-    assert [captions[n] for n in names[1:]] == [f"caption {k}" for k in range(1, 6)]
-    assert captions["mute.jpg"] == captions["blank.jpg"] == "" and "broken bytes 😀 ש" in captions["odd.jpg"]
-    assert len(captions["endless.jpg"]) == 7999 and captions["other words.jpg"].startswith("the same")
-    i = next(i for i in range(len(world)) if world.where(i) == "n7.jpg")
-    assert [world.text(world.choose(i, which, long)) for which, long in ((0.9, False), (0.1, True), (0.9, True))] == ["raw 7", "long 7", "longer 7"]
-    text = data.encode_captions([captions["mute.jpg"]], tiny())
-    assert text.sum() == 0                                     # the null caption
-
-
-def test_lists_of_captions_serve_a_folder(tmp_path):
-    for k in range(4):
-        (tmp_path / f"{k}.png").write_bytes(picture(16, 16, k, "PNG"))
-    rows = [{"file_name": "0.png", "text": "a"}, {"file": "1", "captions": ["b", "c"], "long_caption": "d"}, {"file": "0.png", "caption": "e"}, {"file": "gone.png", "caption": "x"},
-            {"file": "0", "caption": "f"}]                     # without its ending: the same image
-    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\nno json\n")
-    (tmp_path / "captions.csv").write_text('file,caption\n2.png,"with, a comma"\n3.png,"two\nlines"\n')
-    (tmp_path / "sub").mkdir()
-    os.symlink("captions.csv", tmp_path / "sub" / "captions.csv")                  # a loop: counted, not fatal
-    world, bad = data.scan(str(tmp_path))
-    assert [[world.text(int(s["first"]) + k) for k in range(s["raw"] + s["long"])] for s in world.samples] == [["a", "e", "f"], ["b", "c", "d"], ["with, a comma"], ["two lines"]]
-    assert bad == [("captions.jsonl", "row without a file, not skipped"), ("gone.png", "caption without image"), ("sub/captions.csv", "unreadable")]
-    assert world.head["report"]["captions"] == dict(missing=0, empty=0, truncated=0, replaced=0)
-
-
-@pytest.fixture
-def shards(tmp_path):
-    """Two shards as img2dataset writes them, members shuffled, and dots in the names of the second."""
-    pytest.importorskip("PIL.Image")
-    folder = tmp_path / "shards"
-    folder.mkdir()
-    for s in range(2):
-        parts = [(f"{'v1.' * s}{s}{k:03d}.{kind}", blob) for k in range(10) for kind, blob in (
-            ("jpg", picture(40 + k, 48, 10 * s + k)), ("txt", f"shard {s} image {k}".encode()), ("json", json.dumps({"caption": "raw", "long_caption": "long"}).encode()))]
-        shard(folder / f"0000{s}.tar", [parts[k] for k in np.random.default_rng(s).permutation(len(parts))])
-    return folder
-
-
-def test_shards_are_read_in_place_and_as_equal_arrays_by_any_number_of_workers(shards, tmp_path):
-    run("data.py", "index", shards, "--workers", 2)
-    world = data.open_data({"data": str(shards)})
-    here, bad = data.scan(str(shards), workers=1)
-    assert here.head["report"] == {"found": 20, "used": 20, "skipped": {}, "captions": dict(missing=0, empty=0, truncated=0, replaced=0)} and not bad
-    assert all((getattr(world, k) == getattr(here, k)).all() for k in data.ARRAYS) and world.head["fingerprint"] == here.head["fingerprint"]
-    for i in range(20):
-        name = world.where(i)
-        s, k = int(name[4]), int(name.rpartition(".")[0][-3:])
-        assert world.caption(i) == f"shard {s} image {k}" and world.size(i) == (40 + k, 48) and world.read(i) == picture(40 + k, 48, 10 * s + k)
-    assert isinstance(world.samples, np.memmap) and isinstance(world.captions, np.memmap)
-    shards.rename(tmp_path / "moved")                          # the index travels with its data
-    assert len(data.open_data({"data": str(tmp_path / "moved")})) == 20
-
-
-def indexed(folder):
-    data.write_index(str(folder / data.INDEX), *data.scan(str(folder)))
-
-
-def refused(capsys, call, *parts):
-    with pytest.raises(UserError):
-        call()
-    said = capsys.readouterr().err
-    assert all(p in said for p in parts), said
-
-
-def test_a_shard_cut_short_is_refused_and_left_out_only_on_demand(shards, tmp_path, capsys):
-    size = os.path.getsize(shards / "00001.tar")
-    for cut, says in ((25000, "incomplete at byte"), (0, "incomplete at byte 0")):
-        whole = (shards / "00001.tar").read_bytes()
-        os.truncate(shards / "00001.tar", cut)
-        refused(capsys, lambda: data.open_data({"data": str(shards)}), "shard 00001.tar", says, "--allow incomplete")
-        (shards / "00001.tar").write_bytes(whole)
-    shard(shards / "00001.tar", [("a.jpg", picture(32, 32)), ("a.txt", b"x")], footer=False)
-    refused(capsys, lambda: data.open_data({"data": str(shards)}), "00001.tar is incomplete at byte")
-    run("data.py", "index", shards, "--allow", "incomplete")
-    assert len(data.open_data({"data": str(shards)})) == 10
+def test_index_and_check_print_a_table_and_name_what_they_refuse(photos, tmp_path):
+    pytest.importorskip("pyarrow")
+    (photos / "cut.jpg").write_bytes(picture(64, 64)[:900])
+    (photos / "mute.jpg").write_bytes(picture(32, 32))
+    said = run("data.py", "index", photos, "--to", tmp_path / "ix", "--json", tmp_path / "t.json", "--workers", 2)
+    table = {"found": 26, "used": 25, "skipped": {"truncated": 1}, "captions": {"missing": 1, "empty": 0, "truncated": 0}}
+    assert json.load(open(tmp_path / "t.json")) == table and "captions         1  missing, such as 'mute.jpg'" in said
+    assert "used            25" in run("data.py", "check", photos)
+    assert len(data.open_data({"data": str(tmp_path / "ix")})) == 25
+    (photos / "a 3.txt").unlink()                              # two of 25 are more than one in twenty
+    for command in ("check", "index"):
+        assert "error: 2 of 25 images" in run("data.py", command, photos, code=2)
+    said = run("data.py", "check", photos, code=2)
+    assert all(f"no caption: {name}\n" in said for name in ("a 3.JPG", "mute.jpg"))
+    run("data.py", "stats", photos)                            # which is for looking
+    run("data.py", "show", photos, "--to", tmp_path / "sheet.png")
+    assert "indexed" in run("data.py", "index", photos, "--allow", "uncaptioned")
 
 
 def test_a_flipped_byte_is_named_and_its_successor_stands_in(shards, capfd):
@@ -914,7 +717,7 @@ def test_a_flipped_byte_is_named_and_its_successor_stands_in(shards, capfd):
     world = data.open_data(config)
     i = next(i for i in range(20) if world.where(i) == "00000.tar/0003.jpg")
     with open(shards / "00000.tar", "r+b") as f:
-        f.seek(int(world.samples[i]["offset"]) + 700)
+        f.seek(int(world.offset[i]) + 700)
         byte = f.read(1)
         f.seek(-1, 1)
         f.write(bytes([byte[0] ^ 1]))
@@ -922,88 +725,6 @@ def test_a_flipped_byte_is_named_and_its_successor_stands_in(shards, capfd):
     j = int(batches.members[0][(i + 1) % 20])
     assert batches.sample(0, i)[1] in (world.caption(j), "")
     assert "skipped 00000.tar/0003.jpg: crc error" in capfd.readouterr().err
-
-
-def test_data_that_changed_since_they_were_indexed_are_refused(shards, capsys):
-    indexed(shards)
-    whole, open_ = (shards / "00000.tar").read_bytes(), lambda: data.open_data({"data": str(shards)})
-    (shards / "00000.tar").write_bytes(whole + bytes(512))
-    refused(capsys, open_, "bytes instead of", "index again")
-    (shards / "00000.tar").write_bytes(bytes(len(whole)))      # as long, with other contents
-    refused(capsys, open_, "have changed since they were indexed")
-    (shards / "00000.tar").unlink()
-    refused(capsys, open_, "00000.tar is gone")
-
-
-def lie(folder, **changes):
-    about = json.load(open(folder / "index.json"))
-    json.dump(about | changes, open(folder / "index.json", "w"))
-
-
-def rows(folder, change):
-    samples = np.load(folder / "samples.npy")
-    change(samples)
-    np.save(folder / "samples.npy", samples)
-
-
-def claim(folder):
-    """samples.npy whose header claims 2^60 rows, and an index.json that agrees."""
-    blob = (folder / "samples.npy").read_bytes().replace(b"(20,), ", b"(1152921504606846976,), ")
-    (folder / "samples.npy").write_bytes(blob[:8] + struct.pack("<H", struct.unpack("<H", blob[8:10])[0] + 17) + blob[10:])
-    lie(folder, counts=json.load(open(folder / "index.json"))["counts"] | {"samples": 2 ** 60})
-
-
-def pickled(folder):
-    np.save(folder / "samples.npy", np.array([Trap()] * 20, object), allow_pickle=True)
-
-
-class Trap:
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
-
-
-@pytest.mark.parametrize("spoil, words", [
-    (lambda f: lie(f, format=2), "is of format version 2, this code reads 1"), (lambda f: lie(f, counts={"samples": 3}), "broken"),
-    (lambda f: rows(f, lambda s: s["offset"].__setitem__(3, -5)), "sample 3 of samples.npy lies outside"), (claim, "broken"), (pickled, "broken"),
-    (lambda f: rows(f, lambda s: s["length"].__setitem__(4, 2 ** 60)), "sample 4"), (lambda f: rows(f, lambda s: s["first"].__setitem__(0, 2 ** 62)), "sample 0"),
-    (lambda f: rows(f, lambda s: s["file"].__setitem__(0, 99)), "sample 0"), (lambda f: np.save(f / "sizes.npy", np.zeros(3, np.int64)), "index.json says 2"),
-    (lambda f: os.truncate(f / "captions.npy", 200), "broken"), (lambda f: (f / "index.json").write_text("[" * 10 ** 5), "broken"),
-    (lambda f: np.save(f / "caption_ends.npy", np.load(f / "caption_ends.npy")[::-1]), "caption_ends.npy does not fit")])
-def test_a_broken_or_malicious_index_is_refused_before_anything_is_read(shards, spoil, words, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder = shards / data.INDEX
-    indexed(shards)
-    assert len(data.open_data({"data": str(shards)})) == 20
-    spoil(folder)
-    refused(capsys, lambda: data.open_data({"data": str(shards)}), words)
-    assert not os.path.exists("executed")
-
-
-def test_an_index_killed_half_way_and_made_again_is_the_same(photos, tmp_path):
-    contents = lambda folder: {p.name: p.read_bytes() for p in (tmp_path / folder).iterdir() if p.suffix != ".part"}
-
-    def die(last):
-        """Make the index, and die as by kill -9 in the middle of writing the file `last`."""
-        whole = data.atomic_write
-        data.atomic_write = lambda path, write: (open(path + ".part", "wb").write(b"half"), os._exit(9)) if path.endswith(last) else whole(path, write)
-        data.write_index(str(tmp_path / "two"), *data.scan(str(photos)))
-    for folder in ("one", "two"):
-        data.write_index(str(tmp_path / folder), *data.scan(str(photos)))
-    for last in ("samples.npy", "captions.npy", "bad.tsv", "index.json"):
-        process = multiprocessing.get_context("fork").Process(target=die, args=(last,))
-        process.start()
-        process.join()
-        assert process.exitcode == 9 and not os.path.exists(tmp_path / "two" / "index.json")       # so it does not pass for an index
-        data.write_index(str(tmp_path / "two"), *data.scan(str(photos)))
-        assert contents("one") == contents("two")
-
-
-@pytest.mark.parametrize("spoil, words", [
-    (lambda f: [p.unlink() for p in f.glob("*.txt")], "have no caption"), (lambda f: [p.unlink() for p in f.iterdir()], "nothing to use under"),
-    (lambda f: [p.write_bytes(b"") for p in f.iterdir()], "none of 24 files")])
-def test_folders_that_cannot_serve_say_why(photos, spoil, words, capsys):
-    spoil(photos)
-    refused(capsys, lambda: data.open_data({"data": str(photos)}), words, str(photos))
 
 
 def test_bounds_of_a_batch_are_told(photos, capsys):
@@ -1091,8 +812,6 @@ def test_colours_jitter_by_the_share_asked_for(photos):
     plain, moved = (Batches(world, tiny(jitter=j), filtered=False) for j in (0.0, 0.2))
     ratios = [moved.sample(0, i)[0].mean() / plain.sample(0, i)[0].mean() for i in range(24) if plain.sample(0, i)[0].mean() > 20]
     assert 0.78 <= min(ratios) < 0.9 and 1.1 < max(ratios) <= 1.22                 # fields of grey: brightness alone
-    grey = np.full((4, 4, 3), 100, np.uint8)
-    assert (data.jittered(grey, (0.75, 0, 0), 0.2) == 110).all()                   # contrast and saturation leave a grey field alone
 
 
 def test_captions_are_mixed_and_dropped_by_the_shares_asked_for(tmp_path):
@@ -1150,7 +869,7 @@ def test_latents_are_made_once_and_read_as_batches(photos, capsys):
         assert torch.allclose(open_autoencoder(config).decode(z_[None]), to_tensor(np.stack([image])), atol=1e-6) and row[2:] == [top, left, 16, 16]
     refused(capsys, lambda: Batches(world, config | {"flip": True}, False), "flip and jitter need pixels")
     refused(capsys, lambda: Batches(world, config | {"resize": "stretch"}, False), "resize crop there, stretch here")
-    table = photos / data.INDEX / "latents-16.arrow"
+    table = photos / INDEX / "latents-16.arrow"
     table.rename(f"{table}.part")                              # killed half-way
     refused(capsys, lambda: Batches(world, config, False), "is not complete")
     os.rename(f"{table}.part", table)
@@ -2876,10 +2595,12 @@ from lib.test_checkpoint import *  # noqa
 from lib.test_draws import *  # noqa
 from lib.test_encoders import *  # noqa
 from lib.test_files import *  # noqa
+from lib.test_images import *  # noqa
 from lib.test_people import *  # noqa
 from lib.test_pictures import *  # noqa
 from lib.test_processes import *  # noqa
 from lib.test_questions import *  # noqa
+from lib.test_scan import *  # noqa
 from lib.test_settings import *  # noqa
 from lib.test_tables import *  # noqa
 from lib.test_triton_tools import *  # noqa

@@ -184,7 +184,7 @@ class Indexed:
         self.root, self.name = os.path.normpath(root), os.path.abspath(root)
         self.file, self.offset, self.length, self.width, self.height, self.crc, plain, long = columns.values()
         (self.first, self.captions), (self.first_long, self.long_captions) = plain, long
-        self.fingerprint, self.caption_count = head["fingerprint"], len(self.captions) + len(self.long_captions)
+        self.fingerprint, self.captions_count = head["fingerprint"], len(self.captions) + len(self.long_captions)
         self.unreadable, self.resized = set(), {}              # images that failed; {(i, height, width, rule): array}
 
     def __len__(self):

@@ -341,6 +341,8 @@ def duplicates(root, rows):
 
 # ---- opening: by the index or by a scan, and what is refused ---------------------------------------------------------
 
+MUTE = ("caption missing, not skipped", "caption empty, not skipped")              # why an image has no caption
+
 
 def open_images(path, allow=()):
     """
@@ -360,7 +362,7 @@ def open_images(path, allow=()):
 def require(data, bad, allow=()):
     """Raise UserError where training would not be what was meant: a shard cut short, no captions, no image."""
     path, report = data.root, data.head["report"]
-    mute = [name for name, reason in bad if reason in ("caption missing, not skipped", "caption empty, not skipped")]
+    mute = [name for name, reason in bad if reason in MUTE]
     for name, reason in bad:
         if reason.startswith("incomplete") and "incomplete" not in allow:
             raise UserError(f"shard {name} is {reason}: fetch it again, or go on without it: "
