@@ -70,8 +70,10 @@ WEIGHTINGS = {
 
 
 def diffusion_loss(model, x, text, t, eps, config, size=None):
-    """Weighted squared error per image, (B,). x and eps (B, C, H, W), text (B, L) or (B, L, E), t (B,), size (B, 6)
-    or None."""
+    """
+    Weighted squared error per image, (B,). x and eps (B, C, H, W), text (B, L) or (B, L, E), t (B,), size (B, 6) or
+    None.
+    """
     logsnr = get_logsnr(t, config)                                                 # (B,)
     alpha, sigma = alpha_sigma(logsnr)                                             # (B, 1, 1, 1)
     v = model(alpha * x + sigma * eps, logsnr, text, size)                         # (B, C, H, W)
@@ -201,8 +203,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """From tokens x to the caption: this is where text enters the picture. Of image b the first text_len[b] tokens
-    are real."""
+    """From tokens x to the caption: here text enters the picture. Of image b the first text_len[b] tokens are real."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -306,8 +307,7 @@ class ResidualBlock(nn.Module):
 
 
 def strided_conv(c_in, c_out, stride):
-    """Image -> features at 1/stride of its size. With a kernel of 2 stride - 1, neighbouring outputs overlap by
-    half."""
+    """Image -> features at 1/stride of its size. With a kernel of 2 stride - 1 neighbours overlap by half."""
     kernel = max(3, 2 * stride - 1)
     return nn.Conv2d(c_in, c_out, kernel, stride=stride, padding=kernel // 2)
 
@@ -327,8 +327,7 @@ class SubpixelHead(nn.Module):
 
 
 class Shallow(nn.Module):
-    """Shallow-UViT (Sec. 3.2): one residual block on each side, on the core's own grid, so that nearly all is
-    core."""
+    """Shallow-UViT (Sec. 3.2): one residual block on each side, on the core's own grid, so nearly all is core."""
 
     def __init__(self, c_image, width, channels, stride):
         super().__init__()
@@ -543,15 +542,13 @@ def pixels_per_latent(config):
 
 
 def image_shape(config):
-    """(C, H, W) of what the denoiser works on: pixels, or latents of an autoencoder. `resolution` counts pixels
-    either way."""
+    """(C, H, W) of what the denoiser works on: pixels or latents. The config's resolution counts pixels either way."""
     side = config["resolution"] // pixels_per_latent(config)
     return config["latent_channels"] if config["autoencoder"] else 3, side, side
 
 
 def token_size(config):
-    """Pixels per token and side. A model takes every image whose sides are multiples of it, times the KV merge's
-    ratio."""
+    """Pixels per token and side. A model takes images whose sides are multiples of it, times the KV merge's ratio."""
     if config["shell"] == "patch":
         return config["patch"] * pixels_per_latent(config)
     return config["resolution"] // config["grid"]
@@ -611,8 +608,7 @@ def check_sizes(config):
 
 
 def example(config, batch=1, device=None):
-    """(z, logsnr, text) of the shapes that a model of this config takes: to count with, on the meta device for
-    instance."""
+    """(z, logsnr, text) of the shapes that a model of this config takes: to count with, as on the meta device."""
     spans = encoder_spans(config)
     if spans:
         text = torch.zeros(batch, config["text_length"], max(width for _, width in spans), device=device)
@@ -626,8 +622,7 @@ def example(config, batch=1, device=None):
 
 
 def read_checkpoint(path):
-    """The state in a run's last.pt, or in a file (lib.checkpoint.open_checkpoint). Raises UserError where it cannot
-    be read."""
+    """The state in a run's last.pt, or in a file (lib.checkpoint.open_checkpoint). UserError if it cannot be read."""
     is_run = os.path.isdir(path) and not os.path.exists(os.path.join(path, "about.pt"))    # a sharded one has it
     file = os.path.join(path, "last.pt") if is_run else path
     if not os.path.exists(file):

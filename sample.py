@@ -57,14 +57,16 @@ def ddim(denoise, z, logsnrs, noise_sampler):
     for logsnr, logsnr_next in zip(logsnrs[:-1], logsnrs[1:]):
         x = denoise(z, logsnr)                                                     # (B, C, H, W)
         (alpha, sigma), (alpha_next, sigma_next) = alpha_sigma(logsnr), alpha_sigma(logsnr_next)
-        eps = (z - alpha * x) / sigma
+        eps = (z - alpha * x) / sigma                                              # (B, C, H, W)
         z = alpha_next * x + sigma_next * eps
     return denoise(z, logsnrs[-1])
 
 
 def exponential_step(z, x, logsnr, logsnr_next):
-    """The ODE of the image from one level to the next, exact for a constant x (Lu et al. 2022, eq. 9; lambda =
-    logsnr / 2)."""
+    """
+    The ODE of the image from one level to the next, exact for a constant x (Lu et al. 2022, eq. 9, where lambda is
+    logsnr / 2).
+    """
     (_, sigma), (alpha_next, sigma_next) = alpha_sigma(logsnr), alpha_sigma(logsnr_next)
     return sigma_next / sigma * z - alpha_next * torch.expm1(-(logsnr_next - logsnr) / 2) * x
 
@@ -110,9 +112,8 @@ def get_logsnrs(config, steps, sampler, device="cpu"):
     in logsnr are too wide in the middle, where pictures take shape: those samplers get the mean of both.
     """
     logsnrs = get_logsnr(torch.linspace(1, 0, steps, device=device), config)
-    order = SAMPLERS[sampler][1]
-    if order == 2:
-        even = logsnrs[0] + (logsnrs[-1] - logsnrs[0]) * torch.linspace(0, 1, steps, device=device)
+    if SAMPLERS[sampler][1] == 2:                              # of second order
+        even = logsnrs[0] + (logsnrs[-1] - logsnrs[0]) * torch.linspace(0, 1, steps, device=device)    # in logsnr
         logsnrs = (logsnrs + even) / 2
     return logsnrs
 
@@ -128,9 +129,9 @@ def guided(model, text, guidance, size=None, limit=1.0):
     caption is the one of training. x is clipped to [-limit, limit]: pixels have a limit, latents have none.
     """
     null = torch.zeros_like(text)
-    captions = {0: null, 1: text}.get(guidance)
-    captions = torch.cat([text, null]) if captions is None else captions           # (B or 2 B, L)
-    copies = len(captions) // len(text)
+    both = torch.cat([text, null])                             # one pass through the network for both
+    captions = {0: null, 1: text}.get(guidance, both)                              # (B or 2 B, L)
+    copies = len(captions) // len(text)                        # 1 or 2
     sizes = None if size is None else size.to(text.device).expand(len(captions), 6)
 
     def denoise(z, logsnr):
@@ -162,10 +163,10 @@ def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, 
     text = encode_captions(captions, config).to(device)                            # (B, L) or (B, L, E)
     logsnrs = get_logsnrs(config, steps, sampler, device)                          # (steps,)
     run_sampler, _, evaluations = SAMPLERS[sampler]
-    total = math.ceil(len(captions) / batch) * evaluations(steps)
+    total = math.ceil(len(captions) / batch) * evaluations(steps)                  # passes through the network, or pairs
     images, progress = [], tqdm(total=total, desc="sampling", leave=False, disable=None if bar else True)
     for start in range(0, len(captions), batch):
-        rows = range(start, min(start + batch, len(captions)))
+        rows = range(start, min(start + batch, len(captions)))                     # b captions
         denoise = guided(model, text[rows.start:rows.stop], guidance, uncropped, limit)
 
         def noise_sampler(step):
@@ -199,8 +200,9 @@ def parse_size(text, config):
     if not match or height % unit or width % unit or not 1 / 1.5 <= height * width / side ** 2 <= 1.5:
         tall = max(1, round(1.5 ** 0.5 * side / unit)) * unit                      # one size that would do
         wide = max(1, round(side * side / tall / unit)) * unit
-        raise UserError(f"--size {text}: this run makes {side}x{side}, or sides that are multiples of {unit} with about that "
-                        f"area, such as {tall}x{wide}; for another size grow its core into another --out (train.py --help)")
+        raise UserError(f"--size {text}: this run makes {side}x{side}, or sides that are multiples of {unit} with "
+                        f"about that area, such as {tall}x{wide}; for another size grow its core into another --out "
+                        "(train.py --help)")
     return height, width
 
 
