@@ -163,7 +163,7 @@ def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, 
     text = encode_captions(captions, config).to(device)                            # (B, L) or (B, L, E)
     logsnrs = get_logsnrs(config, steps, sampler, device)                          # (steps,)
     run_sampler, _, evaluations = SAMPLERS[sampler]
-    total = math.ceil(len(captions) / batch) * evaluations(steps)                  # passes through the network, or pairs
+    total = math.ceil(len(captions) / batch) * evaluations(steps)                  # evaluations
     images, progress = [], tqdm(total=total, desc="sampling", leave=False, disable=None if bar else True)
     for start in range(0, len(captions), batch):
         rows = range(start, min(start + batch, len(captions)))                     # b captions
