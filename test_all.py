@@ -48,8 +48,10 @@ from lib import triton_tools
 from lib.encoders import open_autoencoder
 from lib.files import file_hash
 from lib.images import INDEX
+from lib.networks import open_vqa, random_features
 from lib.pictures import to_tensor, write_png
 from lib.settings import UserError, config_names, load_config, read_sections
+from lib.test_networks import stand_in_for_inception, tiny_blip, tiny_dino
 from lib.test_people import prefers_a, tiny_page, write_answers
 from lib.test_questions import ANSWERS, DSG
 from lib.triton_tools import NO_TRITON, relative_errors, run_with_gradients, seeded_randn, tolerance
@@ -1487,21 +1489,6 @@ def test_inception_score_from_one_to_the_number_of_classes():
     assert evaluation.inception_score(p.log()) == (pytest.approx(np.mean(scores)), pytest.approx(np.std(scores)))
 
 
-@pytest.mark.parametrize("size", [(24, 24), (64, 64), (224, 224), (30, 50)])
-def test_resize_is_that_of_pillow(size):
-    pillow = pytest.importorskip("PIL.Image")
-    smooth = F.interpolate(40 + 170 * torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)), (64, 64), mode="bilinear")
-    ours = evaluation.resize(smooth, size)
-    for c in range(3):                                         # pillow's floats are exact, its uint8 rounds after each axis
-        theirs = np.asarray(pillow.fromarray(smooth[0, c].numpy()).resize(size[::-1], pillow.Resampling.BICUBIC))
-        assert np.abs(ours[0, c].numpy() - theirs.clip(0, 255)).max() < 1e-3
-    level = smooth.round().byte()
-    theirs = np.asarray(pillow.fromarray(level[0].permute(1, 2, 0).numpy()).resize(size[::-1], pillow.Resampling.BICUBIC))
-    assert np.abs(evaluation.resize(level, size)[0].permute(1, 2, 0).round().numpy() - theirs).max() <= 1
-    edge = torch.cat([torch.zeros(1, 3, 8, 4), torch.ones(1, 3, 8, 4)], 3)         # bicubic overshoots a step
-    assert evaluation.resize(edge, 32).max() == 1 and evaluation.resize(255 * edge, 32).max() == 255
-
-
 BAD = {"nan": lambda x: x.index_fill(0, torch.tensor([3]), float("nan")), "inf": lambda x: x / 0, "no rows": lambda x: x[:0],
        "one axis": lambda x: x[0], "three axes": lambda x: x[None], "another width": lambda x: x[:, :1], "no tensor": lambda x: x.numpy()}
 TWO_SETS = {"mmd": evaluation.mmd, "kid": lambda x, y: evaluation.kid(x, y, 2, 5), "cmmd": evaluation.cmmd, "pr": evaluation.precision_recall,
@@ -1525,19 +1512,17 @@ def test_other_bad_inputs_are_refused():
                  lambda: e.prdc(x, x, k=0),
                  lambda: e.inception_score(x[:9]), lambda: e.inception_score(x, 0), lambda: e.frechet_distance(mu, sigma[:5], mu, sigma),
                  lambda: e.frechet_distance(mu[:5], sigma, mu, sigma), lambda: e.frechet_distance(mu, -sigma, mu, sigma),
-                 lambda: e.frechet_distance(mu, sigma + sigma.triu(1), mu, sigma), lambda: e.frechet_distance(mu, float("nan") * sigma, mu, sigma),
-                 lambda: e.resize(torch.zeros(3, 8, 8), 4), lambda: e.resize(torch.zeros(1, 3, 8, 8) - 1, 4),
-                 lambda: e.resize(torch.zeros(1, 3, 8, 8), 0)):
+                 lambda: e.frechet_distance(mu, sigma + sigma.triu(1), mu, sigma), lambda: e.frechet_distance(mu, float("nan") * sigma, mu, sigma)):
         with pytest.raises(ValueError):
             call()
 
 
 def test_distances_rank_real_pictures_before_spoilt_ones():
     world = Scenes(tiny())
-    real, other = (np.stack([world.image(i, 32) for i in range(k, k + 200)]) for k in (0, 200))
-    spoilt = np.clip(other + np.random.default_rng(0).normal(0, 40, other.shape), 0, 255).astype(np.uint8)
-    f = evaluation.random_features
-    assert torch.equal(f(real), f(real)) and f(real).shape == (200, 64)
+    real, other = (np.stack([world.image(i, 32) for i in range(k, k + 400)]) for k in (0, 400))
+    spoilt = np.clip(other + np.random.default_rng(0).normal(0, 80, other.shape), 0, 255).astype(np.uint8)
+    f = random_features
+    assert torch.equal(f(real), f(real)) and f(real).shape == (400, 64)
     for distance in (fd, evaluation.mmd):
         assert abs(distance(f(real), f(other))) * 4 < distance(f(real), f(spoilt))
 
@@ -1605,114 +1590,6 @@ def test_prdc_is_that_of_the_package(k, capsys):
     assert evaluation.prdc(x, y, k) == pytest.approx(public("prdc").compute_prdc(x.numpy(), y.numpy(), k), rel=1e-12)
 
 
-# ---- feature networks: tiny ones with random weights, built here ---------------------------------------------------------------
-
-def tiny_dino(folder, **changes):
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=518, patch_size=14,
-                                       initializer_range=0.5, **changes)
-    net = transformers.Dinov2Model(config).eval()
-    net.save_pretrained(folder)
-    return net
-
-
-def tiny_clip(folder):
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    config = transformers.CLIPConfig(text_config=dict(sizes, vocab_size=600, bos_token_id=0, eos_token_id=1, pad_token_id=1),
-                                     vision_config=dict(sizes, image_size=28, patch_size=14, projection_dim=12), projection_dim=12)
-    net = transformers.CLIPModel(config).eval()
-    net.save_pretrained(folder)
-    return net
-
-
-def test_dino_positions_are_sampled_as_torch_hub_does():
-    table = normal(1, 1 + 37 * 37, 2).float()
-    told = evaluation.hub_positions(table, 16)
-    places = (torch.arange(16) + 0.5) * 37 / 16.1 - 0.5                            # the hub's scale is 16.1 / 37
-    d = (places[:, None] - torch.arange(37)).abs()                                 # (16, 37)
-    cubic = torch.where(d <= 1, 1.25 * d ** 3 - 2.25 * d ** 2 + 1, torch.where(d < 2, -0.75 * (d ** 3 - 5 * d ** 2 + 8 * d - 4), 0))   # a = -0.75
-    exact = torch.einsum("ip,jq,pqc->ijc", cubic, cubic, table[0, 1:].view(37, 37, 2))
-    assert told.shape == (1, 257, 2) and torch.equal(told[0, 0], table[0, 0])
-    assert torch.allclose(told[0, 1:].view(16, 16, 2)[1:-1, 1:-1], exact[1:-1, 1:-1], atol=1e-4)
-    assert torch.equal(evaluation.hub_positions(table, 37), table)
-
-
-def test_dino_features_are_the_class_token_of_the_fixed_network(tmp_path):
-    net = tiny_dino(tmp_path / "dino")
-    images = np.random.default_rng(0).integers(0, 256, (3, 40, 60, 3), dtype=np.uint8)
-    features, about = evaluation.open_network("dino", str(tmp_path / "dino"), "cpu")
-    x = evaluation.resize(torch.from_numpy(images).permute(0, 3, 1, 2), 224).round() / 255      # squashed, not cropped
-    x = (x - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-    with torch.no_grad():
-        ours, plain = features(images), net(x).last_hidden_state[:, 0]
-        table = net.embeddings.position_embeddings[:, 1:].view(1, 37, 37, 16).permute(0, 3, 1, 2)
-        hub = F.interpolate(table, scale_factor=(16.1 / 37,) * 2, mode="bicubic")
-        net.embeddings.interpolate_pos_encoding = lambda *_: torch.cat([net.embeddings.position_embeddings[:, :1], hub.flatten(2).mT], 1)
-        assert torch.allclose(ours, net(x).last_hidden_state[:, 0], atol=1e-6) and not torch.allclose(ours, plain, atol=1e-4)
-    assert about["sha256"] == file_hash(str(tmp_path / "dino/model.safetensors")) and "published: 1024" in about["network"]
-
-
-def test_clip_features_have_length_one_and_the_size_of_the_model(tmp_path):
-    net = tiny_clip(tmp_path / "clip")
-    features, about = evaluation.open_network("clip", str(tmp_path / "clip"), "cpu")
-    images = np.random.default_rng(0).integers(0, 256, (2, 28, 36, 3), dtype=np.uint8)
-    x = torch.from_numpy(images[:, :, 4:32]).permute(0, 3, 1, 2) / 255             # the centre square, already of the model's size
-    x = (x - torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)) / torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
-    with torch.no_grad():
-        told = net.get_image_features(pixel_values=x)
-        told = F.normalize(getattr(told, "pooler_output", told), dim=1)            # transformers 4 returns the tensor itself
-        assert torch.allclose(features(images), told, atol=1e-5)
-    assert "to 28," in about["resize"]
-
-
-def test_captions_meet_their_images_in_clip(tmp_path):
-    net = tiny_clip(tmp_path / "clip")
-    features, _ = evaluation.open_network("clip", str(tmp_path / "clip"), "cpu")
-    with pytest.raises(SystemExit):
-        features(["a circle"])                                 # no tokenizer in the folder
-    letters = [chr(c) for c in range(97, 123)]
-    words = {w: i for i, w in enumerate(["<|startoftext|>", "<|endoftext|>", *letters, *(c + "</w>" for c in letters)])}
-    (tmp_path / "clip/vocab.json").write_text(json.dumps(words))
-    (tmp_path / "clip/merges.txt").write_text("#version: 0.2\n")
-    import transformers
-    transformers.CLIPTokenizer.from_pretrained(tmp_path / "clip").save_pretrained(tmp_path / "clip")
-    with torch.no_grad():
-        ours = features(["a circle", "abc " * 200])            # the second is cut
-        tokens = [0] + [words[w] for w in ["a</w>", *"circl", "e</w>"]] + [1]
-        told = F.normalize(net.text_projection(net.text_model(torch.tensor([tokens])).pooler_output), dim=1)
-    assert ours.shape == (2, 12) and torch.allclose(ours[0], told[0], atol=1e-5)
-
-
-def test_weights_are_refused_unless_whole_and_known(tmp_path, capsys):
-    refuse = lambda name, path: pytest.raises(SystemExit, evaluation.open_network, name, path and str(path), "cpu") and capsys.readouterr().err
-    assert "dino: no weights, and" in refuse("dino", None) and "nothing is downloaded" in refuse("clip", tmp_path / "none")
-    (tmp_path / "inception.pt").write_bytes(b"not the network")
-    assert "is not the network of FID" in refuse("inception", tmp_path / "inception.pt")
-    tiny_dino(tmp_path / "dino")
-    assert "of type dinov2" in refuse("clip", tmp_path / "dino")
-    load_file = pytest.importorskip("safetensors.torch").load_file
-    weights = load_file(tmp_path / "dino/model.safetensors")
-    del weights["layernorm.weight"]
-    pytest.importorskip("safetensors.torch").save_file(weights, tmp_path / "dino/model.safetensors", metadata={"format": "pt"})
-    assert "lacks 1 weights" in refuse("dino", tmp_path / "dino")
-    (tmp_path / "dino/model.safetensors").write_bytes(b"cut off")
-    assert "cannot be loaded" in refuse("dino", tmp_path / "dino")
-
-
-def test_the_inception_file_gets_whole_levels_and_gives_its_features(tmp_path, monkeypatch):
-    class Stand(torch.nn.Module):
-        def forward(self, x: torch.Tensor, return_features: bool = False) -> torch.Tensor:
-            return x.float().mean((2, 3)) if return_features else x.float()
-    torch.jit.script(Stand()).save(str(tmp_path / "i.pt"))
-    monkeypatch.setattr(evaluation, "INCEPTION", file_hash(str(tmp_path / "i.pt")))
-    images = np.full((2, 8, 8, 3), 200, np.uint8)
-    features, about = evaluation.open_network("inception", str(tmp_path / "i.pt"), "cpu")
-    assert torch.equal(features(images), torch.full((2, 3), 200.)) and "TensorFlow 1" in about["resize"]
-
-
 # ---- questions about real images ------------------------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -1743,42 +1620,20 @@ def test_published_answers_are_scored_from_the_command_line(tmp_path, says):
     assert "error: " in says(*words) and "answers none" in says(*words)
 
 
-def tiny_blip(folder):
-    """BLIP with random weights and a vocabulary of a few words."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[DEC]", "yes", "no", "is", "there", "a", "fox", "sea", "?"]
-    folder.mkdir()
-    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-    transformers.BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
-    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, projection_dim=8, initializer_range=0.5)
-    config = transformers.BlipConfig(text_config=dict(sizes, vocab_size=len(words), bos_token_id=4, eos_token_id=3, sep_token_id=3, pad_token_id=0,
-                                                      max_position_embeddings=32, encoder_hidden_size=16),
-                                     vision_config=dict(sizes, image_size=32, patch_size=16), initializer_range=0.5)
-    net = transformers.BlipForQuestionAnswering(config).eval()
-    net.save_pretrained(folder)
-    return net
-
-
-def test_a_network_answers_questions_about_pictures(tmp_path, says, capsys):
-    net = tiny_blip(tmp_path / "blip")
-    ask, about = evaluation.open_vqa(str(tmp_path / "blip"), "cpu")
+def test_a_network_scores_a_folder_of_pictures(tmp_path, says):
+    tiny_blip(tmp_path / "blip")
+    ask, _ = open_vqa(str(tmp_path / "blip"), "cpu")
     image = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
-    x = evaluation.resize(torch.from_numpy(image)[None].permute(0, 3, 1, 2), 32).round() / 255
-    mean, std = (torch.tensor(s).view(3, 1, 1) for s in ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]))
-    told = net.generate(input_ids=torch.tensor([[2, 7, 8, 9, 10, 12, 3]]), attention_mask=torch.ones(1, 7), pixel_values=(x - mean) / std,
-                        max_new_tokens=10)
-    words = (tmp_path / "blip/vocab.txt").read_text().split()
-    assert ask(image, "Is there a fox?").split() == [words[t] for t in told[0] if t not in (0, 2, 3)] and len(about["sha256"]) == 64
     (tmp_path / "dsg.csv").write_text(DSG)
     (tmp_path / "made").mkdir()
+    words = tmp_path / "made", "--dsg", tmp_path / "dsg.csv"
     for item in ("zoo_1", "sea_7"):
-        assert f"such as {item}.png" in says(tmp_path / "made", "--dsg", tmp_path / "dsg.csv", "--vqa", tmp_path / "blip")
+        assert f"such as {item}.png" in says(*words, "--vqa", tmp_path / "blip")
         write_png(str(tmp_path / f"made/{item}.png"), image)
-    said = says(tmp_path / "made", "--dsg", tmp_path / "dsg.csv", "--vqa", tmp_path / "blip", "--json", tmp_path / "e.json")
+    printed = says(*words, "--vqa", tmp_path / "blip", "--json", tmp_path / "e.json")
     answers = json.load(open(tmp_path / "e.json"))["answers"]
-    assert "dsg 0.0" in said and answers["zoo_1"]["1"] == ask(image, "Is there a fox?") and [len(a) for a in answers.values()] == [5, 2]
-    assert "--vqa: no weights, and" in says(tmp_path / "made", "--dsg", tmp_path / "dsg.csv")
+    assert "dsg 0.0" in printed and answers["zoo_1"]["1"] == ask(image, "Is there a fox?")
+    assert [len(of_item) for of_item in answers.values()] == [5, 2] and "--vqa: no weights, and" in says(*words)
 
 
 # ---- people compare two runs ----------------------------------------------------------------------------------------------------
@@ -1872,16 +1727,12 @@ def test_the_features_of_a_reference_are_kept_and_refused_for_another_network(tm
 
 
 def test_the_inception_score_from_the_command_line(tmp_path, says, monkeypatch):
-    class Stand(torch.nn.Module):                              # sure of one of three classes, by the brightest channel
-        def forward(self, x: torch.Tensor, return_features: bool = False, no_output_bias: bool = False) -> torch.Tensor:
-            return x.float().mean((2, 3)) if return_features else (1e3 * (x.float().mean((2, 3)) - int(no_output_bias))).softmax(1)
     pytest.importorskip("PIL")
-    torch.jit.script(Stand()).save(str(tmp_path / "i.pt"))
-    monkeypatch.setattr(evaluation, "INCEPTION", file_hash(str(tmp_path / "i.pt")))
+    file = stand_in_for_inception(tmp_path, monkeypatch)       # sure of one of three classes, by the brightest channel
     (tmp_path / "b").mkdir()
     for i in range(60):
         write_png(str(tmp_path / f"b/{i:02d}.png"), np.full((4, 4, 3), np.eye(3, dtype=np.uint8)[i // 20] * 200))
-    said = says(tmp_path / "b", tmp_path / "b", "--metrics", "is", "--features", "inception", "--weights", tmp_path / "i.pt",
+    said = says(tmp_path / "b", tmp_path / "b", "--metrics", "is", "--features", "inception", "--weights", file,
                 "--json", tmp_path / "e.json")
     told = json.load(open(tmp_path / "e.json"))["metrics"]
     # in the order of the files each split would see one class and score 1; shuffled, a split of 6 sees nearly all three
@@ -2596,6 +2447,7 @@ from lib.test_draws import *  # noqa
 from lib.test_encoders import *  # noqa
 from lib.test_files import *  # noqa
 from lib.test_images import *  # noqa
+from lib.test_networks import *  # noqa
 from lib.test_people import *  # noqa
 from lib.test_pictures import *  # noqa
 from lib.test_processes import *  # noqa
