@@ -21,7 +21,6 @@ alignment, the networks turn images into features, and `evaluate` is where a run
 is files and people.
 """
 import argparse
-import functools
 import glob
 import hashlib
 import itertools
@@ -35,178 +34,19 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (Batches, COLOURS, CONTRAST, GROUNDS, SHAPES, Scenes, describe, distance, encode_captions,
-                  open_data, texture_wave)
+from data import Batches, encode_captions, open_data
 from lib.draws import normals
 from lib.encoders import open_autoencoder
-from lib.files import atomic_write, file_hash, free_name, import_extra
+from lib.files import atomic_write, file_hash, free_name
 from lib.images import IMAGES, pillow
 from lib.networks import open_network, open_vqa, random_features, to_square
 from lib.people import QUESTIONS, ratings_score, read_ratings, write_page
 from lib.pictures import draw_tuning, to_tensor, to_uint8, write_png
-from lib.questions import dsg_corpus, dsg_table, read_answers, read_dsg
+from lib.questions import dsg_table, read_answers, read_dsg
+from lib.scenes import Scenes, counting, describe, judge, look
 from lib.settings import UserError
 from model import diffusion_loss, load, read_checkpoint
 from sample import SAMPLERS, sample
-
-# ---------------------------------------------------------------------------------------------------------------
-# The judge: picture -> objects
-
-
-def components(mask):
-    """
-    (H, W) bool -> (H, W) int: 4-connected pixels share a number, 0 is outside. Each pixel starts as its own number,
-    takes the largest of its neighbours, and then that of the pixel which this number names: the reach doubles each
-    time.
-    """
-    label = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
-    while True:
-        reached = neighbourhood(label).max(0) * mask           # the largest of five
-        reached = reached.ravel()[reached - 1] * mask          # number k names pixel k - 1; outside, any pixel times 0
-        if (reached == label).all():                           # each region now has one number, its largest
-            return label
-        label = reached
-
-
-def neighbourhood(x):
-    """
-    (H, W) -> (5, H, W): x and its four shifts, zeros beyond the border. Of a mask, all(0) erodes by a pixel and any(0)
-    dilates.
-    """
-    p = np.pad(x, 1)
-    return np.stack([x, p[:-2, 1:-1], p[2:, 1:-1], p[1:-1, :-2], p[1:-1, 2:]])
-
-
-@functools.lru_cache(20000)
-def template(shape, area, x0, y0, side):
-    """(side, side) cover of a perfect shape with this area (pixels) and centre of mass (pixels)."""
-    diameter = np.sqrt(area / SHAPES[shape])                   # pixels
-    x, y = np.meshgrid(np.arange(side) + 0.5 - x0, np.arange(side) + 0.5 - y0)     # (side, side), from the centre of mass
-    lower = diameter / 6 if shape == "triangle" else 0         # its mass lies below the middle of its box
-    return np.clip(0.5 - distance(shape, x, y + lower, diameter / 2), 0, 1)
-
-
-def look(image, cycles, least_fit=0.75):
-    """
-    What the judge sees in (H, W, 3) uint8: (ground, objects). An object is a connected region of non-ground colours of
-    at least 0.5 % of the picture. Its shape is the one whose template of equal area and centre overlaps it best
-    (intersection over union of soft cover); under `least_fit` it is a "blob", which answers no question about shapes.
-    """
-    image, side = image / 255.0, len(image)                    # (H, W, 3) in [0, 1]
-    border = np.median(np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]]), 0)  # (3,): the ground, unless shapes touch the border
-    ground = min(GROUNDS, key=lambda g: np.square(border - GROUNDS[g]).sum())      # the nearest of the known ones
-    back, palette = np.array(GROUNDS[ground]), np.array(list(COLOURS.values()))    # (3,), (colours, 3)
-    to_colour = np.square(image[:, :, None] - palette).sum(-1).min(-1)             # (H, W), to the nearest colour
-    label = components(to_colour < np.square(image - back).sum(-1))                # (H, W): nearer to a colour than to the ground
-    objects = [describe_region(image, label == k, back, palette, cycles, least_fit)
-               for k, size in zip(*np.unique(label[label > 0], return_counts=True)) if size >= side * side / 200]
-    return ground, objects
-
-
-def describe_region(image, region, back, palette, cycles, least_fit):
-    """
-    One region of `look` -> dict: shape, colour, texture, diameter (share of the side), centre (x, y in [0, 1]), fit.
-    """
-    side, around = len(image), neighbourhood(region)
-    inner = around.all(0) if around.all(0).any() else region   # without its edge, whose pixels mix two colours
-    mean = image[inner].mean(0)                                                    # (3,)
-    toward = (mean - back) / np.square(mean - back).sum()      # projects a pixel: 0 is ground, 1 the shape's colour
-    cover = np.where(inner, 1, np.clip((image - back) @ toward, 0, 1) * around.any(0))   # (H, W): edge pixels count in part
-    area, (y, x) = cover.sum(), np.mgrid[:side, :side] + 0.5   # pixel centres, (H, W)
-    x0, y0 = (cover * x).sum() / area, (cover * y).sum() / area                    # centre of mass, pixels
-    fits = {}
-    for shape in SHAPES:
-        ideal = template(shape, round(area, 1), round(x0, 1), round(y0, 1), side)  # rounded, so that the cache hits
-        fits[shape] = np.minimum(cover, ideal).sum() / np.maximum(cover, ideal).sum()  # intersection over union
-    shape = max(fits, key=fits.get)                            # the best of the four
-    light = (image - mean).mean(-1) * inner                                        # what the texture adds
-    strength = {"plain": CONTRAST / 2}                                             # a texture counts from half its contrast on
-    for texture in ("striped", "dotted"):
-        wave = texture_wave(texture, side, cycles) * inner     # (H, W), what it should add
-        strength[texture] = (light * wave).sum() / max(np.square(wave).sum(), 1e-9)  # its amplitude
-    return dict(shape=shape if fits[shape] >= least_fit else "blob", colour=list(COLOURS)[np.square(palette - mean).sum(1).argmin()],
-                texture=max(strength, key=strength.get), diameter=np.sqrt(area / SHAPES[shape]) / side,
-                centre=(x0 / side, y0 / side), fit=fits[shape])
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The questions: caption and objects -> answers
-
-
-def matches(group, thing, middle):
-    """
-    Does this object have the group's shape, size, colour, texture? Four booleans. `middle` parts small from large.
-    """
-    size = "small" if thing["diameter"] < middle else "large"  # sizes lie 5 % about two means
-    return [thing["shape"] == group["shape"], size == group["size"], thing["colour"] == group["colour"],
-            thing["texture"] == group["texture"]]
-
-
-def judge_answers(scene, ground, objects, middle):
-    """
-    The caption's questions and the judge's answers: a list of (category, parents, 0 or 1), parents being places in the
-    list. Each group of the caption is answered by an object of its own, the assignment that answers most: shape first.
-    A group is what a caption says once, such as "two small red circles"; scene is that of Scenes.scene, the rest from
-    `look`.
-    """
-    groups, axis = scene["groups"], 1 if scene["relation"] == "above" else 0
-    in_order = lambda one, two: one["centre"][axis] < two["centre"][axis]          # one lies left of two, or above it
-    def worth(chosen):
-        found = [m for g, o in zip(groups, chosen) if o for m in [matches(g, o, middle)]]  # None stands for no object
-        related = len(chosen) == 2 and all(chosen) and in_order(*chosen)           # a relation needs both
-        return sum(m[0] for m in found), sum(map(sum, found)) + related
-    chosen = max(itertools.permutations(objects + [None] * len(groups), len(groups)), key=worth)  # few objects: all orders are tried
-    asked, entities = [("global", (), ground == scene["ground"])], []
-    for group, thing in zip(groups, chosen):
-        shape, size, colour, texture = matches(group, thing, middle) if thing else [False] * 4  # no object: all wrong
-        entities.append(len(asked))                            # the place of this question
-        asked.append(("entities", (), shape))
-        asked += [("attributes", (entities[-1],), a) for a in [size, colour] + [texture] * (group["texture"] != "plain")]  # of a shape that is there
-        if group["count"] > 1:
-            same = sum(o["shape"] == group["shape"] and o["colour"] == group["colour"] for o in objects)  # whatever their size
-            asked.append(("counts", (entities[-1],), same == group["count"]))
-    if len(groups) == 2:                                       # both shapes must be there
-        asked.append(("relations", tuple(entities), all(chosen) and in_order(*chosen)))
-    return [(category, parents, int(answer)) for category, parents, answer in asked]
-
-
-def questions_score(scenes, seen, middle):
-    """
-    {"entities", "attributes", "relations", "counts", "global": share of questions right, "dsg": mean over captions of
-    each caption's share}, by the rule of dsg_corpus. A kind of question that no caption asks is nan.
-    """
-    prompts = []
-    for scene, (ground, objects) in zip(scenes, seen):
-        asked = list(enumerate(judge_answers(scene, ground, objects, middle), 1))  # ids from 1: 0 is the root
-        prompts.append({"answers": {i: answer for i, (_, _, answer) in asked}, "categories": {i: c for i, (c, _, _) in asked},
-                        "parents": {i: [p + 1 for p in parents] for i, (_, parents, _) in asked}})
-    score = dsg_corpus(prompts)
-    order = ("entities", "attributes", "relations", "counts", "global")
-    return {c: score.get(c, float("nan")) for c in order} | {"dsg": score["overall"]}
-
-
-def judge(world, scenes, seen):
-    """
-    questions_score of what `look` saw in the pictures of these scenes, with chance_dsg: the same pictures, each judged
-    by the next one's caption. A model that ignores its caption scores chance_dsg, which lies far above 0.
-    """
-    middle = sum(world.diameters.values()) / 2                 # parts small from large
-    score = questions_score(scenes, seen, middle)
-    return score | {"chance_dsg": questions_score(scenes[1:] + scenes[:1], seen, middle)["dsg"]}
-
-
-def counting(scenes, seen):
-    """
-    {"1", "2", "3": share of the groups of so many of which the picture holds exactly so many, of their shape and
-    colour} (Greedy Growing, appendix on counting, where people count). A number that no caption asks for is left out.
-    """
-    right = {}
-    for scene, (_, objects) in zip(scenes, seen):
-        for group in scene["groups"]:                          # one group, or two of different shape or colour
-            same = sum(o["shape"] == group["shape"] and o["colour"] == group["colour"] for o in objects)
-            right.setdefault(str(group["count"]), []).append(same == group["count"])
-    return {count: float(np.mean(right[count])) for count in sorted(right)}
-
 
 # ---------------------------------------------------------------------------------------------------------------
 # Metrics on features (n, D), answers or logits. All compute in float64, check their input first and raise ValueError. Features are

@@ -43,13 +43,14 @@ import eval as evaluation
 import kernels
 import model as models
 import sample as sampling
-from data import Batches, Scenes
+from data import Batches
 from lib import triton_tools
 from lib.encoders import open_autoencoder
 from lib.files import file_hash
 from lib.images import INDEX
 from lib.networks import open_vqa, random_features
 from lib.pictures import to_tensor, write_png
+from lib.scenes import Scenes
 from lib.settings import UserError, config_names, load_config, read_sections
 from lib.test_networks import stand_in_for_inception, tiny_blip, tiny_dino
 from lib.test_people import prefers_a, tiny_page, write_answers
@@ -622,30 +623,6 @@ def test_flops_are_counted(backend, monkeypatch):
 
 
 # ---- data.py ----------------------------------------------------------------------------------------------------------------
-
-def test_textures_vanish_exactly_at_the_core_resolution_and_show_above():
-    world = Scenes(tiny(scene_textured=1.0), seed=time.time_ns() % 2 ** 31)
-    for i in range(20):
-        scene = world.scene(i)
-        plain = dict(scene, objects=[dict(o, texture="plain") for o in scene["objects"]])
-        assert np.allclose(world.render(scene, 16), world.render(plain, 16), atol=1e-12)
-        assert abs(world.render(scene, 32) - world.render(plain, 32)).max() > 0.1
-
-
-def test_shapes_keep_apart_and_inside():
-    world = Scenes(tiny(scene_objects=3, scene_shapes=4, scene_small=0.25, scene_large=0.4), seed=1)
-    for i in range(300):
-        objects = world.scene(i)["objects"]
-        for k, o in enumerate(objects):
-            assert all(o["diameter"] / 2 <= c <= 1 - o["diameter"] / 2 for c in o["centre"])
-            for p in objects[:k]:
-                assert max(abs(a - b) for a, b in zip(o["centre"], p["centre"])) >= (o["diameter"] + p["diameter"]) / 2
-
-
-def test_native_sizes_remove_as_much_as_in_cc12m():
-    world = Scenes(tiny())
-    assert abs(np.mean([min(world.size(i)) < 32 for i in range(4000)]) - 0.275) < 0.03
-
 
 def test_caption_words_have_buckets_of_their_own():
     world = Scenes(tiny(scene_objects=3, scene_shapes=4, scene_colours=6))
@@ -1304,50 +1281,6 @@ def test_sampling_from_the_command_line(runs, tmp_path):
 
 # ---- eval.py ----------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("resolution", [32, 64, 128])
-@pytest.mark.parametrize("world", [dict(), dict(scene_shapes=4, scene_colours=6, scene_objects=3, scene_small=0.24, scene_large=0.40)])
-def test_the_judge_is_right_on_real_renderings(resolution, world):
-    """At least 99 % per kind of question, on worlds that no run has seen: the seed is the clock's."""
-    seed = time.time_ns() % 2 ** 31
-    world = Scenes(tiny(**world), seed=seed)
-    n = {32: 1000, 64: 300, 128: 200}[resolution]
-    score = evaluation.judge(world, [world.scene(i) for i in range(n)], [evaluation.look(world.image(i, resolution), world.cycles) for i in range(n)])
-    assert score.pop("chance_dsg") < 0.4
-    assert min(score.values()) >= 0.99, (seed, score)
-
-
-def test_the_judge_sees_what_is_wrong():
-    world = Scenes(tiny())
-    group = dict(count=1, shape="circle", colour="red", texture="plain", size="large")
-    scene = dict(ground="white", groups=[group, dict(group, shape="square", colour="blue")], relation="left of")
-    scene["objects"] = [dict(shape=s, colour=c, texture="plain", diameter=0.42, centre=(x, 0.5))
-                        for s, c, x in (("circle", "red", 0.25), ("square", "blue", 0.75))]
-    middle = 0.36
-
-    def no(**changes):
-        """Categories with a wrong answer when the first object, or the ground, is changed."""
-        changed = dict(scene, ground=changes.pop("ground", "white"), objects=[dict(scene["objects"][0], **changes), scene["objects"][1]])
-        ground, objects = evaluation.look(np.round(255 * world.render(changed, 32)).astype(np.uint8), 16)
-        return sorted({c for c, _, a in evaluation.judge_answers(scene, ground, objects, middle) if not a})
-    assert no() == [] and no(ground="gray") == ["global"] and no(colour="green") == ["attributes"] and no(diameter=0.3) == ["attributes"]
-    assert no(shape="triangle") == ["entities"]
-    gone = dict(scene, objects=scene["objects"][1:])
-    ground, objects = evaluation.look(np.round(255 * world.render(gone, 32)).astype(np.uint8), 16)
-    assert sum(a for _, _, a in evaluation.judge_answers(scene, ground, objects, middle)) == 4
-    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    score = evaluation.questions_score([scene], [evaluation.look(noise, 16)], middle)
-    assert score["entities"] == 0 and score["dsg"] <= 1 / 8    # of eight questions, the ground's colour may be right by luck
-
-
-def test_a_question_counts_only_if_its_parents_are_right():
-    scenes = [dict(ground="white", relation=None, groups=[dict(count=2, shape="circle", colour="red", texture="plain", size="small")])]
-    ball = dict(shape="square", colour="red", texture="plain", diameter=0.3, centre=(0.3, 0.3), fit=1.0)
-    score = evaluation.questions_score(scenes, [("white", [ball, ball])], 0.36)
-    assert score["attributes"] == 0 and score["dsg"] == pytest.approx(1 / 5)       # size and colour are right, but of no circle
-    score = evaluation.questions_score(scenes, [("white", [dict(ball, shape="circle")])], 0.36)
-    assert score["attributes"] == 1 and score["counts"] == 0 and score["dsg"] == pytest.approx(4 / 5)
-
-
 def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -1829,13 +1762,6 @@ def test_the_range_of_guidance_lies_between_the_two_optima():
     points = [(g, {"questions": {"dsg": g / 9, "chance_dsg": 0.1}, "fd_random": (g - 2) ** 2, "mmd_random": (g - 4) ** 2}) for g in (8, 1, 2, 3, 4)]
     told = evaluation.tuning(points)
     assert told["guidance"] == [1, 2, 3, 4, 8] and told["range"] == [2, 4] and told["optimum"] == {"fd_random": 2, "mmd_random": 4}
-
-
-def test_counting_looks_for_exactly_as_many():
-    group = dict(count=2, shape="circle", colour="red", texture="plain", size="small")
-    ball = dict(shape="circle", colour="red")
-    seen = [("white", [ball] * k) for k in (1, 2, 3)] + [("white", [ball, dict(ball, colour="blue"), ball])]
-    assert evaluation.counting([dict(groups=[group])] * 4, seen) == {"2": 0.5}
 
 
 def test_zeroshot_finds_the_caption_of_least_loss(monkeypatch):
@@ -2453,6 +2379,7 @@ from lib.test_pictures import *  # noqa
 from lib.test_processes import *  # noqa
 from lib.test_questions import *  # noqa
 from lib.test_scan import *  # noqa
+from lib.test_scenes import *  # noqa
 from lib.test_settings import *  # noqa
 from lib.test_tables import *  # noqa
 from lib.test_triton_tools import *  # noqa

@@ -37,12 +37,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from data import Batches, Scenes, open_data
+from data import Batches, open_data
 from eval import evaluate, flat, report
 from lib.checkpoint import FORMAT, open_checkpoint
 from lib.draws import normals, uniforms
 from lib.encoders import open_autoencoder
 from lib.pictures import draw_curves, make_grid, to_uint8, write_png
+from lib.scenes import Scenes
 from lib.settings import UserError, closest, default_config, load_config
 from model import (build, check_sizes, checkpointed_modules, diffusion_loss, enable_activation_checkpointing, example, freeze_core, init_from,
                    read_checkpoint)

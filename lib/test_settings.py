@@ -60,10 +60,11 @@ def test_parents_stages_and_flags_win_in_that_order(name, stage, flags, steps, l
 @pytest.mark.parametrize("name, key, text, words", [
     ("onne", "", "", "did you mean 'one'"), ("loop", "", "", "name another one"),
     ("one", "learning_rate", "1", "did you mean 'lr'"), ("one", "lr", "1e-4x", "lr takes a float"),
-    ("one", "lr", "nan", "lr takes a float"), ("one", "steps", "1.5", "takes an int"), ("one", "steps", "0", "at least 1"),
-    ("one", "lr", "-1", "at least 0"), ("one", "shell", "c", "take one of a, b"),
+    ("one", "lr", "nan", "lr takes a float"), ("one", "steps", "1.5", "takes an int"),
+    ("one", "steps", "0", "at least 1"),    ("one", "lr", "-1", "at least 0"), ("one", "shell", "c", "take one of a, b"),
     ("one", "tries", "1", "one of 0, at least 2"), ("one", "sizes", "()", "at least 1"),
-    ("one", "sizes", "4, 0", "at least 1"), ("one", "sizes", "0.5", "takes a tuple"), ("one", "fsdp", "1", "takes a bool")])
+    ("one", "sizes", "4, 0", "at least 1"), ("one", "sizes", "0.5", "takes a tuple"),
+    ("one", "fsdp", "1", "takes a bool")])
 def test_what_a_key_cannot_be_is_refused(name, key, text, words, settings_file, capsys):
     with pytest.raises(UserError) as refusal:
         load_config(name, "grow", [(key, text)] if key else [], settings_file)
@@ -97,8 +98,8 @@ def test_flags_and_keys_stand_in_any_order(words, own, keys):
 
 @pytest.mark.parametrize("words, hint", [
     ("RUN --wdith 3", "did you mean 'width'"), ("RUN --frehs", "did you mean 'fresh'"), ("RUN --lr 1 --lr=2", "twice"),
-    ("RUN --n 1 --n 2", "twice"), ("RUN --n x", "--n: invalid int"), ("RUN --n", "--n: expected"), ("--n 1", "required: run"),
-    ("RUN --fresh=yes", "True or False")])
+    ("RUN --n 1 --n 2", "twice"), ("RUN --n x", "--n: invalid int"), ("RUN --n", "--n: expected"),
+    ("--n 1", "required: run"),    ("RUN --fresh=yes", "True or False")])
 def test_words_that_cannot_be_read_are_one_line(words, hint, capsys):
     with pytest.raises(UserError):
         command_line().parse_keys(words.split())
