@@ -7,6 +7,7 @@ What the README promises, one test each, in the order of the files.
 
 Tests of the scripts start them as a user would, with a few steps of a small model.
 """
+import ast
 import functools
 import glob
 import hashlib
@@ -916,13 +917,6 @@ for step, _ in enumerate(data.torch.utils.data.DataLoader(batches, batch_size=No
     table = [tuple(map(float, line.split())) for line in done.stdout.splitlines()]
     print(table)
     assert len(table) == 5 and table[-1][1] < 1.03 * table[1][1], done.stdout + done.stderr[-2000:]
-
-
-def test_png_is_read_back_by_a_library(tmp_path):
-    image = pytest.importorskip("PIL.Image")
-    pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    data.write_png(str(tmp_path / "x.png"), pixels)
-    assert (np.asarray(image.open(tmp_path / "x.png")) == pixels).all()
 
 
 # ---- model.py ---------------------------------------------------------------------------------------------------------------
@@ -2352,6 +2346,61 @@ def test_scenes_train_in_the_latents_of_an_autoencoder(vae, tmp_path):
     state = models.read_checkpoint(str(tmp_path / "pixart-sigma-tiny/grow"))
     assert state["model"]["shell.entry.weight"].shape == (32, 4, 2, 2)
     assert "32x32 px" in run("sample.py", tmp_path / "pixart-sigma-tiny/grow", "a red circle", "--steps", 2, "--to", tmp_path / "x.png")
+
+
+# ---- the house: lib/ below, the eight, experiments/ above --------------------------------------------------------------
+
+EIGHT = ("kernels", "data", "model", "sample", "eval", "train")                    # and configs.txt, and these tests
+EXTRAS = {"PIL", "pyarrow", "transformers", "diffusers", "safetensors", "sentencepiece", "matplotlib", "tensorboard",
+          "gradio", "pandas", "duckdb", "datasets", "scipy"}
+
+
+def house_files(*patterns):
+    """{name from here: text} of the files that a clone holds."""
+    names = [name for pattern in patterns for name in sorted(glob.glob(pattern, root_dir=HERE))]
+    return {name: open(os.path.join(HERE, name)).read() for name in names}
+
+
+def house_imports(text, top=False):
+    """The modules that a source imports: all, or those that its first line to its last import as it is loaded."""
+    tree = ast.parse(text)
+    nodes = [node for node in (tree.body if top else ast.walk(tree)) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    parts = {f"{node.module}.{alias.name}" for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+    return plain | parts | {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+
+
+def test_each_floor_knows_those_below_alone():
+    modules = {name.removesuffix(".py").replace("/", "."): house_imports(text)
+               for name, text in house_files("*.py", "lib/*.py", "experiments/*.py").items() if "test_" not in name}
+    needs = {module: imports & set(modules) for module, imports in modules.items()}
+    for module, below in needs.items():
+        floor = module.split(".")[0]
+        assert floor != "lib" or all(other.startswith("lib") for other in below), f"{module} imports {below}"
+        assert floor == "experiments" or not any(other.startswith("experiments") for other in below), module
+    assert set(EIGHT) <= set(needs) and sum(map(len, needs.values())) > 30
+    while needs:                                               # of a circle none can be taken away
+        free = {module for module, below in needs.items() if not below & set(needs)}
+        assert free, f"a circle among {sorted(needs)}"
+        needs = {module: below for module, below in needs.items() if module not in free}
+
+
+def test_no_extra_is_imported_before_it_is_used():
+    for name, text in house_files("*.py", "lib/*.py", "experiments/*.py").items():
+        heavy = {module.split(".")[0] for module in house_imports(text, top=True)} & EXTRAS
+        assert not heavy, f"{name} imports {heavy} at its top"
+
+
+def test_names_of_tests_are_unique():
+    """All tests are imported into this file, where a second one of a name, or a fixture or helper, would hide the first."""
+    owners = {}
+    for name, text in house_files("test_all.py", "lib/test_*.py", "experiments/test_*.py").items():
+        assert name == "test_all.py" or f"from {name[:-3].replace('/', '.')} import *" in open(__file__).read(), name
+        for node in ast.parse(text).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [node]
+            for word in {getattr(t, "name", getattr(t, "id", None)) for t in targets if not isinstance(t, ast.ImportFrom)}:
+                if word and word not in ("HERE", "slow"):      # these are the same everywhere
+                    assert owners.setdefault(word, name) == name, f"{word} in {name} and in {owners[word]}"
 
 
 # ---- README.md --------------------------------------------------------------------------------------------------------------

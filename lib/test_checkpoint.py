@@ -94,7 +94,7 @@ def test_a_kill_between_any_two_moves_leaves_a_checkpoint(sharded, tmp_path, mon
         assert sorted(os.listdir(folder)) == ["last.pt", f"step_{state['step']}.pt"]
 
 
-def full_disk(*args, **options):
+def refusing_disk(*args, **options):
     raise OSError(28, "No space left on device")
 
 
@@ -106,7 +106,7 @@ def forgetful_disk(about, file):
     torch.serialization.save({**about, "model": {name: v + 1 for name, v in about["model"].items()}}, file)
 
 
-@pytest.mark.parametrize("fault, words", [(full_disk, "No space left"), (torch_full_disk, "unexpected pos"), (forgetful_disk, "read back differs")])
+@pytest.mark.parametrize("fault, words", [(refusing_disk, "No space left"), (torch_full_disk, "unexpected pos"), (forgetful_disk, "read back differs")])
 def test_what_cannot_be_written_leaves_the_old_file(fault, words, tmp_path, monkeypatch):
     saved(tmp_path, 2)
     monkeypatch.setattr(torch, "save", fault)

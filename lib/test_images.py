@@ -16,6 +16,7 @@ from lib import images
 from lib.images import INDEX, Unfit, arrays_of, decode, header, jittered, read_index, write_index
 from lib.scan import open_images, scan
 from lib.settings import UserError
+from lib.test_encoders import Trap, refused
 
 
 def picture(width, height, seed=0, kind="JPEG", **options):
@@ -43,13 +44,6 @@ def indexed(folder):
     pytest.importorskip("pyarrow")
     write_index(str(folder / INDEX), *scan(str(folder)))
     return folder
-
-
-def refused(capsys, call, *parts):
-    with pytest.raises(UserError):
-        call()
-    printed = capsys.readouterr().err
-    assert all(p in printed for p in parts), printed
 
 
 @pytest.fixture
@@ -303,12 +297,6 @@ def narrow(folder):
         table = pyarrow.ipc.open_file(f).read_all()
     schema = table.schema.set(1, pyarrow.field("offset", pyarrow.int32()))
     rewrite(folder, schema=schema, offset=table["offset"].to_pylist())
-
-
-class Trap:
-    """A pickle that makes a folder when it is opened."""
-    def __reduce__(self):
-        return os.mkdir, ("executed",)
 
 
 @pytest.mark.parametrize("spoil, words", [
