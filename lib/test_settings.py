@@ -61,7 +61,8 @@ def test_parents_stages_and_flags_win_in_that_order(name, stage, flags, steps, l
     ("onne", "", "", "did you mean 'one'"), ("loop", "", "", "name another one"),
     ("one", "learning_rate", "1", "did you mean 'lr'"), ("one", "lr", "1e-4x", "lr takes a float"),
     ("one", "lr", "nan", "lr takes a float"), ("one", "steps", "1.5", "takes an int"),
-    ("one", "steps", "0", "at least 1"),    ("one", "lr", "-1", "at least 0"), ("one", "shell", "c", "take one of a, b"),
+    ("one", "steps", "0", "at least 1"),
+    ("one", "lr", "-1", "at least 0"), ("one", "shell", "c", "take one of a, b"),
     ("one", "tries", "1", "one of 0, at least 2"), ("one", "sizes", "()", "at least 1"),
     ("one", "sizes", "4, 0", "at least 1"), ("one", "sizes", "0.5", "takes a tuple"),
     ("one", "fsdp", "1", "takes a bool")])
