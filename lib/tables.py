@@ -7,8 +7,10 @@ dict that tells what made the table, as JSON; the number of arrays; and the rows
 kept as uint16 of the same bits. Needs pyarrow.
 """
 import json
+import mmap
 import os
 import shutil
+import struct
 
 import numpy as np
 import torch
@@ -18,6 +20,8 @@ from lib.files import import_extra
 from lib.settings import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# what holds them in numpy and in Arrow, neither of which has bf16
+KINDS = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.float16: np.float16}
 
 
 def write_table(path, about, axes, count, make, batch, bar):
@@ -33,7 +37,7 @@ def write_table(path, about, axes, count, make, batch, bar):
     arrow, part = import_extra("pyarrow", f"writing {path}"), path + ".part"
     done = whole_batches(part, about)                          # of a run that was killed
     rows = read_head(done[0].schema)[2] if done else batch     # of a record batch: the same throughout a table
-    kind = {"fp32": arrow.float32(), "fp16": arrow.float16(), "bf16": arrow.uint16()}[about["dtype"]]
+    kind = arrow.from_numpy_dtype(KINDS[DTYPES[about["dtype"]]])
     columns = {"shape": arrow.list_(arrow.int32(), axes), "values": arrow.large_list(kind)}
     schema = arrow.schema(columns, {"about": json.dumps(about), "count": str(count), "rows": str(rows)})
     with arrow.OSFile(part + "2", "wb") as file, arrow.ipc.new_file(file, schema) as table:
@@ -95,8 +99,10 @@ class Table:
         if not os.path.exists(path):
             raise UserError(f"{path!r} is not complete: run the same command again, which goes on where it was")
         try:
-            self.bytes = np.memmap(path, np.uint8, "r").view(np.ndarray)           # slices of a memmap itself are slow
-            self.reader = arrow.ipc.open_file(arrow.BufferReader(arrow.py_buffer(self.bytes)))
+            with open(path, "rb") as file:
+                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self.buffer = arrow.py_buffer(self.map)
+            self.reader = arrow.ipc.open_file(self.buffer)
             self.about, self.count, self.rows = read_head(self.reader.schema)
             self.dtype, self.axes = DTYPES[self.about["dtype"]], self.reader.schema.field("shape").type.list_size
             if self.reader.num_record_batches != -(-self.count // self.rows):
@@ -114,11 +120,16 @@ class Table:
         if self.places[record, 0] < 0:
             self.places[record] = self.find(record)
         shapes, offsets, values = self.places[record].tolist()
-        shape = self.bytes[shapes + 4 * self.axes * row:][:4 * self.axes].view(np.int32).tolist()
-        first, end = (self.bytes[offsets + 8 * row:][:16].view(np.int64) * self.dtype.itemsize).tolist()
-        # uint16, in which bf16 is kept, or uint32; copied, since the map cannot be written to
-        numbers = np.array(self.bytes[values + first:values + end].view(f"u{self.dtype.itemsize}"))
-        return torch.from_numpy(numbers).view(self.dtype).view(shape).float()
+        shape = struct.unpack_from(f"{self.axes}i", self.map, shapes + 4 * self.axes * row)
+        first, end = struct.unpack_from("2q", self.map, offsets + 8 * row)
+        numbers = np.frombuffer(self.map, KINDS[self.dtype], end - first, values + first * self.dtype.itemsize)
+        if self.dtype == torch.bfloat16:                       # the upper half of a float32
+            numbers = numbers.astype(np.uint32)
+            numbers <<= 16                                     # in place: new memory would take longer than the shift
+            numbers = numbers.view(np.float32)
+        else:
+            numbers = np.array(numbers)                        # a copy, since the map cannot be written to
+        return torch.from_numpy(numbers).view(shape).float()
 
     def find(self, record):
         """
@@ -127,7 +138,7 @@ class Table:
         """
         shape, values = self.reader.get_batch(record).columns
         buffers = [shape.buffers()[-1], *values.buffers()[1::2]]      # values' own: validity, offsets, validity, values
-        return [b.address - self.bytes.ctypes.data if b else 0 for b in buffers]  # no buffer where all arrays are empty
+        return [b.address - self.buffer.address if b else 0 for b in buffers]  # no buffer where all arrays are empty
 
 
 def is_begun(path):
