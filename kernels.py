@@ -361,7 +361,7 @@ def kv_merge_forward(k, v, weight, bias, gamma, beta, k_out, v_out, k_sum, v_sum
         t = tl.load(weight + tap * C + c, mask=keep, other=0.0)     # weight is (r^2, C)
         ks += t * tl.load(k + (b * k_stride[0] + n * k_stride[1]) * UNIT + c, mask=keep, other=0.0).to(ACC)
         vs += t * tl.load(v + (b * v_stride[0] + n * v_stride[1]) * UNIT + c, mask=keep, other=0.0).to(ACC)
-    if k_sum is not None:                                           # kept for the backward
+    if k_sum is not None:                                           # for the backward
         tl.store(k_sum + row * C + c, ks.to(k_sum.dtype.element_ty), mask=keep)
         tl.store(v_sum + row * C + c, vs.to(k_sum.dtype.element_ty), mask=keep)
     if gamma is not None:

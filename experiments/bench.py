@@ -87,14 +87,14 @@ MERGE_TIMES = (("PixArt 1K", 4, 64, 1152, 2), ("PixArt 2K", 1, 128, 1152, 4), ("
 def compare_times(deadline):
     """Yields a row for each case and way to compute it: microseconds of a forward and a backward, or the problem."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    flops = 2 * 8192 ** 3 / time_call(lambda: a @ b)
+    flops = 2 * 8192 ** 3 / time_call(lambda: a @ b)                # FLOP per second that this GPU can do
     big, copy = (torch.empty(2 ** 30, dtype=torch.uint8, device="cuda") for _ in range(2))
-    bandwidth = 2 * 2 ** 30 / time_call(lambda: copy.copy_(big))
+    bandwidth = 2 * 2 ** 30 / time_call(lambda: copy.copy_(big))    # bytes per second, read or written
     print(f"matrix product {flops / 1e12:.0f} TFLOP/s, copy {bandwidth / 1e12:.2f} TB/s")
     yield dict(matmul_tflops=flops / 1e12, copy_tb=bandwidth / 1e12)
     print(f"{'bfloat16, times in us':60} {'fwd':>9} {'/floor':>6} {'bwd':>11} {'/floor':>6}")
     for label, B, h, C, r in MERGE_TIMES:
-        x = torch.randn(B, h * h, 3, C, device="cuda", dtype=torch.bfloat16)
+        x = torch.randn(B, h * h, 3, C, device="cuda", dtype=torch.bfloat16)        # q, k and v of one projection
         params = [torch.full((C, 1, r, r), r ** -2.0), torch.zeros(C), torch.ones(C), torch.zeros(C)]
         inputs = [y.to(x).requires_grad_() for y in (x[:, :, 1], x[:, :, 2], *params)]
         moved = 2 * B * h * h * C * 2                               # bytes of k and v
@@ -105,7 +105,8 @@ def compare_times(deadline):
         inputs = [z.requires_grad_() for z in (x[:, :, 0], y[:, :, 1], y[:, :, 2])]
         kv_len = None if share is None else torch.linspace(1, 2 * share * Nk - 1, B, device="cuda").round().int()
         keys = Nk * B if share is None else int(kv_len.sum())       # of all images
-        work, moved = 4 * H * Nq * keys * D, 4 * H * D * (B * Nq + keys)
+        work, moved = 4 * H * Nq * keys * D, 4 * H * D * (B * Nq + keys)            # FLOP; bytes of q, k, v and o
+        # a backward has five products where a forward has two, and reads and writes everything twice
         floors = max(work / flops, moved / bandwidth), max(2.5 * work / flops, 2 * moved / bandwidth)
         yield from race(label, attention_methods(B, Nq, Nk, kv_len), inputs, floors, deadline)
 
@@ -120,7 +121,7 @@ def race(label, methods, inputs, floors, deadline):
             torch._dynamo.reset()                                   # or many shapes run into its recompile limit
             outputs = function(*inputs)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            upstream = [torch.randn_like(x) for x in outputs]
+            upstream = [torch.randn_like(x) for x in outputs]       # gradients of the outputs
             fwd = time_call(lambda: function(*inputs))
             bwd = time_call(lambda: torch.autograd.grad(function(*inputs), inputs, upstream)) - fwd
             row |= dict(fwd_us=fwd * 1e6, bwd_us=bwd * 1e6)
@@ -153,7 +154,7 @@ def time_call(function, replays=30):
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) / 1000 / calls)
+        times.append(start.elapsed_time(end) / 1000 / calls)        # milliseconds of several calls -> seconds of one
     return statistics.median(times)
 
 
@@ -161,6 +162,7 @@ def attention_methods(B, Nq, Nk, kv_len):
     """{name: function of q, k, v (B, N, H, D)}: our kernel, every backend of PyTorch's own attention, FlexAttention."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    # what the others need to be told which keys are padding: a mask (B, 1, 1, Nk); blocks that may be skipped
     keep = None if kv_len is None else (torch.arange(Nk, device="cuda") < kv_len[:, None])[:, None, None, :]
     blocks = None if kv_len is None else create_block_mask(lambda b, h, q, k: k < kv_len[b], B, None, Nq, Nk)
     compiled = torch.compile(flex_attention, dynamic=False)
@@ -195,7 +197,7 @@ def merge_methods(grid, r):
 
     def views(k, v, weight, bias, gamma, beta):                     # what a careful user would compile
         def merge(x):
-            taps = weight.permute(1, 2, 3, 0).reshape(1, 1, r, 1, r, -1)
+            taps = weight.permute(1, 2, 3, 0).reshape(1, 1, r, 1, r, -1)           # (1, 1, r, 1, r, C)
             x = (x.unflatten(1, (grid[0] // r, r, grid[1] // r, r)) * taps).sum((2, 4)).flatten(1, 2) + bias
             return F.layer_norm(x, x.shape[-1:], gamma, beta, MERGE_EPS)
         return merge(k), merge(v)
@@ -255,6 +257,7 @@ def measure_model(name, device):
         step(training)                                              # tries the kernels, makes the optimizer's state
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
+        # a frozen weight has no gradient to compute, and a checkpointed block runs twice: both show in the count
         with FlopCounterMode(display=False) as counter:
             step(training)
         seconds, tera = statistics.median(step(training) for _ in range(3)), counter.get_total_flops() / 1e12
@@ -300,7 +303,7 @@ def compile_for_sm90(deadline, cases=SM90_CASES):
 def compile_launch(rows, kernel, grid, *args, **options):
     """Stands for kernels.launch: compiles the kernel for these very arguments, and appends what came out to `rows`."""
     code = read_machine_code(kernel.warmup(*args, grid=grid, **options))
-    half = args[0].dtype != torch.float32
+    half = args[0].dtype != torch.float32                           # 16 bits: what training runs in
     good = code["spill"] <= (0 if half else 16) and code["smem"] <= 227 * 1024 and not (half and code["ldg16"])
     good &= code["hgmma"] > 0 or "attention" not in kernel.__name__ or not half
     sizes = "x".join(str(options[key]) for key in ("BM", "BN", "BC", "R") if key in options)
@@ -359,13 +362,14 @@ def run_part(part, names, deadline):
 def run_all(names, deadline):
     """Yields the rows of all parts. Each is a process of its own, which may fail or hang, with a share of the time."""
     for i, part in enumerate(PARTS):
-        seconds = max(1, deadline - time.time()) / (len(PARTS) - i)
+        seconds = max(1, deadline - time.time()) / (len(PARTS) - i)                # what is left, in equal shares
         with tempfile.TemporaryDirectory() as folder:
             file = os.path.join(folder, "rows.json")
             command = [sys.executable, "-m", "experiments.bench", part, *(names if part == "models" else ()),
                        "--minutes", f"{seconds / 60:.2f}", "--json", file]
             print(f"\n{part}, for {seconds / 60:.1f} minutes", flush=True)
             try:
+                # it stops by itself when its time is up, unless it hangs
                 status = subprocess.run(command, timeout=seconds + 60).returncode
             except subprocess.TimeoutExpired:
                 status = "none: it did not end in time"
@@ -393,7 +397,7 @@ def main():
             if args.json:                                           # at once: what was measured outlives what fails
                 text = json.dumps(dict(about(), rows=rows), indent=1, default=str)
                 atomic_write(args.json, lambda file: file.write(text.encode()))
-    except Exception as error:
+    except Exception as error:                                      # a sick GPU, say: what came before it counts
         problem = describe(error)
         print(problem)
     bad = sum(not row.get("good", True) for row in rows)

@@ -50,7 +50,7 @@ def unit_strides(*tensors):
     (unit, [all strides but the last of each tensor, in units of `unit` elements]). Where all rows start on multiples of
     8 elements the unit is 8, from which the compiler sees that it may read 8 at once. In a stride of 72 it does not.
     """
-    steps = [x.stride()[:-1] for x in tensors]
+    steps = [x.stride()[:-1] for x in tensors]                 # in elements; the last is 1
     unit = 8 if all(step % 8 == 0 for x in steps for step in x) else 1
     return unit, [tuple(step // unit for step in x) for x in steps]
 
@@ -64,7 +64,8 @@ def agrees(label, calls, dtype, device, training):
     """
     try:
         if NO_TRITON:
-            raise NO_TRITON
+            raise NO_TRITON                # the reason then says what is missing
+        # whatever the caller has switched on: gradients must exist, and dtypes stay as they are
         with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
             errors = [error for call in calls() for error in relative_errors(*call, training)]
         good = all(error < tolerance(dtype) for error in errors)                        # False where one is NaN
@@ -82,7 +83,7 @@ def worst(errors):
 
 def relative_errors(function, twin, inputs, options, training=True):
     """||x - exact|| / ||exact|| of each output and each gradient; exact is what the twin makes of them in float64."""
-    exact = run_with_gradients(twin, [x.double() for x in inputs], options, training)
+    exact = run_with_gradients(twin, [x.double() for x in inputs], options, training)   # of the same rounded numbers
     return [float((a.double() - b).norm() / b.norm().clamp_min(1e-6))
             for a, b in zip(run_with_gradients(function, inputs, options, training), exact)]
 
@@ -93,7 +94,7 @@ def run_with_gradients(function, inputs, options, training=True):
         inputs = [x.detach().requires_grad_(training) for x in inputs]
         outputs = function(*inputs, **options)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        upstream = [seeded_randn(*x.shape, seed=9 + i).to(x) for i, x in enumerate(outputs)]
+        upstream = [seeded_randn(*x.shape, seed=9 + i).to(x) for i, x in enumerate(outputs)]        # dL/d(output)
         gradients = torch.autograd.grad(outputs, inputs, upstream) if training else ()
     return [x.detach() for x in (*outputs, *gradients)]
 
@@ -105,6 +106,6 @@ def seeded_randn(*shape, seed=0):
 
 def tolerance(dtype):
     """The largest relative error of a function that is right: a few roundings of the dtype."""
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32" # see torch.set_float32_matmul_precision
     float32 = 2e-3 if tf32 else 1e-5
     return {torch.float64: 1e-12, torch.float32: float32, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
