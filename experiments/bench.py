@@ -262,8 +262,8 @@ def measure_model(name, device):
             step(training)
         seconds, tera = statistics.median(step(training) for _ in range(3)), counter.get_total_flops() / 1e12
         gib = torch.cuda.max_memory_allocated() / 2 ** 30 if device == "cuda" else None
-        print(f"{name:28} {millions:8.1f}M  {'training step' if training else 'forward':13}  {tera:9.3f} TFLOP  "
-              f"{seconds:9.4f} s  {tera / seconds:7.2f} TFLOP/s" + (f"  {gib:6.1f} GiB" if gib else ""), flush=True)
+        print(f"{name:28} {millions:8.1f}M  {'training step' if training else 'forward':13}  {tera:9.3g} TFLOP  "
+              f"{seconds:9.4f} s  {tera / seconds:7.3g} TFLOP/s" + (f"  {gib:6.1f} GiB" if gib else ""), flush=True)
         yield dict(model=name, millions=millions, training=training, tflop=tera, seconds=seconds, gib=gib)
 
 
