@@ -1,18 +1,19 @@
 """
-Checkpoints: all that a training needs to go on, in a file, or in a folder of shards to which every process adds its part.
+Checkpoints: all that a training needs to go on, in a file, or in a folder of shards, one from each process.
 
     last.pt         the newest; replaced as a whole, so a kill at any moment leaves the old one or the new one
     step_N.pt       what last.pt was before
 
-A state holds "format", "step", "config" and the caller's other plain values, and tensors by name: "model", "ema" (of what is
-trained) and "moments" (of the optimizers). Nothing in a file is executed, and nothing broken gets through.
+A state holds "format", "step", "config" and the caller's other plain values, and tensors by name: "model", "ema" (of
+what is trained) and "moments" (of the optimizers). Nothing in a file is executed, and nothing broken gets through.
 
-torch.distributed.checkpoint.state_dict is not used: it knows no EMA, so a loop as in `restore` is needed all the same; and the
-parameter groups that it adds do not go into safetensors.
+torch.distributed.checkpoint.state_dict is not used: it knows no EMA, so a loop as in `restore` is needed all the same,
+and the parameter groups that it adds do not go into safetensors.
 """
 import glob
 import os
 import shutil
+from contextlib import contextmanager
 
 import torch
 
@@ -22,7 +23,7 @@ from lib.settings import UserError
 FORMAT = 3                                                     # of what `save` writes
 
 
-# ---- the state of a training -------------------------------------------------------------------------------------------
+# ---- the state of a training -----------------------------------------------------------------------------------------
 
 def training_state(model, ema_params, optimizers):
     """{part: {name: tensor}} of all that training changes: the very tensors, by the names of the model's parameters."""
@@ -58,6 +59,21 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+@contextmanager
+def ema_weights_in_place(model, trained, ema_params):
+    """Inside, the model has its averaged weights, and its own again after it."""
+    own = [p.detach().clone() for p in trained.values()]       # a second model would need its own shards under FSDP
+    with torch.no_grad():
+        for p, mean in zip(trained.values(), ema_params.values()):
+            p.copy_(mean)
+        try:
+            yield model.eval()
+        finally:
+            for p, value in zip(trained.values(), own):
+                p.copy_(value)
+            model.train()
+
+
 def flatten(parts):
     """{part: {name: tensor}} -> {"part/name": tensor}, as shards hold them."""
     return {f"{part}/{name}": v for part, tensors in parts.items() for name, v in tensors.items()}
@@ -77,25 +93,25 @@ def restore(state, file, parts):
             tensor.detach().copy_(value)
 
 
-# ---- reading -----------------------------------------------------------------------------------------------------------
+# ---- reading ---------------------------------------------------------------------------------------------------------
 
 def open_checkpoint(file, defaults=None, shards=True):
     """
-    (state, None), or (None, why not). `defaults` are for keys of the config that are younger than the checkpoint. Of a folder
-    the tensors are left out where `shards` is False: training reads them straight into its own.
+    (state, None), or (None, why not). `defaults` are for keys of the config that are younger than the checkpoint. Of a
+    folder the tensors are left out where `shards` is False: training reads them straight into its own.
     """
     try:
         state = read_about(file)
         if state["format"] != FORMAT:
-            what = "an older version of this code: train it again" if state["format"] < FORMAT else "a newer one: update the code"
-            return None, f"{file!r} is a checkpoint of format {state['format']} and this code reads {FORMAT}; it is of {what}"
+            remedy = "train it again" if state["format"] < FORMAT else "update the code"
+            return None, f"{file!r} is of format {state['format']} and this code reads format {FORMAT}: {remedy}"
         state["config"] = {**(defaults or {}), **state["config"]}
         if os.path.isdir(file) and shards:
             for key, value in read_shards(file).items():
                 part, name = key.split("/", 1)
                 state.setdefault(part, {})[name] = value
         weights = {} if os.path.isdir(file) and not shards else {**state["model"], **state["ema"]}
-    except Exception as e:                                     # of many kinds: cut off, no checkpoint, not allowed to be loaded
+    except Exception as e:                                     # of many kinds: cut off, no checkpoint, not allowed
         return None, f"{file!r} is no complete checkpoint ({type(e).__name__}): take another, or train it again"
     for name, value in weights.items():
         if not torch.isfinite(value).all():
@@ -104,7 +120,7 @@ def open_checkpoint(file, defaults=None, shards=True):
 
 
 def read_about(file):
-    """What a checkpoint says of itself; of a file with its tensors, mapped into memory and read from the disk where used."""
+    """What a checkpoint says of itself; of a file with its tensors too, mapped into memory and read where used."""
     about = os.path.join(file, "about.pt") if os.path.isdir(file) else file
     return torch.load(about, map_location="cpu", weights_only=True, mmap=True)
 
@@ -127,10 +143,10 @@ def older_checkpoints(run):
 
 def newest_checkpoint(run, defaults=None):
     """
-    (state, file) of the newest checkpoint in a run folder that can be read, its shards left out; (None, None) where there is
-    none, or only that of step 0, which loses nothing. Raises UserError where none can be read.
+    (state, file) of the newest checkpoint in a run folder that can be read, its shards left out; (None, None) where
+    there is none, or only that of step 0, which loses nothing. Raises UserError where none can be read.
     """
-    # a kill may have come when last.pt was renamed to step_N.pt and its successor not yet to last.pt; and a disk may fail
+    # a kill may come between the two renames of `rotate`, when there is no last.pt; and a disk may fail
     files = [file for file in (os.path.join(run, "last.pt"), *older_checkpoints(run)) if os.path.exists(file)]
     for file in files:
         state, broken = open_checkpoint(file, defaults, shards=False)
@@ -142,19 +158,23 @@ def newest_checkpoint(run, defaults=None):
     return None, None
 
 
-# ---- writing -----------------------------------------------------------------------------------------------------------
+# ---- writing ---------------------------------------------------------------------------------------------------------
 
 def save(file, about, parts, sharded=False, num_checkpoints=1):
     """
-    Replace the checkpoint `file` by a new one; the last `num_checkpoints` stay, with this one. All processes call it, and all
-    get the same error: FloatingPointError, with the name of a tensor that is not finite; OSError, where it cannot be written.
+    Replace the checkpoint `file` by a new one; the last `num_checkpoints` stay, with this one. All processes call it
+    and get the same error: FloatingPointError, the name of a tensor that is not finite; OSError, where it fails.
     """
     bad = [key for key, v in flatten(parts).items() if not torch.isfinite(local(v)).all()]
     if bad := sum(all_gather(bad), []):                        # such weights would lock a run into them
         raise FloatingPointError(bad[0])
-    first = get_rank() == 0
-    together(first, remove, file + ".part")                    # left by a kill
-    together(True, write, file + ".part", {"format": FORMAT, **about}, parts, sharded)
+    first, part = get_rank() == 0, file + ".part"
+    together(first, remove, part)                              # left by a kill
+    try:
+        together(True, write, part, {"format": FORMAT, **about}, parts, sharded)
+    except OSError:
+        together(first, remove, part)                          # the room that it takes
+        raise
     together(first, rotate, file, about["step"], num_checkpoints)
 
 
@@ -171,7 +191,7 @@ def together(mine, work, *args):
 
 
 def write(path, about, parts, sharded):
-    """A file by rank 0, or a folder by all. Both are read back before they count: every value compared, or every shard opened."""
+    """A file by rank 0, or a folder by all; read back before it counts: each value compared, or each shard opened."""
     if sharded:
         from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter, save as save_shards
         from torch.distributed.checkpoint.api import CheckpointException

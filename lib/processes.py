@@ -7,8 +7,9 @@ Processes: one, or those that torchrun started. In a single process nothing of t
     results = all_gather(mine)                  or gather(mine), for rank 0 alone
     exit_with(3)
 
-A process that fails says so and ends at once. The connections to it close, which ends the others: none waits until its timeout.
+A process that fails says so and ends at once. The connections to it close, which ends the others: none waits for it.
 """
+import contextlib
 import datetime
 import json
 import os
@@ -33,21 +34,31 @@ def get_world_size():
 
 def join(timeout):
     """
-    (rank, world, device) after meeting the other processes. From here on one that fails ends at once (install_excepthook), and the
-    others wait `timeout` seconds for one that does not answer. Raises ConnectionError where they cannot meet.
+    (rank, world, device) after meeting the other processes; where they cannot meet, it says so and ends with status 2.
+    From here on a process that fails ends at once, and others wait `timeout` seconds for one that does not answer.
     """
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if device != "cpu":
         torch.cuda.set_device(device)                          # kernels and NCCL go by the current device
     if get_world_size() > 1:
-        # what stands on a CPU travels by gloo: votes need no GPU to finish first, and a closed connection is an error at once
+        # what stands on a CPU travels by gloo: a vote waits for no GPU, and a closed connection is an error at once
         backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
         try:
             dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
         except (dist.DistNetworkError, dist.DistStoreError) as e:
-            raise ConnectionError(str(e).splitlines()[0])
+            hint = "give torchrun --standalone, or another --master-port"
+            print_error(f"the processes cannot meet ({str(e).splitlines()[0]}): {hint}", wait=False)
+            sys.exit(2)
     install_excepthook()                                       # after torch has put its own in place
     return get_rank(), get_world_size(), device
+
+
+def sync_gradients(net, last):
+    """A context in which gradients travel between processes after the last micro-batch only, and add up before it."""
+    if hasattr(net, "set_requires_gradient_sync"):             # FSDP
+        net.set_requires_gradient_sync(last)
+    # DDP decides in the forward, so that belongs into the context too
+    return net.no_sync() if hasattr(net, "no_sync") and not last else contextlib.nullcontext()
 
 
 def all_reduce_max(value):
@@ -65,6 +76,11 @@ def all_gather(value):
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def all_gather_rows(values):
+    """A tensor (b, ...) of each process as one list of rows, in the order of the ranks."""
+    return sum(all_gather(values.tolist()), [])
 
 
 def gather(value):
@@ -87,11 +103,11 @@ def print0(*parts):
 
 def print_error(message, wait=None):
     """
-    `error: MESSAGE` on standard error, once. An error that all processes meet is printed by rank 0, and torchrun stops the others
-    while they wait for that; one that rank 0 does not meet is printed after a second, with the number of its process.
+    `error: MESSAGE` on standard error, once. An error that all processes meet is printed by rank 0, and torchrun stops
+    the others while they wait for that; one that rank 0 does not meet is printed after a second, with its rank.
     """
     if get_rank() > 0 if wait is None else wait:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)          # by which torchrun stops them: at once and without a word
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)          # by which torchrun stops them: at once, without a word
         time.sleep(1)
     message = f"rank {get_rank()}: {message}" if get_rank() > 0 else message
     print(f"error: {message}", file=sys.stderr, flush=True)
@@ -102,8 +118,15 @@ def print_error(message, wait=None):
             json.dump({"message": {"message": message, "extraInfo": about}}, f)
 
 
+def fail(message, status):
+    """End all processes with an error that all of them know."""
+    if get_rank() == 0:
+        print_error(message)
+    exit_with(status)
+
+
 def exit_with(status):
-    """The end. Of several processes each goes at once: the threads that connect them do not always survive an orderly teardown."""
+    """The end. Each of several processes goes at once: the threads between them may not survive an orderly teardown."""
     sys.stdout.flush()
     sys.stderr.flush()
     if get_world_size() == 1:
@@ -116,12 +139,27 @@ def is_out_of_memory(error):
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
 
 
+def catch_signals():
+    """A list that gets each SIGINT or SIGTERM, to be looked at where stopping is easy. A second Ctrl-C ends at once."""
+    caught = []
+
+    def catch(number, _):
+        if caught and number == signal.SIGINT:
+            os._exit(130)
+        caught.append(number)                                  # a second SIGTERM is the first, sent to the whole group
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, catch)
+    return caught
+
+
 def install_excepthook(memory="", worker="", workers=()):
     """
-    From here on an exception that nobody catches ends this process at once. Out of memory: status 2, with the advice `memory`. The
-    death of one of `workers`, processes of a DataLoader: status 3, with the advice `worker`. Anything else: status 1.
+    From here on an exception that nobody catches ends this process at once. Out of memory: status 2, with the advice
+    `memory`. The death of one of `workers`, processes of a DataLoader: status 3, with the advice `worker`. Else 1.
     """
     def end(kind, error, trace):
+        if kind is KeyboardInterrupt:
+            os._exit(130)
         text, lost = str(error).split("\n")[0], isinstance(error, dist.DistError) or "gloo" in str(error)
         if workers:
             time.sleep(0.5)                                    # a worker that dies may be heard of before it is dead

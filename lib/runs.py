@@ -1,0 +1,175 @@
+"""
+Run folders: who may write there, what a training leaves behind, and which run must come first.
+
+    config.txt      the settings, KEY = VALUE
+    log.jsonl       a line for each dict that was logged
+    lock            held by the process that trains there; the system lets go of it however that process ends
+
+Beside them lie checkpoints (checkpoint.py) and whatever the training adds.
+"""
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import torch
+
+from lib.checkpoint import older_checkpoints, read_about
+from lib.pictures import leaves
+from lib.processes import fail, get_world_size, print0
+from lib.settings import UserError
+
+RUN_FIRST = "RUN_FIRST"                                        # set in the environment of a run that another one starts
+
+
+# ---- who may write ---------------------------------------------------------------------------------------------------
+
+def lock_run(run):
+    """
+    Make a run folder and lock it: the lock holds as long as the returned file is referenced and this process lives.
+    Raises UserError where another process holds it; where nothing can be written it says so and ends with status 4.
+    """
+    try:
+        os.makedirs(run, exist_ok=True)
+        lock = open(os.path.join(run, "lock"), "a")
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another process is training in {run}: wait for it, or give this one another --out")
+    except OSError as e:
+        fail(f"{run} cannot be written ({e}): make room or give another --out", 4)
+    return lock
+
+
+def move_aside(run):
+    """Move an old run, whose lock this process holds, to the next free of RUN.1, RUN.2 ...; lock a new folder."""
+    number = 1
+    while os.path.exists(f"{run}.{number}"):
+        number += 1
+    os.rename(run, f"{run}.{number}")                          # the old lock goes with it
+    print0(f"moved the old run to {run}.{number}")
+    return lock_run(run)
+
+
+def prepare_run(run, lock, fresh, title, config):
+    """Make room for a new run, if `fresh` by moving the old one aside, and write down its settings. -> the lock."""
+    try:
+        if fresh and os.listdir(run) != ["lock"]:
+            lock = move_aside(run)
+        os.makedirs(os.path.join(run, "samples"), exist_ok=True)
+        if os.path.exists(os.path.join(run, "metrics.json")):
+            os.remove(os.path.join(run, "metrics.json"))       # the score of fewer steps
+        with open(os.path.join(run, "config.txt"), "w") as f:
+            f.write(f"# settings of {title}\n" + "".join(f"{key} = {value!r}\n" for key, value in config.items()))
+    except OSError as e:
+        fail(f"{run} cannot be written ({e}): make room or give another --out", 4)
+    return lock
+
+
+def check_room(run, needed):
+    """End with status 4 unless the disk has room for so many bytes of checkpoints, those that are there included."""
+    files = [file for file in (os.path.join(run, "last.pt"), *older_checkpoints(run)) if os.path.isfile(file)]
+    if shutil.disk_usage(run).free + sum(map(os.path.getsize, files)) < needed:
+        fail(f"{run} needs {needed / 2 ** 30:.2f} GiB for checkpoints and its disk has less: make room, or lower "
+             "--num_checkpoints", 4)
+
+
+# ---- which settings, which run first ---------------------------------------------------------------------------------
+
+def check_settings(run, saved, about, free_keys):
+    """
+    Refuse to go on with the state `saved` of another run, or with other settings than its own, but for `free_keys`: a
+    run that mixes settings is no run to learn from. `about`: "name", "stage", "config" now. -> text of what changed.
+    """
+    if (saved["name"], saved["stage"]) != (about["name"], about["stage"]):
+        raise UserError(f"{run} holds a {saved['stage']} run of {saved['name']}, expected {about['stage']} of "
+                        f"{about['name']}: move it to its own place, or give --fresh")
+    before, now = saved["config"], about["config"]
+    differ = [key for key in now if before.get(key) != now[key]]
+    locked = [key for key in differ if key not in free_keys]
+    if locked:
+        changes = ", ".join(f"{key} {before.get(key)} there, {now[key]} here" for key in locked)
+        data = f", or let these data stand in with --data_id {before.get('data_id')}" * ("data_id" in locked)
+        raise UserError(f"{run} holds a run of other settings ({changes}): repeat them{data}, give this run another "
+                        "--out, or start anew with --fresh")
+    return "".join(f", {key} {before.get(key)} -> {now[key]}" for key in differ)
+
+
+def finish_first(run, words):
+    """
+    Train the run that another one starts from to its end, by this script with these words, unless it is finished. It is
+    a process of its own: it saves, resumes and stops like any run, and leaves its memory behind.
+    """
+    file = os.path.join(run, "last.pt")
+    try:
+        state = read_about(file) if os.path.exists(file) else None
+    except Exception:
+        state = None                                           # broken: that run itself falls back to an older one
+    if state and state["step"] >= state["config"]["steps"]:
+        return
+    if get_world_size() > 1:
+        raise UserError(f"{run} is not there or not finished: run it first, by torchrun with {' '.join(words)}")
+    stopped = f"{run} stopped at step {state['step']}: going on with it first" if state else ""
+    print0(stopped or f"no {os.path.basename(run)} run in {run} yet: running it first")
+    child = subprocess.Popen([sys.executable, os.path.abspath(sys.argv[0]), *words], env=os.environ | {RUN_FIRST: "1"})
+    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+    signal.signal(signal.SIGINT, signal.SIG_IGN)               # Ctrl-C reaches the child by itself
+    if child.wait():
+        sys.exit(child.returncode if child.returncode > 0 else 128 - child.returncode)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+
+
+# ---- what happened ---------------------------------------------------------------------------------------------------
+
+class Log:
+    """log({"step": 3, "loss": 0.1, ...}) prints a line and adds it to log.jsonl and, if asked to, to TensorBoard."""
+
+    def __init__(self, run, tensorboard=False):
+        self.file, self.board = open(os.path.join(run, "log.jsonl"), "a", buffering=1), None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                raise UserError("--tensorboard needs a package: pip install tensorboard")
+            self.board = SummaryWriter(run)
+
+    def __call__(self, line, text=None):
+        text = text or "  ".join(f"{key} {as_text(value)}" for key, value in line.items() if key != "step")
+        print0(f"step {line['step']:6d}  {text}")
+        self.file.write(json.dumps(line) + "\n")
+        if self.board:
+            for name, value in leaves(line):
+                self.board.add_scalar(name, value, line["step"])
+            self.board.flush()
+
+
+def as_text(value):
+    """A number of a log line in four digits; of a list, each."""
+    return " ".join(map(as_text, value)) if isinstance(value, list) else f"{value:.4g}"
+
+
+def read_log(run):
+    """The lines of a run's log, as dicts."""
+    return [json.loads(line) for line in open(os.path.join(run, "log.jsonl"))]
+
+
+def first_fault(model, forward):
+    """Name of the first module, in the order of `forward`, whose output is not finite, or None."""
+    found, hooks = [], []
+
+    def watch(name):
+        def note(module, _, output):
+            if torch.is_tensor(output) and not torch.isfinite(output).all():
+                found.append(name)
+        return note
+    for name, module in model.named_modules():
+        if not list(module.children()):                        # leaves: a parent is not finite because a leaf is not
+            hooks.append(module.register_forward_hook(watch(name)))
+    with torch.no_grad():
+        forward()
+    for hook in hooks:
+        hook.remove()
+    return found[0] if found else None
