@@ -17,14 +17,18 @@ height H and width W, c h w channels and sides of their latents, s their stride.
 """
 import functools
 import hashlib
+import io
 import itertools
 import os
+import sys
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from lib.files import import_extra
+from lib.files import atomic_write, import_extra
+from lib.images import Unfit, covering
+from lib.pictures import to_tensor
 from lib.settings import UserError, closest
 from lib.tables import DTYPES, Table, print_room, write_table
 
@@ -167,6 +171,16 @@ def to_pieces(captions, config):
     return [[1 + token for token in row] for row in pieces.encode(list(captions))]                 # 0 is no word
 
 
+def train_pieces(captions, size, file):
+    """Train a SentencePiece model on captions (unigram): the number of its pieces, at most `size`."""
+    library, model = import_extra("sentencepiece", "a vocabulary"), io.BytesIO()
+    options = {"hard_vocab_limit": False, "input_sentence_size": 10 ** 7, "shuffle_input_sentence": True}
+    library.SentencePieceTrainer.train(sentence_iterator=captions, model_writer=model, vocab_size=size, minloglevel=2,
+                                       **options)
+    atomic_write(file, lambda f: f.write(model.getvalue()))
+    return library.SentencePieceProcessor(model_file=file).get_piece_size()
+
+
 def encoder_identity(config):
     """
     What turns captions into the model's input, as a string that tells two encoders apart; "" where that takes no file.
@@ -298,6 +312,30 @@ class EmbeddingCache:
         return {self.data.text(n): n for n in range(min(100000, self.data.captions_count))} | {"": -1}
 
 
+class LatentCache:
+    """The latents of one centred view of each image, viewed as images are. UserError where the config has others."""
+
+    def __init__(self, data, config):
+        path, want = latents_path(data, config), about_latents(data, config)
+        self.data, self.table = data, Table(path)
+        about = self.table.about
+        differ = [f"{k} {about.get(k)} there, {v} here" for k, v in want.items() if about.get(k) != v]
+        if differ:
+            raise UserError(f"{path!r} was made otherwise ({', '.join(differ)}): "
+                            "delete it and run data.py embed --vae again")
+        if config["flip"] or config["jitter"]:
+            raise UserError("flip and jitter need pixels, and the cache of latents holds one view of each image: "
+                            "switch them off, or delete the cache")
+
+    def view(self, i, height, width, uniforms, rule):
+        """(c, H/s, W/s) float, and top and left of the crop that was encoded. Raises Unfit where it could not be."""
+        latents = self.table[i]
+        if not latents.numel():
+            raise Unfit("its latents could not be made")
+        w, h = covering(self.data.size(i), height, width, rule)
+        return latents, (h - height + 1) // 2, (w - width + 1) // 2       # as data.view rounds them for uniforms of 0.5
+
+
 def embeddings_path(data, name, tokens):
     """Where the embeddings of an encoder lie, beside the index of a data set; "" where it has none."""
     return os.path.join(data.folder, f"{name}-{tokens}.arrow") if data.folder else ""
@@ -321,7 +359,7 @@ def about_latents(data, config):
 
 
 def embed_captions(data, encoder, dtype, batch):
-    """All captions of a data set by one encoder, real tokens only. UserError names one that does not come out finite."""
+    """All captions of a data set by one encoder, real tokens only. UserError names one that is not finite."""
     count, path = data.captions_count, embeddings_path(data, encoder.name, encoder.tokens)
     some = np.unique(np.linspace(0, count - 1, 1000).astype(int)) if count else []
     mean = encoder.mean_tokens([data.text(int(n)) for n in some]) if count else 0.0
@@ -337,6 +375,31 @@ def embed_captions(data, encoder, dtype, batch):
         return rows
     about = {"id": encoder.id, "captions": data.captions_digest(), "width": encoder.width, "dtype": dtype}
     write_table(path, about, 2, count, make, batch, encoder.name)
+
+
+def embed_images(data, config, sizes, dtype):
+    """Latents of one centred view of each image, cut to its row of `sizes` (n, 2), height first; empty where unfit."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    autoencoder, stride, channels = open_autoencoder(config, device), config["latent_stride"], config["latent_channels"]
+    numbers = channels * np.prod(sizes // stride, 1).sum()
+    print_room(data.folder, numbers * DTYPES[dtype].itemsize, f"latents of {len(data)} images")
+
+    def latents(i):
+        try:
+            image, _, _ = data.view(i, *sizes[i].tolist(), (0.5, 0.5), config["resize"])         # (H, W, 3), the middle
+        except (OSError, Unfit) as e:
+            print(f"skipped {data.where(i)}: {e}", file=sys.stderr)
+            return torch.zeros(0, 0, 0)                        # LatentCache.view passes over it
+        z = autoencoder.encode(to_tensor(np.stack([image])).to(device))[0].cpu()                        # (c, H/s, W/s)
+        if not z.isfinite().all():
+            raise UserError(f"the latents of {data.where(i)} are not finite: "
+                            "try --dtype fp32, or check the autoencoder")
+        return z
+
+    def make(numbers):
+        return [latents(i) for i in numbers]
+    about = about_latents(data, config) | {"dtype": dtype}
+    write_table(latents_path(data, config), about, 3, len(data), make, config["batch"], "latents")
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -264,6 +264,10 @@ class Indexed:
         except (tarfile.TarError, OSError):
             return f"{name}/byte {offset}"
 
+    def held_out(self):
+        """The data that a run is scored on: a folder holds nothing back, so these are the images of training."""
+        return self
+
     def table(self):
         """Found, used, skipped by reason, captions that are odd: lines of text."""
         report, examples = self.head["report"], self.head["examples"]
@@ -297,8 +301,10 @@ def digest(arrays):
 def arrays_of(columns):
     """The arrays that make up the columns, in a fixed order."""
     for column in columns.values():
-        first, strings = column if isinstance(column, tuple) else ((), column)
-        yield from [first] * len(first) + [strings.starts, strings.blob] if isinstance(strings, Strings) else [column]
+        if isinstance(column, tuple):
+            yield column[0]
+            column = column[1]
+        yield from [column.starts, column.blob] if isinstance(column, Strings) else [column]
 
 
 # ---- the index: the table as an Arrow file beside the data, read through a memory map --------------------------------

@@ -90,7 +90,7 @@ class Scenes:
         return i
 
     @property
-    def caption_count(self):
+    def captions_count(self):
         return len(self)
 
     def text(self, number):
