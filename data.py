@@ -12,17 +12,17 @@ What goes in: captioned pictures, which of them at which step, and captions turn
 Every random choice (order and bucket; crop, flip, colours, caption) is a pure function of (stage, seed, epoch, sample),
 so that a run can go on anywhere, on any number of devices, without saving the state of any generator.
 
-The way of a batch: Batches[step] -> pairs (which samples) -> sample (view, crop, flip, colours, caption) ->
-encode_captions.
+The way of a batch: Batches[step] -> pairs (which samples) -> sample (view, crop, flip, colours, caption)
+-> encode_captions.
 
 A data set is lib/scenes.py's Scenes or lib/images.py's Indexed; another one serves the same methods:
-    len(data), name, folder        how many images; what to call it; where caches of embeddings and latents lie, or None
-    fingerprint                    tells other data from these; "" where there are no files
+    len(data), name, fingerprint   how many images; what to call it; tells other files from these, "" if there are none
+    folder                         where caches lie, or None; with one, captions_digest() tells other captions apart
     size(i), all_sizes()           native (width, height) of image i; int (n, 2) of all
     view(i, height, width, (x, y), rule)       (H, W, 3) uint8, top and left of the crop that x, y in [0, 1) place
     choose(i, which, long)         number of one of its captions, -1 if it has none: an image may have several
     text(number), caption(i)       a caption by its number, "" for -1; the first caption of image i
-    captions_count, captions_digest()          of all captions
+    captions_count                 of all images
     where(i), unreadable           a name for messages; the set of those that failed
     held_out()                     the data that a run is scored on
     table()                        lines that tell what was found
@@ -99,7 +99,7 @@ class Batches(torch.utils.data.Dataset):
             raise UserError(f"none of {len(data)} images is {c['resolution']} px or more on both sides: "
                             "lower --resolution, or --upscale True keeps them")
         if len(self.usable) < c["batch"]:
-            raise UserError(f"batch = {c['batch']} and only {len(self.usable)} usable images: lower --batch or add some")
+            raise UserError(f"batch = {c['batch']} and only {len(self.usable)} usable images: lower --batch")
         self.orders = {}                                       # {(bucket, epoch): its samples in order}
         # data from files read what was embedded once; latents that were not are made by train.py, batch by batch
         cached = data.fingerprint and has_pretrained_encoder(c["encoder"])

@@ -55,7 +55,7 @@ def test_native_sizes_remove_as_much_as_in_cc12m():
 
 def test_scenes_answer_what_a_data_set_is_asked(capsys):
     world = open_world(scene_count=7)
-    assert len(world) == world.caption_count == 7 and world.text(world.choose(3)) == world.caption(3)
+    assert len(world) == world.captions_count == 7 and world.text(world.choose(3)) == world.caption(3)
     assert world.text(-1) == "" and "7" in world.table()[0] and world.where(2) and world.fingerprint == ""
     image, top, left = world.view(3, 16, 16, (0.5, 0.5), "crop")
     assert image.shape == (16, 16, 3) and image.dtype == np.uint8 and (top, left) == (0, 0)
