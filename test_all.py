@@ -769,7 +769,7 @@ def test_size_tells_where_the_crop_came_from(wide):
     config = tiny(resolution=32, aspects="32x32", flip=True, caption_dropout=0.0)
     batches, flips = Batches(wide, config, filtered=False), set()
     for i in range(40, 64):
-        image, caption, (h, w, top, left, height, width), _ = batches.sample(0, i)
+        image, caption, (h, w, top, left, height, width), _, _ = batches.sample(0, i)
         assert caption == str(i) and (h, w, top, height, width) == (48, 96, 0, 32, 32) and abs(int(image[9, 9, 2]) - i) <= 1
         flipped = int(image[0, 0, 0]) > int(image[0, -1, 0])
         plain = 64 - 32 - left if flipped else left            # columns of the unflipped image, resized to 32 x 64
@@ -782,7 +782,7 @@ def test_size_tells_where_the_crop_came_from(wide):
 
 def test_stretching_keeps_all_of_an_image(wide):
     batches = Batches(wide, tiny(resolution=32, resize="stretch"), filtered=False)
-    image, _, size, _ = batches.sample(0, 50)
+    image, _, size, _, _ = batches.sample(0, 50)
     assert size == (48, 96, 0, 0, 32, 32) and image[0, :, 0].min() < 5 and image[0, :, 0].max() > 250 and image[:, 0, 1].max() > 245
 
 
