@@ -43,7 +43,7 @@ from lib.networks import open_network, open_vqa, random_features, to_square
 from lib.people import QUESTIONS, ratings_score, read_ratings, write_page
 from lib.pictures import draw_tuning, to_tensor, to_uint8, write_png
 from lib.questions import dsg_table, read_answers, read_dsg
-from lib.scenes import Scenes, counting, describe, judge, look
+from lib.scenes import counting, describe, judge, look
 from lib.settings import UserError
 from model import diffusion_loss, load, read_checkpoint
 from sample import SAMPLERS, sample
@@ -450,7 +450,7 @@ def held_out(config):
     """
     Scenes that training never draws (a caption may occur in both), or the images of the folder that it was trained on.
     """
-    return Scenes(config, "exam", 0) if config["data"] == "scenes" else open_data(config)
+    return open_data(config).held_out()
 
 
 def held_out_task(config, n):

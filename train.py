@@ -40,7 +40,6 @@ from lib.processes import (all_gather, all_gather_rows, all_reduce_max, catch_si
                            install_excepthook, join, print0, sync_gradients)
 from lib.runs import (RUN_FIRST, Log, check_room, check_settings, finish_first, first_fault, lock_run, prepare_run,
                       read_log)
-from lib.scenes import Scenes
 from lib.settings import Parser, UserError, closest, default_config, load_config
 from lib.tables import DTYPES
 from model import (build, check_sizes, checkpointed_modules, diffusion_loss, enable_activation_checkpointing, example,
@@ -359,7 +358,7 @@ def poll():
 
 def preview(step):
     """samples/step_N.png: the same captions and noise every time, plain weights above, EMA weights below."""
-    held_out = Scenes(config, "exam", 0) if data.name == "scenes" else data
+    held_out = data.held_out()
     captions = [held_out.caption(i % len(held_out)) for i in range(8)]             # a row of the grid
     images = [sample(model, config, captions, poll=poll)]      # (8, 3, H, W)
     with checkpoint.ema_weights_in_place(model, trained, ema_params):
