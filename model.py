@@ -5,13 +5,13 @@ The model that grows:  v = shell.decode(core(shell.encode(z)))          (Greedy 
     shell    what growing throws away and replaces: it carries pixels, or latents, to the core's grid and back
              shallow   one convolution, one residual block, [core], one residual block, subpixel head   (Sec. 3.2)
              unet      several resolutions of residual blocks, with skips, above the same grid          (Sec. 3.3)
-             patch     each patch is a token: with it the core is a DiT, as in PixArt-Sigma             (poster)
+             patch     each patch is a token: with it the core is a DiT, as in PixArt-Sigma
 
     from model import load
     model, config = load("out/toy/grow")                       # EMA weights; model(z, logsnr, text) -> v
 
-Read in the order of the forward pass: noise and loss, core, shells, the whole model, first weights, growing.
-Settings and their limits come last.
+Read in this order: noise and loss; the core; the shells that carry an image to it and back; the whole model and its
+first weights; growing; sizes and the settings that they allow; checkpoints.
 
 Notable features:
 - adaLN-single (PixArt-alpha, Sec. 2.3): one linear layer makes the shifts, scales and gates of all blocks from time
@@ -21,9 +21,9 @@ Notable features:
 - no dropout, no buffers: positions on the grid are a formula of its sides, so a model takes any grid, and a larger
   one interpolates.
 
-Letters: B images, C channels (3, or the latents'), H W pixels or latents, h w token grid, N = h*w tokens, L caption
-tokens, E width of their embeddings, D width of the core, r ratio of the KV merge. temb (B, D) is the embedding of
-time, size and pooled caption.
+Letters: B images, C channels (3, or the latents'), H W pixels or latents, h w the core's grid of tokens, N = h*w of
+them, L caption tokens, E width of their embeddings, D width of the core, r ratio of the KV merge; c channels of features
+and h' w' their size inside a shell. temb (B, D) embeds time, size and pooled caption.
 """
 import functools
 import math
@@ -49,19 +49,20 @@ def get_logsnr(t, config):
     x d images: large images need more noise to hide as much (Hoogeboom et al. 2023, Sec. 2; Greedy Growing, Sec.
     3.3). t (B,) in [0, 1], 0 is clean.
     """
-    # logsnr_max is reached at t_min: tan(pi t / 2) = exp(-logsnr / 2)
-    t_min, t_max = (math.atan(math.exp(-0.5 * config[key])) for key in ("logsnr_max", "logsnr_min"))
+    # the angle pi t / 2 runs between those at which the ends are reached: tan(angle) = exp(-logsnr / 2)
+    first, last = (math.atan(math.exp(-0.5 * config[key])) for key in ("logsnr_max", "logsnr_min"))   # radians
     logsnr_shift = 2 * math.log(config["noise_base_resolution"] / config["resolution"])
-    return -2 * torch.log(torch.tan(t_min + t * (t_max - t_min))) + logsnr_shift
+    return -2 * torch.log(torch.tan(first + t * (last - first))) + logsnr_shift
 
 
 def alpha_sigma(logsnr):
-    """(B,) -> two (B, 1, 1, 1): alpha^2 = sigmoid(logsnr), sigma^2 = sigmoid(-logsnr)."""
+    """(B,) or a scalar -> two (B or 1, 1, 1, 1): alpha^2 = sigmoid(logsnr), sigma^2 = sigmoid(-logsnr)."""
     logsnr = logsnr.view(-1, 1, 1, 1)
     return torch.sigmoid(logsnr).sqrt(), torch.sigmoid(-logsnr).sqrt()
 
 
-# The squared error of v, times its weight, is that of what the weighting is named after (Salimans and Ho 2022, Sec. 4)
+# Since eps = sigma z + alpha v and x = alpha z - sigma v, an error e_v of v is one of alpha e_v in eps and of
+# -sigma e_v in x (Salimans and Ho 2022, Sec. 4). Weights of the squared error of v, named after what they make of it:
 WEIGHTINGS = {
     "v": torch.ones_like,                                      # e_v^2
     "eps": torch.sigmoid,                                      # e_eps^2 = alpha^2 e_v^2
@@ -233,8 +234,8 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), nn.GELU(), nn.Linear(mlp_ratio * width, width))
 
     def forward(self, x, modulation, text, text_len, hw):
-        shifts = (modulation + self.scale_shift_table).unsqueeze(2)                # (B, 6, 1, D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = shifts.unbind(1)            # (B, 1, D)
+        modulation = (modulation + self.scale_shift_table).unsqueeze(2)            # (B, 6, 1, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(1)        # (B, 1, D) each
         x = x + gate1 * self.self_attention(modulate(self.norm(x), shift1, scale1), hw)            # (B, N, D)
         x = x + self.cross_attention(self.norm(x), text, text_len)
         return x + gate2 * self.mlp(modulate(self.norm(x), shift2, scale2))
@@ -255,7 +256,7 @@ def positions_2d(h, w, width, device=None):
 
 
 class Core(nn.Module):
-    """Text-to-image core: all that touches the caption and the time (Sec. 3.1). Grows unchanged but for `time`."""
+    """Text-to-image core: embeds caption and time, works on a grid of tokens (Sec. 3.1). `grow` trains `time` alone."""
 
     def __init__(self, text, width, heads, mlp_ratio, merge_ratios, merge_norm, size_condition):
         super().__init__()
@@ -301,13 +302,13 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x, temb):
         shift, scale = self.temb_proj(temb)[..., None, None].chunk(2, 1)           # (B, c_out, 1, 1)
-        y = self.conv1(F.silu(self.norm1(x)))                                      # (B, c_out, H, W)
+        y = self.conv1(F.silu(self.norm1(x)))                                      # (B, c_out, h', w')
         y = torch.addcmul(shift, self.norm2(y), 1 + scale)                         # modulate, in one pass
         return self.skip(x) + self.conv2(F.silu(y))
 
 
 def strided_conv(c_in, c_out, stride):
-    """Image -> features at 1/stride of its size. With a kernel of 2 stride - 1 neighbours overlap by half."""
+    """Image -> features at 1/stride of its size. A kernel of 2 stride - 1 shares stride - 1 pixels with the next."""
     kernel = max(3, 2 * stride - 1)
     return nn.Conv2d(c_in, c_out, kernel, stride=stride, padding=kernel // 2)
 
@@ -323,7 +324,7 @@ class SubpixelHead(nn.Module):
         self.norm, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], c_out, 3, padding=1)
 
     def forward(self, x):
-        return self.conv_out(F.silu(self.norm(self.up(x))))                        # (B, c, h, w) -> (B, C, H, W)
+        return self.conv_out(F.silu(self.norm(self.up(x))))                        # (B, c, h', w') -> (B, C, H, W)
 
 
 class Shallow(nn.Module):
@@ -369,7 +370,7 @@ class UNet(nn.Module):
         x, skips = self.conv_in(z), []                                             # (B, c0, H/stride, W/stride)
         for blocks, down in zip(self.encoders, self.downs):
             for block in blocks:
-                x = block(x, temb)
+                x = block(x, temb)                                                 # (B, c, h', w')
             skips.append(x)
             x = down(x)                                                            # half the size
         for block in self.into_core:
@@ -382,7 +383,7 @@ class UNet(nn.Module):
             x = block(x, temb)
         for blocks, up, skip in zip(self.decoders, self.ups, reversed(skips)):
             x = F.interpolate(up(x), scale_factor=2.0, mode="nearest")             # twice the size
-            x = torch.cat([x, skip], 1)
+            x = torch.cat([x, skip], 1)                                            # (B, 2 c, h', w')
             for block in blocks:
                 x = block(x, temb)
         return self.head(x)                                                        # (B, C, H, W)
@@ -391,7 +392,7 @@ class UNet(nn.Module):
 class Patch(nn.Module):
     """
     DiT (Peebles and Xie 2023): patches of patch x patch become tokens by one linear map, and a second one makes
-    them patches again. The grid follows the image. The last norm is shifted and scaled as the blocks are
+    them patches again. The grid follows the image. The last norm is shifted and scaled by temb and a table of its own
     (adaLN-single, PixArt-alpha).
     """
 
@@ -487,38 +488,38 @@ def init_weights(model):
 
 
 def freeze_core(model):
-    """Growing trains the shell alone, and the time embedding because the noise schedule shifts (Sec. 3.3)."""
+    """Growing trains the shell, and the time embedding because larger images shift the noise schedule (Sec. 3.3)."""
     for name, p in model.named_parameters():
         p.requires_grad = not name.startswith("core.") or name.startswith("core.time.")
 
 
 def init_from(parent, config, prefix):
     """
-    What a new model of `config` takes from the checkpoint `parent` when it grows, goes on at a larger size or
-    switches the KV merge on: ({name: tensor} of all whose names begin with `prefix`, a line that reports it).
-    Raises UserError unless all of that fits. Positions need no care: they are a formula of the grid.
+    ({name: tensor}, report): the weights of the checkpoint `parent` that a new model of `config` starts from, those
+    whose names begin with `prefix`, and a line about them. For growing, for a larger size, for switching the KV
+    merge on. Raises UserError where names or shapes do not fit.
     """
     with torch.device("meta"):                                                     # shapes alone, no memory
         new = build(config).state_dict()
     old = ema_weights(parent)
-    kept = {k: v for k, v in old.items() if k.startswith(prefix) and k in new}
+    inherited = {k: v for k, v in old.items() if k.startswith(prefix) and k in new}
     added = [k for k in new if k.startswith(prefix) and k not in old]
     misfits = [f"{k} is {tuple(v.shape)} there, {tuple(new[k].shape)} here"
-               for k, v in kept.items() if v.shape != new[k].shape]
+               for k, v in inherited.items() if v.shape != new[k].shape]
     # a merge starts as the mean, the embedding of sizes as no change; nothing else may be missing
     misfits += [f"{k} is only here" for k in added if ".merge" not in k and ".size_" not in k]
     if misfits:
         raise UserError(f"this model cannot take over the weights ({', '.join(misfits[:3])}): "
                         "use the settings of their run, or train another")
-    report = f"{len(kept)} tensors kept, {len(new) - len(kept)} new, {len(old) - len(kept)} unused"
+    report = f"{len(inherited)} tensors inherited, {len(new) - len(inherited)} new, {len(old) - len(inherited)} unused"
     before, after = token_grid(parent["config"]), token_grid(config)
     if before != after:
         report += f"; positions interpolated by their formula from {before} x {before} to {after} x {after} tokens"
     if added:
-        report += f"; added within what is kept: {len(added)} tensors"
+        report += f"; {len(added)} of the new ones inside what is inherited"
     if any(".merge" in k for k in added):
         report += f" (KV merge by {config['kv_merge']}, blocks {config['kv_merge_layers']}, as the mean)"
-    return kept, report
+    return inherited, report
 
 
 def checkpointed_modules(model):
@@ -601,9 +602,9 @@ def check_sizes(config):
     if token_grid(c) % merge:
         raise UserError(f"kv_merge = {merge} does not divide a grid of {token_grid(c)} x {token_grid(c)} tokens: "
                         "take another, or another grid")
-    if c["width"] % c["heads"] or c["width"] % 4:              # 4: sine and cosine of two coordinates
-        good = [w for w in range(max(c["width"] - 256, 4), c["width"] + 257) if w % c["heads"] == 0 and w % 4 == 0]
-        nearest = min(good, key=lambda w: abs(w - c["width"]))
+    unit = math.lcm(c["heads"], 4)                             # 4: sine and cosine of two coordinates
+    if c["width"] % unit:
+        nearest = max(1, round(c["width"] / unit)) * unit
         raise UserError(f"width = {c['width']} is no multiple of heads = {c['heads']} and of 4: take width = {nearest}")
 
 

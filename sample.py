@@ -4,10 +4,10 @@ From noise to image.
     python sample.py out/toy/grow "a large red circle left of a small blue square on a white background" --to grid.png
     python sample.py out/toy/grow --describe                   what the run is: stage, size, steps, data, parents
 
-A run folder is all that is needed: the checkpoint holds its own settings. Image i of seed s is the same at any
-batch size.
+A run folder is all that is needed: the checkpoint holds its own settings. Image i of seed s starts from the same noise
+at any batch size, and is the same up to rounding, on the same kind of device.
 
-    sampler    evaluations per step   error      when to use it     (guidance doubles the evaluations)
+    sampler    evaluations per step   error      when to use it     (guidance doubles the cost of each)
     ddpm       1                      1/steps    best at many steps; the paper takes 256 (Greedy Growing, Sec. 4)
     ddim       1                      1/steps    deterministic; 50 steps are nearly as good
     dpm        1                      1/steps^2  DPM-Solver++(2M): deterministic, 20 steps (PixArt-Sigma, Table 4)
@@ -45,10 +45,10 @@ def ddpm(denoise, z, logsnrs, noise_sampler):
     for step, (logsnr, logsnr_next) in enumerate(zip(logsnrs[:-1], logsnrs[1:])):
         x = denoise(z, logsnr)                                                     # (B, C, H, W)
         (alpha, _), (alpha_next, sigma_next) = alpha_sigma(logsnr), alpha_sigma(logsnr_next)
-        snr_ratio = torch.exp(logsnr - logsnr_next)                                # k
-        mean = snr_ratio * alpha_next / alpha * z + (1 - snr_ratio) * alpha_next * x
-        variance = (1 - snr_ratio) * sigma_next ** 2
-        z = mean + variance.sqrt() * noise_sampler(step + 1)                       # noise 0 is what z began as
+        k = torch.exp(logsnr - logsnr_next)                                        # ratio of the signal-to-noise ratios
+        mean = k * alpha_next / alpha * z + (1 - k) * alpha_next * x
+        variance = (1 - k) * sigma_next ** 2
+        z = mean + variance.sqrt() * noise_sampler(step + 1)                       # number 0 is what z began as
     return denoise(z, logsnrs[-1])
 
 
@@ -64,8 +64,8 @@ def ddim(denoise, z, logsnrs, noise_sampler):
 
 def exponential_step(z, x, logsnr, logsnr_next):
     """
-    The ODE of the image from one level to the next, exact for a constant x (Lu et al. 2022, eq. 9, where lambda is
-    logsnr / 2).
+    The ODE of the image from one level to the next, exact for a constant x (DPM-Solver++, arXiv 2211.01095, with
+    lambda = logsnr / 2).
     """
     (_, sigma), (alpha_next, sigma_next) = alpha_sigma(logsnr), alpha_sigma(logsnr_next)
     return sigma_next / sigma * z - alpha_next * torch.expm1(-(logsnr_next - logsnr) / 2) * x
@@ -77,9 +77,9 @@ def dpm(denoise, z, logsnrs, noise_sampler):
     one, extrapolated to the middle of the step. There is no line in the first step; and none is used in the final
     one, which is so wide that extrapolation would overshoot.
     """
-    x_prev, h_prev = None, None                                # prediction and width (in logsnr) of the previous step
+    x_prev, h_prev = None, None                                # prediction and width of the previous step
     for step, (logsnr, logsnr_next) in enumerate(zip(logsnrs[:-1], logsnrs[1:])):
-        x, h = denoise(z, logsnr), logsnr_next - logsnr                            # (B, C, H, W)
+        x, h = denoise(z, logsnr), (logsnr_next - logsnr) / 2                      # (B, C, H, W), in lambda
         final = step == len(logsnrs) - 2
         x_middle = x if x_prev is None or final else x + h / (2 * h_prev) * (x - x_prev)
         z, x_prev, h_prev = exponential_step(z, x_middle, logsnr, logsnr_next), x, h
@@ -93,9 +93,9 @@ def exp_heun(denoise, z, logsnrs, noise_sampler):
     schedule explode; this bears wide ones.
     """
     for logsnr, logsnr_next in zip(logsnrs[:-1], logsnrs[1:]):
-        x, h = denoise(z, logsnr), (logsnr_next - logsnr) / 2                      # (B, C, H, W)
+        x, h = denoise(z, logsnr), (logsnr_next - logsnr) / 2                      # (B, C, H, W), in lambda
         x_end = denoise(exponential_step(z, x, logsnr, logsnr_next), logsnr_next)  # (B, C, H, W)
-        weight = -1 / torch.expm1(-h) - 1 / h                                      # from 1/2 to 1, for wide ones
+        weight = -1 / torch.expm1(-h) - 1 / h                  # of x_end, were x a line in lambda: 1/2 to 1
         z = exponential_step(z, torch.lerp(x, x_end, weight), logsnr, logsnr_next)
     return denoise(z, logsnrs[-1])
 
@@ -107,9 +107,9 @@ SAMPLERS = {"ddpm": (ddpm, 1, lambda steps: steps), "ddim": (ddim, 1, lambda ste
 
 def get_logsnrs(config, steps, sampler, device="cpu"):
     """
-    (steps,) levels from noise to image. First-order samplers take even steps in t, as in training. Their last one
-    is so wide (4 in logsnr of 20 steps) that it would decide the error of a second-order sampler, while even steps
-    in logsnr are too wide in the middle, where pictures take shape: those samplers get the mean of both.
+    (steps,) levels from noise to image. First-order samplers take even steps in t, as in training. Of 20 such levels
+    the last two lie 7 apart in logsnr, which would decide the error of a second-order sampler; levels even in logsnr,
+    1.3 apart, are too sparse in the middle, where pictures take shape. Second-order samplers get the mean of both.
     """
     logsnrs = get_logsnr(torch.linspace(1, 0, steps, device=device), config)
     if SAMPLERS[sampler][1] == 2:                              # of second order
@@ -130,7 +130,7 @@ def guided(model, text, guidance, size=None, limit=1.0):
     """
     null = torch.zeros_like(text)
     both = torch.cat([text, null])                             # one pass through the network for both
-    captions = {0: null, 1: text}.get(guidance, both)                              # (B or 2 B, L)
+    captions = {0: null, 1: text}.get(guidance, both)          # (B or 2 B, L) or (B or 2 B, L, E)
     copies = len(captions) // len(text)                        # 1 or 2
     sizes = None if size is None else size.to(text.device).expand(len(captions), 6)
 
@@ -228,7 +228,7 @@ def parse():
     parser.add_argument("run", help="run folder, such as out/toy/grow")
     parser.add_argument("captions", nargs="*", help="one or more captions in quotes; '' is the null caption")
     parser.add_argument("--n", type=int, default=4, help="images per caption; default 4")
-    parser.add_argument("--steps", type=int, default=256, help="of the sampler; default 256")
+    parser.add_argument("--steps", type=int, default=256, help="of the sampler; default 256, as in the paper")
     parser.add_argument("--guidance", type=float, help="default: the run's own; 1 is none")
     parser.add_argument("--sampler", default="ddpm", choices=list(SAMPLERS), help="default ddpm")
     parser.add_argument("--seed", type=int, default=0)

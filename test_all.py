@@ -1122,11 +1122,11 @@ def test_a_core_of_one_shell_grows_in_another_and_the_report_is_true():
     assert sorted(kept) == sorted(core)
     assert torch.equal(kept["core.text.embed.weight"], weights["core.text.embed.weight"] + 1)      # of the EMA
     assert report == (
-        f"{len(core)} tensors kept, {len(whole) - len(core)} new, {len(weights) - len(core)} unused; "
+        f"{len(core)} tensors inherited, {len(whole) - len(core)} new, {len(weights) - len(core)} unused; "
         "positions interpolated by their formula from 8 x 8 to 16 x 16 tokens; "
-        "added within what is kept: 4 tensors (KV merge by 2, blocks 1, as the mean)")
+        "4 of the new ones inside what is inherited (KV merge by 2, blocks 1, as the mean)")
     kept, report = models.init_from(parent, old, "")
-    assert len(kept) == len(weights) and report == f"{len(kept)} tensors kept, 0 new, 0 unused"
+    assert len(kept) == len(weights) and report == f"{len(kept)} tensors inherited, 0 new, 0 unused"
 
 
 @pytest.mark.parametrize("changes, words", [
@@ -1873,7 +1873,7 @@ def test_baselines_differ_in_one_thing_each(runs, stage):
     said = run("train.py", "--stage", stage, "--out", runs[0], *TINY)
     state, grown = checkpoint_of(runs[0], stage), checkpoint_of(runs[0], "grow")
     assert set(state["model"]) == set(grown["model"]) == set(state["ema"])         # same model, everything trained
-    assert ("tensors kept" in said) == (stage == "finetune") and "smaller than 32 px and left out" in said
+    assert ("tensors inherited" in said) == (stage == "finetune") and "smaller than 32 px and left out" in said
     assert state["config"] == grown["config"]
 
 

@@ -1,5 +1,6 @@
 """Random numbers are functions of their key, uniform or normal, and of different keys independent."""
 import numpy as np
+import pytest
 import torch
 
 from lib.draws import generator, hash_key, normals, uniforms
@@ -20,6 +21,8 @@ def test_purpose_stage_and_all_64_bits_of_a_seed_count():
             ("data", "grow", 0, 2**40 + 1), ("data", "grow", 0), ("data", "grow", 0, 1, 0), ("data", "grow", 1, 0)]
     assert len({uniforms(1, *key)[0] for key in keys}) == len(keys)
     assert len({float(normals([key], (1,))) for key in keys}) == len(keys)
+    with pytest.raises(TypeError):
+        hash_key("data", 0.5)                                 # which an int() would cut to 0
     assert max(hash_key("data", i).bit_length() for i in range(50)) > 120
 
 
