@@ -22,8 +22,8 @@ Notable features:
   one interpolates.
 
 Letters: B images, C channels (3, or the latents'), H W pixels or latents, h w the core's grid of tokens, N = h*w of
-them, L caption tokens, E width of their embeddings, D width of the core, r ratio of the KV merge; c channels of features
-and h' w' their size inside a shell. temb (B, D) embeds time, size and pooled caption.
+them, L caption tokens, E width of their embeddings, D width of the core, r ratio of the KV merge; c channels of
+features and h' w' their size inside a shell. temb (B, D) embeds time, size and pooled caption.
 """
 import functools
 import math

@@ -2344,10 +2344,10 @@ def test_a_weak_run_continues_as_a_strong_one_with_a_report(tmp_path):
     brief = ["--out", tmp_path, "--steps", "2", "--eval_n", "0", "--sample_every", "0"]
     said = run("train.py", "--config", "pixart-sigma-1k-kv-tiny", "--stage", "defrost", *brief)
     assert "no pretrain run in" in said and said.count("running it first") == 2
-    assert ("pixart-sigma-tiny/pretrain: 57 tensors kept, 0 new, 0 unused; positions interpolated by their formula "
-            "from 4 x 4 to 8 x 8 tokens\n") in said
-    assert re.search(r"512-tiny/defrost: 57 tensors kept, 4 new, 0 unused; .* 8 x 8 to 16 x 16 tokens; "
-                     r"added .*: 4 tensors \(KV merge by 2, blocks 1-1", said)
+    assert ("pixart-sigma-tiny/pretrain: 57 tensors inherited, 0 new, 0 unused; positions interpolated by their "
+            "formula from 4 x 4 to 8 x 8 tokens\n") in said
+    assert re.search(r"512-tiny/defrost: 57 tensors inherited, 4 new, 0 unused; .* 8 x 8 to 16 x 16 tokens; "
+                     r"4 of the new ones inside what is inherited \(KV merge by 2, blocks 1-1", said)
     last = tmp_path / "pixart-sigma-1k-kv-tiny/defrost"
     parents = [parent.removeprefix(f"{tmp_path}/") for parent in models.read_checkpoint(str(last))["parents"]]
     assert parents == ["pixart-sigma-tiny/pretrain (pretrain, step 2)",
@@ -2358,7 +2358,7 @@ def test_a_weak_run_continues_as_a_strong_one_with_a_report(tmp_path):
 def test_a_core_of_a_shallow_shell_grows_in_patches_and_back(runs, tmp_path):
     words, patches = ["--stage", "grow", *TINY, "--core"], ["--shell", "patch", "--patch"]
     said = run("train.py", *words, folder(runs[0]), "--out", tmp_path, *patches, 4)
-    assert "tensors kept, 5 new, 32 unused\n" in said         # 8 x 8 tokens, as before
+    assert "tensors inherited, 5 new, 32 unused\n" in said    # 8 x 8 tokens, as before
     run("train.py", *PRETRAIN, tmp_path, *TINY, *patches, 2)
     assert ", 54 new, 5 unused\n" in run("train.py", *words, folder(tmp_path), "--out", tmp_path / "back")
 
