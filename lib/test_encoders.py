@@ -1,4 +1,4 @@
-"""pytest lib/test_encoders.py: frozen text encoders, SentencePiece and autoencoders from local folders, and what is kept of them."""
+"""pytest lib/test_encoders.py: frozen text encoders, SentencePiece and autoencoders, and what is kept of them."""
 import os
 import re
 import shutil
@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from lib.encoders import (EmbeddingCache, Encoder, SpaceToDepth, concat_spans, embed_captions, embed_now, encoder_identity,
-                          has_pretrained_encoder, open_autoencoder, open_encoders, open_pieces, to_pieces)
+from lib.encoders import (EmbeddingCache, Encoder, SpaceToDepth, concat_spans, embed_captions, embed_now,
+                          encoder_identity, has_pretrained_encoder, open_autoencoder, open_encoders, open_pieces,
+                          to_pieces)
 from lib.settings import UserError
 
 BOTH = "t5-xxl:6,clip-h:5"
@@ -61,15 +62,18 @@ def encoders(tmp_path_factory):
     words = Tokenizer(models.WordLevel({w: k for k, w in enumerate(["<pad>", "</s>", "<unk>"] + known)}, "<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    words = library.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+    words = library.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>",
+                                            unk_token="<unk>")
 
     def t5(vocab, seed):
         torch.manual_seed(seed)
-        return library.T5EncoderModel(library.T5Config(vocab_size=vocab, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4))
+        sizes = dict(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+        return library.T5EncoderModel(library.T5Config(vocab_size=vocab, **sizes))
     clip = library.CLIPTextModel(library.CLIPTextConfig(
         vocab_size=32, hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=77, bos_token_id=1, eos_token_id=1, pad_token_id=0))
-    nets = {"t5": (t5(32, 0), words), "other": (t5(32, 1), words), "clip": (clip, words), "byt5": (t5(384, 2), library.ByT5Tokenizer())}
+    nets = {"t5": (t5(32, 0), words), "other": (t5(32, 1), words), "clip": (clip, words),
+            "byt5": (t5(384, 2), library.ByT5Tokenizer())}
     for name, (net, tokenizer) in nets.items():
         net.save_pretrained(out / name)
         tokenizer.save_pretrained(out / name)
@@ -106,11 +110,12 @@ def test_cached_embeddings_are_those_of_the_encoders_with_nothing_in_the_padding
 def test_spans_follow_each_other():
     a, b = [torch.ones(2, 3), torch.zeros(0, 3)], [2 * torch.ones(1, 4), 3 * torch.ones(2, 4)]
     text = concat_spans([a, b], [3, 2])
-    assert text.shape == (2, 5, 4) and text[:, :, 0].tolist() == [[1, 1, 0, 2, 0], [0, 0, 0, 3, 3]] and not text[:, :3, 3].any()
+    assert text.shape == (2, 5, 4) and not text[:, :3, 3].any()
+    assert text[:, :, 0].tolist() == [[1, 1, 0, 2, 0], [0, 0, 0, 3, 3]]
 
 
 def test_embeddings_of_another_encoder_are_refused_with_both_names(captions, encoders, capsys):
-    refused(capsys, lambda: EmbeddingCache(captions, CONFIG), "has no embeddings by t5-xxl:6: python data.py embed words")
+    refused(capsys, lambda: EmbeddingCache(captions, CONFIG), "no embeddings by t5-xxl:6: python data.py embed words")
     embed_all(captions, encoders)
     name = EmbeddingCache(captions, CONFIG).id
     assert re.fullmatch(r"t5-xxl fp32 \w{16}, clip-h fp32 \w{16}", name)
@@ -131,8 +136,9 @@ def test_embeddings_of_another_encoder_are_refused_with_both_names(captions, enc
 def test_half_precision_is_kept_as_it_came(captions, encoders):
     embed_all(captions, encoders, "byt5:12", ["byt5"], "bf16")
     cache = EmbeddingCache(captions, CONFIG | {"encoder": "byt5:12", "encoder_width": (32,)})
-    direct = open_encoders("byt5:12", folders(encoders, "byt5"), "bf16")[0](captions.texts[:3])     # as the first batch was made
-    assert cache.id.startswith("byt5 bf16 ") and all(torch.equal(t[:len(d)], d.float()) for t, d in zip(cache(range(3)), direct))
+    direct = open_encoders("byt5:12", folders(encoders, "byt5"), "bf16")[0](captions.texts[:3])    # as the first batch
+    assert cache.id.startswith("byt5 bf16 ")
+    assert all(torch.equal(t[:len(d)], d.float()) for t, d in zip(cache(range(3)), direct))
 
 
 def test_embeddings_that_are_not_finite_are_refused_by_name(captions, encoders, capsys):
@@ -161,15 +167,17 @@ def test_pieces_of_sentencepiece(tmp_path, capsys):
     library = pytest.importorskip("sentencepiece")
     file = tmp_path / "v.model"
     with open(file, "wb") as f:
-        library.SentencePieceTrainer.train(sentence_iterator=iter([f"grey level {k}" for k in range(24)]), model_writer=f,
-                                           vocab_size=60, hard_vocab_limit=False, minloglevel=2)
+        texts = iter([f"grey level {k}" for k in range(24)])
+        library.SentencePieceTrainer.train(sentence_iterator=texts, model_writer=f, vocab_size=60,
+                                           hard_vocab_limit=False, minloglevel=2)
     pieces = library.SentencePieceProcessor(model_file=str(file))
     config = CONFIG | {"encoder": f"sentencepiece:{file}"}
     rows = to_pieces(["grey level 7", ""], config)
     assert pieces.decode([t - 1 for t in rows[0]]) == "grey level 7" and min(rows[0]) > 0 and rows[1] == []
     assert encoder_identity(config) == open_pieces(str(file), 99)[1] and not has_pretrained_encoder(config["encoder"])
-    refused(capsys, lambda: to_pieces(["x"], config | {"text_vocab": 9}), f"set text_vocab = {pieces.get_piece_size() + 1}")
-    refused(capsys, lambda: to_pieces(["x"], config | {"encoder_id": "sentencepiece 0000"}), "sentencepiece 0000", encoder_identity(config))
+    refused(capsys, lambda: to_pieces(["x"], config | {"text_vocab": 9}), f"text_vocab = {pieces.get_piece_size() + 1}")
+    other = config | {"encoder_id": "sentencepiece 0000"}
+    refused(capsys, lambda: to_pieces(["x"], other), "sentencepiece 0000", encoder_identity(config))
     file.write_bytes(b"not a model")
     open_pieces.cache_clear()
     refused(capsys, lambda: to_pieces(["x"], config), "does not open as a SentencePiece model", "data.py vocabulary")
@@ -182,8 +190,8 @@ def vae(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("vae")
     diffusers.AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-                            block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4, sample_size=32,
-                            scaling_factor=0.5).save_pretrained(folder)
+                            block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4,
+                            sample_size=32, scaling_factor=0.5).save_pretrained(folder)
     return [("autoencoder", str(folder)), ("latent_stride", "2"), ("latent_scale", "0.5")]
 
 
@@ -198,7 +206,8 @@ def test_latents_of_an_autoencoder_are_its_scaled_mean_and_decode_in_tiles(vae, 
         assert torch.allclose(opened.decode(0.5 * mean), plain.decode(mean).sample.clamp(-1, 1), atol=1e-6)
         large = torch.randn(1, 4, 40, 48)                      # tiles are 16 latents wide
         assert opened.decode(large).shape == (1, 3, 80, 96)
-        assert not torch.allclose(opened.decode(large), plain.decode(large / 0.5).sample.clamp(-1, 1), atol=1e-5)      # in tiles
+        whole = plain.decode(large / 0.5).sample.clamp(-1, 1)
+        assert not torch.allclose(opened.decode(large), whole, atol=1e-5)
     refused(capsys, lambda: open_autoencoder(config | {"latent_scale": 0.13025}), "set latent_scale = 0.5")
     refused(capsys, lambda: open_autoencoder(config | {"latent_channels": 8}), "set latent_channels = 4")
     refused(capsys, lambda: open_autoencoder(config | {"autoencoder": "/nowhere"}), "no autoencoder in '/nowhere'")

@@ -64,7 +64,7 @@ def test_a_kill_in_the_middle_of_a_batch_loses_that_batch_alone(tmp_path):
     with pytest.raises(UserError):
         Table(str(tmp_path / "a.arrow"))                       # not complete
     calls = []
-    write(tmp_path / "a.arrow", calls, batch=2)                # the memory may have been too small: record batches stay as they were
+    write(tmp_path / "a.arrow", calls, batch=2)                # memory was too small: record batches stay as they were
     assert calls == [[15, 16], [17, 18], [19], [20, 21], [22]]
     assert all(torch.equal(Table(str(tmp_path / "a.arrow"))[i], array(i)) for i in range(COUNT))
 
@@ -125,7 +125,7 @@ def test_other_programs_read_a_table(tmp_path, reader, dtype):
     assert len(rows) == COUNT
     for i, (shape, values) in enumerate(rows):
         numbers = torch.tensor([float(v) for v in values])
-        if dtype == "bf16":                                    # kept as uint16 of the same bits, which are the upper half of a float32
+        if dtype == "bf16":                                    # kept as uint16: the upper half of a float32
             numbers = (numbers.int() << 16).view(torch.float32)
         assert torch.equal(numbers.view(*shape), array(i).to(DTYPES[dtype]).float())
 
