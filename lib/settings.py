@@ -8,6 +8,7 @@ import argparse
 import ast
 import configparser
 import difflib
+import functools
 import os
 import re
 import sys
@@ -25,8 +26,9 @@ class UserError(SystemExit):
         super().__init__(2)
 
 
+@functools.lru_cache(4)
 def read_sections(file=CONFIGS):
-    """{section: {key: text}} of a file. [DEFAULT] is one like any other: its keys are not copied into the rest."""
+    """{section: {key: text}} of a file, read once. [DEFAULT] is one like any other: no other has a copy of its keys."""
     parser = configparser.ConfigParser(default_section="", inline_comment_prefixes="#", interpolation=None)
     parser.read(file)
     return {name: dict(section) for name, section in parser.items() if name}
