@@ -164,22 +164,28 @@ def runs(tmp_path_factory):
 
 # ---- configs.txt -----------------------------------------------------------------------------------------------------
 
-def config_keys():
-    text = open(os.path.join(HERE, "configs.txt")).read().split("[DEFAULT]")[1].split("\n[")[0]
-    return re.findall(r"^(\w+) = (.*?)(#.*)?$", text, re.M)
-
-
 def test_every_key_is_documented_and_read():
-    source = "".join(open(os.path.join(HERE, f)).read() for f in ("data.py", "model.py", "sample.py", "eval.py", "train.py"))
-    for key, _, comment in config_keys():
+    keys = open(os.path.join(HERE, "configs.txt")).read().split("[DEFAULT]")[1].split("\n[")[0]
+    source = "".join(house_files(*(f"{name}.py" for name in EIGHT), "lib/*.py").values())
+    for key, _, comment in re.findall(r"^(\w+) = (.*?)(#.*)?$", keys, re.M):
         assert comment, f"{key} has no comment"
         assert re.search(rf"""["']{key}["']""", source), f"nothing reads {key}"
 
 
+def test_ranges_and_stages_name_what_there_is():
+    sections = read_sections()
+    ranges, default = sections["ranges"], load_config("toy")
+    assert set(ranges) < set(default) and set(sections["stages"]) >= set(STAGES)
+    for key, table in (("sampler", sampling.SAMPLERS), ("weighting", models.WEIGHTINGS)):
+        assert ranges[key].split(" | ") == list(table)
+
+
 @pytest.mark.parametrize("flags, words", [
-    (["--stage", "growth"], "did you mean 'grow'"), (["--wdith", "32"], "did you mean 'width'"), (["--lr", "1", "--lr", "2"], "twice"),
-    (["--lr"], "lr takes a float"), (["lr", "1"], "write --KEY VALUE"), (["--stgae=grow"], "did you mean 'stage'"), (["--lr=x"], "lr takes a float"),
-    (["--devices", "8"], "belongs to --plan"), (["--plan", "--devices", "0"], "at least 1"), (["--resolution", "48", "--data", "nowhere"], "take 32 or 64"), (["--data", "nowhere"], "no folder"),
+    (["--stage", "growth"], "did you mean 'grow'"), (["--wdith", "32"], "did you mean 'width'"),
+    (["--lr", "1", "--lr", "2"], "twice"), (["--lr"], "lr takes a float"), (["lr", "1"], "write --KEY VALUE"),
+    (["--stgae=grow"], "did you mean 'stage'"), (["--lr=x"], "lr takes a float"), (["--fresh=yes"], "True or False"),
+    (["--devices", "8"], "belongs to --plan"), (["--plan", "--devices", "0"], "at least 1"),
+    (["--resolution", "48", "--data", "nowhere"], "take 32 or 64"), (["--data", "nowhere"], "no folder"),
     (["--sampler", "euler"], "take one of ddpm, ddim, dpm, exp_heun"), (["--dtype", "fp64"], "take one of auto")])
 def test_bad_flags_are_one_line_that_says_how_to_mend_them(flags, words, tmp_path):
     stage = [] if "--stage" in flags else ["--stage", "scratch"]
@@ -189,8 +195,9 @@ def test_bad_flags_are_one_line_that_says_how_to_mend_them(flags, words, tmp_pat
 
 
 @pytest.mark.parametrize("key, text, words", [
-    ("learning_rate", "1", "did you mean 'lr'"), ("lr", "1e-4x", "lr takes a float"), ("steps", "0", "at least 1"), ("lr", "-1", "at least 0"),
-    ("caption_dropout", "2", "[0, 1]"), ("channels", "()", "at least 1"), ("width", "33", "take width ="), ("eval_n", "1", "at least 2")])
+    ("learning_rate", "1", "did you mean 'lr'"), ("lr", "1e-4x", "lr takes a float"), ("steps", "0", "at least 1"),
+    ("lr", "-1", "at least 0"), ("caption_dropout", "2", "[0, 1]"), ("channels", "()", "at least 1"),
+    ("width", "33", "take width ="), ("eval_n", "1", "at least 2"), ("scene_objects", "4", "[1, 3]")])
 def test_bad_settings_are_refused(key, text, words, capsys):
     with pytest.raises(UserError) as refusal:
         models.check_sizes(load_config("toy", "grow", [(key, text)]))
@@ -209,34 +216,41 @@ def on_meta(config):
 
 
 @pytest.mark.parametrize("name, stage, part, wanted, tolerance", [
-    ("base", "pretrain", "", 672e6, 0.02), ("xhuge", "pretrain", "", 7.7e9, 0.02), ("base", "grow", "shell", 217e6, 0.03),
-    ("vermeer", "grow", "", 8e9, 0.05), ("pixart-sigma", "pretrain", "", 0.6e9, 0.02), ("sdxl", "pretrain", "", 2.6e9, 0.05)])
+    ("base", "pretrain", "", 672e6, 0.02), ("xhuge", "pretrain", "", 7.7e9, 0.02),
+    ("base", "grow", "shell", 217e6, 0.03), ("vermeer", "grow", "", 8e9, 0.05),
+    ("pixart-sigma", "pretrain", "", 0.6e9, 0.02), ("sdxl", "pretrain", "", 2.6e9, 0.05)])
 def test_presets_have_as_many_parameters_as_the_papers_say(name, stage, part, wanted, tolerance):
     net = on_meta(load_config(name, stage))
     count = sum(p.numel() for p in (getattr(net, part) if part else net).parameters())
     assert abs(count / wanted - 1) < tolerance, f"{count:,}"
 
 
-@pytest.mark.parametrize("name", [c for c in CONFIGS if c not in TWINS and (not c.startswith("pixart-sigma-") or c.endswith("4k-kv"))])
+@pytest.mark.parametrize("name", [c for c in CONFIGS if c not in TWINS
+                                  and (not c.startswith("pixart-sigma-") or c.endswith("4k-kv"))])
 def test_every_preset_gives_a_velocity_of_the_shape_of_its_image(name):
     for stage in ("pretrain", "grow"):
         config = load_config(name, stage)
         z, logsnr, text = models.example(config, 2, "meta")
-        assert on_meta(config)(z, logsnr, text, torch.zeros(2, 6, device="meta")).shape == z.shape == (2, *models.image_shape(config))
+        v = on_meta(config)(z, logsnr, text, torch.zeros(2, 6, device="meta"))
+        assert v.shape == z.shape == (2, *models.image_shape(config))
         assert config["sampler"] in sampling.SAMPLERS
         if name not in ("toy", "small", "tiny"):               # the papers' recipes are AdamW's
             assert config["muon_lr"] == 0 and config["data"] != "scenes"
 
 
-@pytest.mark.parametrize("names", [[*TWINS, "pixart-sigma-2k-kv"], pytest.param([c for c in CONFIGS if c not in TWINS], marks=slow)])
+@pytest.mark.parametrize("names", [[*TWINS, "pixart-sigma-2k-kv"],
+                                   pytest.param([c for c in CONFIGS if c not in TWINS], marks=slow)])
 def test_growing_keeps_the_core_of_every_preset(names):
-    """Each stage that keeps something fits what it keeps: on shapes alone, through all configs and their chains of starts."""
+    """Each stage fits what it keeps of another: on shapes alone, through all configs and their chains of starts."""
     for name in names:
         for stage in ("grow", "defrost"):
             config, keeps = load_config(name, stage), "core." if stage == "grow" else ""
-            start = config["starts"].split("/") if config["starts"] and stage == "defrost" else (name, "pretrain" if stage == "grow" else "grow")
+            start = (name, "pretrain" if stage == "grow" else "grow")
+            if config["starts"] and stage == "defrost":
+                start = config["starts"].split("/")
             then = load_config(*start)
-            kept, said = models.init_from({"config": then, "model": on_meta(then).state_dict(), "ema": {}}, config, keeps)
+            parent = {"config": then, "model": on_meta(then).state_dict(), "ema": {}}
+            kept, said = models.init_from(parent, config, keeps)
             assert len(kept) > 20 and ("0 unused" in said or stage == "grow"), (name, stage, said)
             assert ("KV merge by 2" in said) == (stage == "defrost" and name.startswith("pixart") and "-kv" in name)
     assert load_config("pixart-sigma-4k-kv", "defrost")["starts"] == "pixart-sigma-4k/defrost"
@@ -263,7 +277,8 @@ def test_twins_train_and_sample_in_every_stage(name):
 
 def test_a_twin_is_its_preset_but_for_sizes():
     sizes = {key for name, section in read_sections().items() if name.startswith("tiny") for key in section}
-    free = sizes | {"inherits", "starts", "autoencoder", "latent_channels", "latent_stride", "latent_scale", "patch", "kv_merge_layers"}
+    free = sizes | {"inherits", "starts", "autoencoder", "latent_channels", "latent_stride", "latent_scale", "patch",
+                    "kv_merge_layers"}
     for name in TWINS:
         for stage in STAGES:
             twin, real = load_config(name, stage), load_config(name.removesuffix("-tiny"), stage)

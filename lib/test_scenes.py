@@ -76,8 +76,8 @@ def test_connected_pixels_share_a_number():
     assert len(np.unique(components(spiral)[spiral])) == 1
 
 
-@pytest.mark.parametrize("resolution, n", [(32, 1000), (64, 300), (128, 200)])
-@pytest.mark.parametrize("keys", [{}, WHOLE_WORLD])
+@pytest.mark.parametrize("keys, resolution, n", [({}, 32, 1000), (WHOLE_WORLD, 32, 1000), (WHOLE_WORLD, 64, 300),
+                                                 (WHOLE_WORLD, 128, 200)])
 def test_the_judge_is_right_on_real_renderings(resolution, n, keys):
     """At least 99 % per kind of question, on worlds that no run has seen: the seed is the clock's."""
     seed = time.time_ns() % 2 ** 31
