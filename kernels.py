@@ -1,18 +1,20 @@
 """
 Attention for diffusion models, and the KV merge that makes it affordable at high resolution, as Triton kernels.
 
-Attention. For every image and head, O = softmax(scale Q K^T) V. Written out, the Nq x Nk scores make four trips through
-memory (write S, read S, write P, read P): 8 Nq Nk bytes per head in bf16, against 4 (Nq + Nk) D for Q, K, V and O. For
-64 x 64 tokens and D = 72 that is 134 MB against 2.4 MB. The fused kernel never writes S: it walks over blocks of keys
-and keeps, per query, the maximum so far m, the sum l of exp(S - m), and the output so far, which shrinks by
-exp(m_old - m_new) whenever the maximum grows (FlashAttention, Dao et al. 2022). It leaves L = m + log l, one number per
-query, from which the backward recomputes P = exp(S - L). With dP = dO V^T and delta = rowsum(O dO),
+Attention. For every image and head, O = P V with P = softmax(S) and S = scale Q K^T. Written out, the Nq x Nk scores
+make four trips through memory (write S, read S, write P, read P): 8 Nq Nk bytes per head in bf16, against
+4 (Nq + Nk) D for Q, K, V and O. For 64 x 64 tokens and D = 72 that is 134 MB against 2.4 MB. The fused kernel never
+writes S: it walks over blocks of keys and keeps, per query, the maximum so far m, the sum l of exp(S - m), and the
+output so far, which shrinks by exp(m_old - m_new) whenever the maximum grows (FlashAttention, Dao et al. 2022). It
+leaves L = m + log l, one number per query, from which the backward recomputes P = exp(S - L). With dP = dO V^T and
+delta = rowsum(O dO),
     dS = P (dP - delta),    dV = P^T dO,    dQ = scale dS K,    dK = scale dS^T Q.
+The code works in base 2, since exp2 is one instruction: its m, l and L are those of S log2 e, SCALE2 is scale log2 e.
 
-KV merge (PixArt-Sigma, Sec. 3.3). Neighbouring tokens of a picture say nearly the same, so K and V are shrunk by a
-depthwise r x r convolution of stride r and a LayerNorm, both shared by K and V, while Q keeps every token: attention
-costs r^2 times less. As separate operators (copy, convolution, norm, for K and for V) that moves about 7.5 N C elements
-at r = 2; in one pass 2.5 N C, each byte once.
+KV merge (PixArt-Sigma's KV token compression). Neighbouring tokens of a picture say nearly the same, so K and V are
+shrunk by a depthwise r x r convolution of stride r and a LayerNorm, both shared by K and V, while Q keeps every token:
+attention costs r^2 times less. As separate operators (copy, convolution, norm, for K and for V) that moves about
+7.5 N C elements at r = 2; in one pass 2.5 N C, each byte once.
 
 What one would call instead: F.scaled_dot_product_attention, FlexAttention, F.conv2d and F.layer_norm. The kernels add
 head dims that are no power of two without padding to the next one (72 costs 80 columns, not 128), captions of which the
@@ -38,7 +40,7 @@ PROGRAMS = 264                             # enough to fill a GPU: two for each 
 verdicts = {}                              # (operator, dtype, width, ...) -> may this variant of its kernel be used?
 
 # Block sizes: (BM, BN, warps, pipeline stages) by kernel and bytes per element, for heads of up to 64, 80, 96 and 128
-# columns. On an H100 none of them spills a register (`bench sm90`), which is why float32 has small ones.
+# columns. On an H100 those of 2 bytes spill no register, those of 4 at most 16 bytes (`bench sm90`).
 WIDTHS = (64, 80, 96, 128)
 CONFIGS = {
     ("forward", 2): ((128, 64, 4, 3), (128, 64, 4, 2), (128, 128, 8, 2), (128, 64, 8, 3)),
@@ -63,10 +65,10 @@ def attention_reference(q, k, v, kv_len=None, mask=None, scale=None):
     if kv_len is not None:
         within = torch.arange(k.shape[2], device=k.device) < kv_len[:, None]            # (B, Nk)
         mask = within if mask is None else within & mask
-    none = ~mask.any(1)                                                                 # (B,) an image without any key
-    mask = (mask | none[:, None])[:, None, None, :]                                     # (B, 1, 1, Nk) attends to all,
+    none = ~mask.any(1)                                                                 # (B,) images without any key
+    mask = (mask | none[:, None])[:, None, None, :]                                     # (B, 1, 1, Nk): see all keys,
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
-    return o.masked_fill(none[:, None, None, None], 0)                                  # which is then thrown away
+    return o.masked_fill(none[:, None, None, None], 0)                                  # or softmax is NaN, and get 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -188,7 +190,7 @@ def attention_forward(q, k, v, o, lse, kv_len, mask, H, Nq, Nk, q_stride, k_stri
     full = end // BN * BN if mask is None else 0                    # how far no key needs a mask
 
     q0, q1 = load(q, q_stride[1] * UNIT, left, BM, D, D0, D1, False)                # (BM, D0), (BM, D1)
-    o0, o1 = zeros(BM, D0, D1, ACC)                                                 # the same
+    o0, o1 = zeros(BM, D0, D1, ACC)                                                 # (BM, D0), (BM, D1)
     m = tl.full((BM,), -1e30, ACC)                                  # finite: -inf - -inf would be NaN
     l = tl.zeros((BM,), ACC)
     for PART in tl.static_range(0 if mask is None else 1, 1 + TAIL):
@@ -206,7 +208,7 @@ def attention_forward(q, k, v, o, lse, kv_len, mask, H, Nq, Nk, q_stride, k_stri
             o0 = o0 * shrink[:, None]                                               # (BM, D0)
             if D1 > 0:
                 o1 = o1 * shrink[:, None]
-            v0, v1 = load(v, v_stride[1] * UNIT, hi - n, BN, D, D0, D1, PART == 0)  # the same
+            v0, v1 = load(v, v_stride[1] * UNIT, hi - n, BN, D, D0, D1, PART == 0)  # (BN, D0), (BN, D1)
             o0, o1 = add_product(o0, o1, p, v0, v1, D1, ACC, PRECISION)             # + P V
             m = m_new
             k += BN * k_stride[1] * UNIT                                            # on to the next block of keys
@@ -245,26 +247,26 @@ def attention_backward_dq(q, k, v, o, do, lse, delta, dq, kv_len, mask, H, Nq, N
     offset = ((b * Nq + start) * H + h) * D                         # of o and dq
 
     do0, do1 = load(do, do_stride[1] * UNIT, left, BM, D, D0, D1, False)            # (BM, D0), (BM, D1)
-    o0, o1 = load(o + offset, H * D, left, BM, D, D0, D1, False)                    # the same
-    d = tl.sum(o0.to(ACC) * do0.to(ACC), 1)                                         # (BM,)
+    o0, o1 = load(o + offset, H * D, left, BM, D, D0, D1, False)                    # (BM, D0), (BM, D1)
+    d = tl.sum(o0.to(ACC) * do0.to(ACC), 1)                                         # delta, (BM,)
     if D1 > 0:
-        d += tl.sum(o1.to(ACC) * do1.to(ACC), 1)                                    # delta
+        d += tl.sum(o1.to(ACC) * do1.to(ACC), 1)                                    # (BM,)
     tl.store(delta + row + rows, d, mask=rows < left)
     L = tl.load(lse + row + rows, mask=rows < left, other=float("inf"))             # (BM,)
 
     q0, q1 = load(q, q_stride[1] * UNIT, left, BM, D, D0, D1, False)                # (BM, D0), (BM, D1)
-    dq0, dq1 = zeros(BM, D0, D1, ACC)                                               # the same
+    dq0, dq1 = zeros(BM, D0, D1, ACC)                                               # (BM, D0), (BM, D1)
     for PART in tl.static_range(0 if mask is None else 1, 1 + TAIL):
         lo = 0 if PART == 0 else full
         hi = full if PART == 0 else end
         for n in range(lo, hi, BN):
             k0, k1 = load(k, k_stride[1] * UNIT, hi - n, BN, D, D0, D1, PART == 0)  # (BN, D0), (BN, D1)
-            v0, v1 = load(v, v_stride[1] * UNIT, hi - n, BN, D, D0, D1, PART == 0)  # the same
+            v0, v1 = load(v, v_stride[1] * UNIT, hi - n, BN, D, D0, D1, PART == 0)  # (BN, D0), (BN, D1)
             s = inner(q0, q1, k0, k1, D1, ACC, PRECISION)                           # (BM, BN)
             if PART == 1:
                 s = tl.where(attended(mask, b, Nk, n + tl.arange(0, BN), end)[None, :], s, float("-inf"))
             p = tl.exp2(s * SCALE2 - L[:, None])                                    # (BM, BN), at once normalised
-            ds = p * (inner(do0, do1, v0, v1, D1, ACC, PRECISION) - d[:, None])     # dP - delta
+            ds = p * (inner(do0, do1, v0, v1, D1, ACC, PRECISION) - d[:, None])     # dS, (BM, BN)
             dq0, dq1 = add_product(dq0, dq1, ds, k0, k1, D1, ACC, PRECISION)        # + dS K
             k += BN * k_stride[1] * UNIT                                            # on to the next block of keys
             v += BN * v_stride[1] * UNIT
@@ -295,9 +297,9 @@ def attention_backward_dkdv(q, k, v, do, lse, delta, dk, dv, kv_len, mask, B, H,
     delta += (b * H + h) * Nq
 
     k0, k1 = load(k, k_stride[1] * UNIT, left, BN, D, D0, D1, False)                # (BN, D0), (BN, D1)
-    v0, v1 = load(v, v_stride[1] * UNIT, left, BN, D, D0, D1, False)                # the same
-    dk0, dk1 = zeros(BN, D0, D1, ACC)                                               # the same
-    dv0, dv1 = zeros(BN, D0, D1, ACC)                                               # the same
+    v0, v1 = load(v, v_stride[1] * UNIT, left, BN, D, D0, D1, False)                # (BN, D0), (BN, D1)
+    dk0, dk1 = zeros(BN, D0, D1, ACC)                                               # (BN, D0), (BN, D1)
+    dv0, dv1 = zeros(BN, D0, D1, ACC)                                               # (BN, D0), (BN, D1)
     for PART in tl.static_range(0, 1 + TAIL):
         for m in range(lo if PART == 0 else full, full if PART == 0 else hi, BM):
             q0, q1 = load(q, q_stride[1] * UNIT, hi - m, BM, D, D0, D1, PART == 0)  # (BM, D0), (BM, D1)
@@ -311,7 +313,7 @@ def attention_backward_dkdv(q, k, v, do, lse, delta, dk, dv, kv_len, mask, B, H,
             p = tl.exp2(inner(k0, k1, q0, q1, D1, ACC, PRECISION) * SCALE2 - L[None, :])    # (BN, BM): transposed
             do0, do1 = load(do, do_stride[1] * UNIT, hi - m, BM, D, D0, D1, PART == 0)  # (BM, D0), (BM, D1)
             dv0, dv1 = add_product(dv0, dv1, p, do0, do1, D1, ACC, PRECISION)       # + P^T dO
-            ds = p * (inner(v0, v1, do0, do1, D1, ACC, PRECISION) - d[None, :])     # dP - delta
+            ds = p * (inner(v0, v1, do0, do1, D1, ACC, PRECISION) - d[None, :])     # dS^T, (BN, BM)
             dk0, dk1 = add_product(dk0, dk1, ds, q0, q1, D1, ACC, PRECISION)        # + dS^T Q
             q += BM * q_stride[1] * UNIT                                            # on to the next block of queries
             do += BM * do_stride[1] * UNIT
@@ -365,8 +367,8 @@ def kv_merge_forward(k, v, weight, bias, gamma, beta, k_out, v_out, k_sum, v_sum
         tl.store(k_sum + row * C + c, ks.to(k_sum.dtype.element_ty), mask=keep)
         tl.store(v_sum + row * C + c, vs.to(k_sum.dtype.element_ty), mask=keep)
     if gamma is not None:
-        g, o = tl.load(gamma + c, mask=keep, other=0.0), tl.load(beta + c, mask=keep, other=0.0)
-        ks, vs = layer_norm(ks, g, o, keep, C, EPS), layer_norm(vs, g, o, keep, C, EPS)
+        g, b0 = tl.load(gamma + c, mask=keep, other=0.0), tl.load(beta + c, mask=keep, other=0.0)
+        ks, vs = layer_norm(ks, g, b0, keep, C, EPS), layer_norm(vs, g, b0, keep, C, EPS)
     tl.store(k_out + row * C + c, ks.to(k_out.dtype.element_ty), mask=keep)
     tl.store(v_out + row * C + c, vs.to(k_out.dtype.element_ty), mask=keep)
 
@@ -642,7 +644,7 @@ def kv_merge(k, v, weight, bias, norm_weight, norm_bias, grid, ratio):
     """
     Shrinks k and v (B, N, C), tokens of a grid (h, w) row by row, to (B, N / ratio^2, C): a depthwise convolution with
     weight (C, 1, ratio, ratio), bias (C,) and stride ratio, then a LayerNorm unless norm_weight is None. A weight of
-    1 / ratio^2 and a bias of 0 take the mean; the norm follows all the same (PixArt-Sigma, Sec. 3.3).
+    1 / ratio^2 and a bias of 0 take the mean; the norm follows all the same (PixArt-Sigma).
     """
     h, w = grid                                                     # rows, columns
     if ratio == 1:
@@ -685,16 +687,18 @@ trial._dynamo_marked_constant = True
 
 def example_call(name, width, dtype, device, B=2, H=2, Nq=40, Nk=50, kv_len=(17, 50), mask=False, ratio=2, norm=True):
     """A kernel, its twin, their inputs as a model makes them (slices of one projection) and their options."""
+    def randn(*shape, seed):                   # cast before it is sliced: a cast slice would have no gaps
+        return seeded_randn(*shape, seed=seed).to(device, dtype)
     if name == "attention":
         B = len(kv_len) if kv_len else B
-        x, y = seeded_randn(B, Nq, 3, H, width, seed=1), seeded_randn(B, Nk, 3, H, width, seed=2)
+        x, y = randn(B, Nq, 3, H, width, seed=1), randn(B, Nk, 3, H, width, seed=2)
         functions, inputs = (attention_triton, attention_reference), (x[:, :, 0], y[:, :, 1], y[:, :, 2])
         options = dict(kv_len=torch.tensor(kv_len, device=device) if kv_len else None,
                        mask=(seeded_randn(B, Nk, seed=3) > 0).to(device) if mask else None)
     else:
-        x, params = seeded_randn(B, 4 * ratio ** 2, 3, width, seed=1), seeded_randn(3, width, seed=3)
-        functions, weight = (kv_merge_triton, kv_merge_reference), seeded_randn(width, 1, ratio, ratio, seed=2)
+        x, params = randn(B, 4 * ratio ** 2, 3, width, seed=1), randn(3, width, seed=3)
+        functions, weight = (kv_merge_triton, kv_merge_reference), randn(width, 1, ratio, ratio, seed=2)
         inputs = x[:, :, 1], x[:, :, 2], weight, *params[:3 if norm else 1]
         no_norm = {} if norm else dict(norm_weight=None, norm_bias=None)
         options = dict(grid=(2 * ratio, 2 * ratio), ratio=ratio, **no_norm)
-    return *functions, [x.to(device, dtype) for x in inputs], options
+    return *functions, list(inputs), options

@@ -6,8 +6,9 @@ Kernels and models, beside every alternative: all that a GPU at hand is for.
     python -m experiments.bench sm90                        compiles for an H100, on any machine: registers, spills
     python -m experiments.bench all [--minutes 25]          one after the other, whatever fails
 
-Without a GPU the kernels run in Triton's interpreter: right, but slow. Where no model is named, it measures the largest
-of configs.txt on a GPU and the smallest on a CPU. --minutes: start nothing new after them. --json FILE: the figures.
+Without a GPU the kernels run in Triton's interpreter: right, but slow. Where no model is named, it measures
+PixArt-Sigma from 1K to 4K and huge/grow on a GPU, and toy on a CPU. --minutes: start nothing new after them. --json
+FILE: the figures.
 """
 import contextlib
 import functools
@@ -207,16 +208,16 @@ def merge_methods(grid, r):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# models: size and speed of presets. One image, a step as train.py takes it, with its activation checkpointing.
+# models: size and speed of presets. One image; forward, backward, AdamW, with train.py's activation checkpointing.
 
-LARGEST = [f"pixart-sigma-{size}{kv}/defrost" for size in ("1k", "2k", "4k") for kv in ("", "-kv")] + ["huge/grow"]
-SMALLEST = ["toy/pretrain", "toy/grow"]
+GPU_MODELS = [f"pixart-sigma-{size}{kv}/defrost" for size in ("1k", "2k", "4k") for kv in ("", "-kv")] + ["huge/grow"]
+CPU_MODELS = ["toy/pretrain", "toy/grow"]
 
 
 def measure_models(deadline, names):
     """Yields a row for a forward and a row for a training step of each CONFIG/STAGE, or one with the problem."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name in names or (LARGEST if device == "cuda" else SMALLEST):
+    for name in names or (GPU_MODELS if device == "cuda" else CPU_MODELS):
         try:
             if time.time() > deadline:
                 raise TimeoutError("no time left")
@@ -270,7 +271,7 @@ def measure_model(name, device):
 # ----------------------------------------------------------------------------------------------------------------------
 # sm90: what an H100 or H200 would run, compiled on any machine. Speed is lost without a word when registers spill to
 # memory, when the matrix units (HGMMA) go unused, or when 16-bit elements are loaded one by one (LDG.U16). Kernels for
-# float32, by which the others are checked, may spill 16 bytes: one of them cannot be compiled with fewer.
+# float32 may spill 16 bytes: one of them, dK and dV at head dim 72, cannot be compiled with fewer.
 
 SM90_CASES = [("attention", D, dtype, options) for D in (16, 64, 72, 96, 128) for dtype, options in (
     ("bfloat16", dict(Nq=256, Nk=256, kv_len=None)), ("bfloat16", dict(Nq=200, Nk=300)), ("bfloat16", dict(mask=True)),
