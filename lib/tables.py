@@ -98,6 +98,7 @@ class Table:
         arrow = import_extra("pyarrow", f"reading {path}")
         if not os.path.exists(path):
             raise UserError(f"{path!r} is not complete: run the same command again, which goes on where it was")
+        self.path = path
         try:
             with open(path, "rb") as file:
                 self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -114,6 +115,9 @@ class Table:
 
     def __len__(self):
         return self.count
+
+    def __reduce__(self):
+        return Table, (self.path,)                             # a worker that is not forked opens the file itself
 
     def __getitem__(self, i):
         record, row = divmod(i, self.rows)

@@ -1,5 +1,6 @@
 """pytest lib/test_tables.py: arrays written batch by batch to an Arrow file, and read by number."""
 import os
+import pickle
 import shutil
 
 import numpy as np
@@ -40,6 +41,7 @@ def test_arrays_come_back_by_number(tmp_path, dtype):
     assert len(read) == COUNT and read.about == {"dtype": dtype, "id": "a"}
     for i in np.random.default_rng(0).permutation(COUNT).tolist() * 2:
         assert read[i].dtype == torch.float32 and torch.equal(read[i], array(i).to(DTYPES[dtype]).float())
+    assert torch.equal(pickle.loads(pickle.dumps(read))[4], read[4])               # as a spawned worker gets it
     assert not os.path.exists(tmp_path / "a.arrow.part")
 
 
