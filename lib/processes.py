@@ -91,6 +91,24 @@ def gather(value):
     return values or []
 
 
+def chunks(n, size=64):
+    """Ranges that cover 0 to n - 1. They do not depend on the number of processes, so neither does what each makes."""
+    return [range(k, min(k + size, n)) for k in range(0, n, size)]
+
+
+def on_all_ranks(work, jobs, label="", shared=True):
+    """
+    [work(job) for job in jobs], of which each process does every world-th one: rank 0 gets all results in order, the
+    others an empty list. Not `shared`, each does all and gets all. A bar on terminals.
+    """
+    rank, world, jobs = get_rank() if shared else 0, get_world_size() if shared else 1, list(jobs)
+    mine = tqdm(range(rank, len(jobs), world), label, leave=False, disable=True if get_rank() else None)
+    results = {k: work(jobs[k]) for k in mine}                 # in turns: all processes end together
+    if world > 1:
+        results = {k: result for part in gather(results) for k, result in part.items()}
+    return [results[k] for k in sorted(results)]
+
+
 def print0(*parts):
     """Print once, and above a progress bar. A reader that went away (| head) does not end the program."""
     if get_rank() == 0:
