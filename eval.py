@@ -1,83 +1,67 @@
 """
 How good is a run: does the picture show what the caption says, and do the pictures look like the data?
 
-    python eval.py out/toy/grow --n 500 --guidance 2,3,4      questions, Frechet distance and MMD; curves in guidance.png
-    python eval.py out/toy/grow --metrics counting,zeroshot   counts by number; shape and colour told by the denoiser
+    python eval.py out/toy/grow --n 500 --guidance 2,3,4      questions, Frechet distance, MMD; curves in guidance.png
+    python eval.py out/toy/grow --metrics counting,zeroshot   counts by number; the denoiser tells shapes and colours
     python eval.py RUN --prompts FILE --reference real/       your captions, one a line, against images of your own
-    python eval.py RUN --dsg dsg-1k-anns.csv --vqa WEIGHTS    a network looks at each picture and answers questions (DSG)
+    python eval.py RUN --dsg dsg-1k-anns.csv --vqa WEIGHTS    a network answers questions about each picture (DSG)
     python eval.py real/ fake/ --features dino --weights W    two folders of images, in the features of a known network
     python eval.py RUN_A RUN_B --sheet sheet/                 a web page on which people compare the two, then
-    python eval.py --sheet sheet/ --ratings FILES             what they said, and how far they agree
-    torchrun --standalone --nproc-per-node 8 -- eval.py RUN   the same images and figures, made by eight devices; the -- keeps
+    python eval.py --sheet sheet/ --ratings FILES             their answers, and how far they agree
+    torchrun --standalone --nproc-per-node 8 -- eval.py RUN   the same figures, made by eight devices; the -- keeps
                                                               torchrun from taking --n for its own
 
-On `scenes` a judge without learned weights looks at each generated picture (nearest colour, connected components, best
-matching shape) and answers the caption's questions. Beside each score stands its chance level: the same pictures judged
-against other captions. Features named `random` come from a fixed random network: they compare only runs of this
-repository at equal n, and no number made from them is FID. Every result ends with a card that says how it was made.
+On `scenes` a judge without learned weights (lib/scenes.py) looks at each generated picture and answers the caption's
+questions. Beside each score stands its chance level: the same pictures judged against other captions. Features named
+`random` come from a fixed random network: they compare only runs of this repository at equal n, and no number made
+from them is FID. Every result ends with a card that says how it was made.
 
-Where to read: "Metrics" are plain functions that need nothing else of this file. The judge and its questions measure
-alignment, the networks turn images into features, and `evaluate` is where a run's pictures meet all of these. The rest
-is files and people.
+Where to read: the metrics are plain functions that need nothing else of this file, and METRICS is the table of them. A
+Task is what a run is asked to draw, and who looks at it; `evaluate` is where pictures meet tasks and metrics.
+
+Letters: n and m images, D features, p and q rows of a block, H W height and width in pixels.
 """
-import argparse
-import glob
-import hashlib
 import itertools
-import json
 import os
-import platform
 import sys
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from data import Batches, encode_captions, open_data
 from lib.draws import normals
 from lib.encoders import open_autoencoder
-from lib.files import atomic_write, file_hash, free_name
-from lib.images import IMAGES, pillow
+from lib.files import file_hash, free_name
 from lib.networks import open_network, open_vqa, random_features, to_square
-from lib.people import QUESTIONS, ratings_score, read_ratings, write_page
+from lib.pairs import BLOCK, balls, check, matrix_root, pair_sum, squared_distances
+from lib.people import score_ratings, write_page
 from lib.pictures import draw_tuning, to_tensor, to_uint8, write_png
+from lib.processes import chunks, exit_with, get_rank, get_world_size, join, on_all_ranks
 from lib.questions import dsg_table, read_answers, read_dsg
+from lib.references import (check_same_size, find_images, image_features, list_classes, list_images, open_reference,
+                            read_image)
+from lib.results import flat, make_card, over_seeds, report, write_result
 from lib.scenes import counting, describe, judge, look
-from lib.settings import UserError
+from lib.settings import Parser, UserError, parse_numbers, parse_words
 from model import diffusion_loss, load, read_checkpoint
 from sample import SAMPLERS, sample
 
-# ---------------------------------------------------------------------------------------------------------------
-# Metrics on features (n, D), answers or logits. All compute in float64, check their input first and raise ValueError. Features are
-# what a network that was trained for something else makes of an image: pixels compared one by one would not tell like from unlike.
+# ----------------------------------------------------------------------------------------------------------------------
+# Metrics on features (n, D), embeddings or logits. All compute in float64, check their input first and raise
+# ValueError. Features are what a network that was trained for something else makes of an image: pixels compared one by
+# one would not tell like from unlike.
 #
-#   metric              what it asks                                                better   mind
-#   frechet_distance    have both sets one mean and one covariance?                 lower    biased upward as 1 / n: compare at equal n only
-#   mmd, kid            ... one mean of all products of up to three features?       lower    unbiased, so it may be negative
-#   cmmd                ... one distribution, seen through a kernel of width 10?    lower    also on few images; biased by about 10 / n
-#   precision_recall    is each fake near a real one; is each real near a fake?     higher   (real, fake): the other order swaps the two
-#   prdc                the same by counts, which an outlier moves less             higher   may exceed 1 (density)
-#   clip_score          does each image lie where its caption lies?                 higher   31, 0.31 and 0.78 are one result on three scales
-#   inception_score     is each image of one class, all together of many?           higher   never looks at real images
-#   dsg_score           which of the caption's questions does the picture answer?   higher   as good as whoever answers
-
-BLOCK = 2048                                                   # rows at a time: 2048 x 2048 pairs are 34 MB, however many rows
-
-
-def check(*sets, least=1):
-    """
-    Each set is (n >= least, D), finite, with one D for all. Unchecked, a NaN compares as False and D = 1 broadcasts.
-    """
-    for x in sets:
-        if not torch.is_tensor(x) or x.ndim != 2 or x.is_complex() or not x.shape[1]:
-            raise ValueError(f"expected a real tensor (rows, width), not {tuple(x.shape) if hasattr(x, 'shape') else type(x)}")
-        if len(x) < least:
-            raise ValueError(f"{len(x)} rows, but this metric needs at least {least}")
-        if not all(torch.isfinite(rows).all() for rows in x.split(BLOCK)):
-            raise ValueError("the values hold NaN or infinity: look at what produced them")
-    if len({x.shape[1] for x in sets}) > 1:                    # as features of two networks have
-        raise ValueError(f"widths {[x.shape[1] for x in sets]} differ: all sets must come from one network")
+#   metric             the question                                          better  mind
+#   frechet_distance   have both sets one mean and one covariance?           lower   biased as 1 / n: only at equal n
+#   mmd, kid           do all products of up to three features agree?        lower   unbiased, so it may be negative
+#   cmmd               one distribution, through a kernel of width 10?       lower   biased by about 10 / n
+#   precision_recall   is each fake near a real one; each real near a fake?  higher  order is (real, fake)
+#   prdc               the same by counts, which an outlier moves less       higher  density may exceed 1
+#   clip_score         does each image lie where its caption lies?           higher  31, 0.31, 0.78 may be one result
+#   inception_score    is each image of one class, all together of many?     higher  never looks at real images
+#   dsg_score          which questions does the picture answer with yes?     higher  as good as whoever answers
 
 
 def feature_stats(x):
@@ -94,442 +78,203 @@ def feature_stats(x):
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """
     |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2) between two Gaussians (Dowson and Landau 1982; FID: Heusel et al. 2017).
-    The last trace is the sum of singular values of S1^1/2 S2^1/2: other routes take roots of eigenvalues that are
-    rounding noise, 1e-8 of the trace for each dimension without variance, this one 1e-9 in all. Nothing is added to the
-    diagonals.
+
+    The last trace equals the sum of the singular values of S1^1/2 S2^1/2, and is taken from them. Where n < D, most
+    eigenvalues of a covariance are 0. The eigenvalues of S1 S2, of which other codes take roots, then carry rounding
+    noise of 1e-16, whose root is 1e-8 of the trace for each such dimension; this way the error is 1e-9 for all of them
+    together. So nothing need be added to the diagonals either.
     """
     check(mu1[None], sigma1, mu2[None], sigma2)
-    for sigma in (sigma1, sigma2):
-        if len(sigma) != sigma.shape[1] or (sigma - sigma.T).abs().max() > 1e-6 * sigma.abs().max():
-            raise ValueError(f"a covariance {tuple(sigma.shape)} must be square and symmetric")
-
-    def root(sigma):
-        values, vectors = torch.linalg.eigh(sigma)
-        if values[0] < -1e-6 * values[-1].abs():               # rounding gives tiny negative ones, which count as 0
-            raise ValueError(f"a covariance has no negative eigenvalue such as {values[0]:.3g}")
-        return vectors * values.clamp(min=0).sqrt() @ vectors.T                    # (D, D)
     mu1, sigma1, mu2, sigma2 = (s.double() for s in (mu1, sigma1, mu2, sigma2))
-    cross = torch.linalg.svdvals(root(sigma1) @ root(sigma2)).sum()                # tr (S1 S2)^1/2, never below 0
+    cross = torch.linalg.svdvals(matrix_root(sigma1) @ matrix_root(sigma2)).sum()  # tr (S1 S2)^1/2, never below 0
     return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross)
 
 
-def pair_sum(kernel, x, y):
-    """
-    Sum of kernel(a, b) over all pairs of rows of x (n, D) and y (m, D), in blocks; kernel: (p, D), (q, D) -> (p, q).
-    """
-    return sum(kernel(a.double(), b.double()).sum().item() for a in x.split(BLOCK) for b in y.split(BLOCK))
+def cubic(a, b):
+    """k(a, b) = (a.b / D + 1)^3, the kernel of KID: (p, D), (q, D) -> (p, q)."""
+    return (a @ b.T / a.shape[1] + 1) ** 3
+
+
+def cubic_within(x):
+    """Mean of the cubic kernel over all pairs of different rows of x (n, D)."""
+    own = sum(((a.double().square().sum(1) / x.shape[1] + 1) ** 3).sum().item() for a in x.split(BLOCK))   # k(a, a)
+    return (pair_sum(cubic, x, x) - own) / (len(x) * (len(x) - 1))
 
 
 def mmd(x, y):
     """
-    Unbiased squared MMD, mean k(x, x') + mean k(y, y') - 2 mean k(x, y), with the cubic kernel k = (x.y / D + 1)^3 over
-    all rows at once: what kid's mean estimates (Binkowski et al. 2018, eq. 4). x (n, D), y (m, D). It may be negative,
-    and is for equal sets: pairs of a row with itself are left out.
+    Unbiased squared MMD, mean k(x, x') + mean k(y, y') - 2 mean k(x, y), with KID's cubic kernel over all rows at once:
+    what kid's mean estimates (Binkowski et al. 2018, eq. 4). x (n, D), y (m, D). Pairs of a row with itself are left
+    out, so it may be negative, and is for equal sets.
     """
     check(x, y, least=2)
-    kernel = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3      # (p, q)
-    own = lambda a: sum(((rows.double().square().sum(1) / a.shape[1] + 1) ** 3).sum().item() for rows in a.split(BLOCK))  # the diagonal
-    within = lambda a: (pair_sum(kernel, a, a) - own(a)) / (len(a) * (len(a) - 1))
-    return within(x) + within(y) - 2 * pair_sum(kernel, x, y) / (len(x) * len(y))
+    return cubic_within(x) + cubic_within(y) - 2 * pair_sum(cubic, x, y) / (len(x) * len(y))
 
 
 def kid(x, y, n_subsets=100, subset_size=1000, seed=0):
     """
-    Kernel Inception distance (Binkowski et al. 2018): mean and standard deviation (ddof 0) of mmd over random subsets,
-    drawn without replacement from one np.random.RandomState(seed), x before y, as torch-fidelity does. Not times 1000.
+    Kernel Inception distance (Binkowski et al. 2018): mean and standard deviation (ddof 0) of mmd over random subsets
+    without replacement, x before y, from one np.random.RandomState(seed), as torch-fidelity has it. Not times 1000.
     """
     check(x, y, least=2)
-    if n_subsets < 1 or not 2 <= subset_size <= min(len(x), len(y)):               # others shrink the subset without a word
-        raise ValueError(f"{n_subsets} subsets of {subset_size} from {len(x)} and {len(y)} rows: subset_size is 2 to the smaller set")
-    draws = np.random.RandomState(seed)                        # the old generator: others' figures come from it
-    pick = lambda a: a[torch.from_numpy(draws.choice(len(a), subset_size, replace=False)).to(a.device)]
-    values = [mmd(pick(x), pick(y)) for _ in range(n_subsets)]                     # x is drawn before y
+    if n_subsets < 1 or not 2 <= subset_size <= min(len(x), len(y)):               # others shrink the subset unasked
+        raise ValueError(f"{n_subsets} subsets of {subset_size} from {len(x)} and {len(y)} rows: "
+                         "subset_size is 2 to the smaller set")
+    random = np.random.RandomState(seed)                       # the old generator: others' figures come from it
+
+    def subset(a):
+        return a[torch.from_numpy(random.choice(len(a), subset_size, replace=False)).to(a.device)]
+    values = [mmd(subset(x), subset(y)) for _ in range(n_subsets)]
     return float(np.mean(values)), float(np.std(values))
+
+
+def gaussian_less_1(a, b):
+    """k(a, b) - 1 for k = exp(-|a - b|^2 / (2 10^2)): (p, D), (q, D) -> (p, q)."""
+    return torch.expm1(squared_distances(a, b) / (-2 * 10 ** 2))
 
 
 def cmmd(x, y):
     """
     1000 (mean k(x, x') + mean k(y, y') - 2 mean k(x, y)), k = exp(-|a - b|^2 / (2 10^2)) over all pairs, a row with
     itself included: biased, >= 0, and 0 for equal sets (Jayasumana et al. 2024 and its code). Rows are meant to be CLIP
-    image embeddings of length one; they are taken as they come. k is near 1, so k - 1 is summed: the three ones cancel.
+    image embeddings of length one; they are taken as they come. k is near 1, so k - 1 is summed: the ones cancel.
     """
     check(x, y)
-    kernel = lambda a, b: torch.expm1(squared_distances(a, b) / (-2 * 10 ** 2))    # k - 1, (p, q)
-    mean = lambda a, b: pair_sum(kernel, a, b) / (len(a) * len(b))                 # over all pairs, a row with itself too
+
+    def mean(a, b):
+        return pair_sum(gaussian_less_1, a, b) / (len(a) * len(b))
     return 1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y))
 
 
-def squared_distances(a, b):
-    """(p, D), (q, D) float64 -> (p, q), to 1e-16 of the squared lengths, so >= 0 but for rounding."""
-    return torch.addmm(b.square().sum(1), a, b.T, alpha=-2) + a.square().sum(1)[:, None]
-
-
-def radii(x, k):
-    """(n,) squared distance from each row to its k-th nearest other row: the k + 1st, itself being the first."""
-    found = []
-    for a in x.split(BLOCK):
-        nearest = [squared_distances(a.double(), b.double()).topk(min(k + 1, len(b)), largest=False).values for b in x.split(BLOCK)]  # of each block
-        found.append(torch.cat(nearest, 1).topk(k + 1, largest=False).values[:, k])  # the nearest of the blocks' nearest
-    return torch.cat(found)
-
-
-def balls(centres, points, k, closed):
-    """
-    Around each of `centres` (n, D) a ball reaches to its k-th neighbour. How many balls hold each of `points` (m,), and
-    how many points each ball holds (n,). `closed` counts points on the surface.
-    """
-    check(centres, points)
-    if not 1 <= k < len(centres):
-        raise ValueError(f"k = {k} neighbours among {len(centres)} rows: take k from 1 to {len(centres) - 1}")
-    of_point, of_ball = points.new_zeros(len(points), dtype=torch.long), []
-    for a, radius in zip(centres.split(BLOCK), radii(centres, k).split(BLOCK)):
-        inside = []                                            # one (p, q) of booleans for each block of points
-        for b in points.split(BLOCK):
-            d = squared_distances(a.double(), b.double())      # (p, q)
-            inside.append(d <= radius[:, None] if closed else d < radius[:, None])
-        inside = torch.cat(inside, 1)                          # (p, m)
-        of_point += inside.sum(0)                              # balls that hold the point
-        of_ball.append(inside.sum(1))                          # points that the ball holds
-    return of_point, torch.cat(of_ball)
+def share_above_0(counts):
+    """Share of points that lie in a ball, or of balls that hold a point."""
+    return (counts > 0).double().mean().item()
 
 
 def precision_recall(real, fake, k=3):
     """
     (precision, recall): the share of fake rows in some real row's ball, and of real rows in some fake row's ball; the
-    balls are closed and reach to the k-th neighbour (Kynkaanniemi et al. 2019, eq. 1-2). real (n > k, D), fake (m > k,
-    D).
+    balls are closed and reach to the k-th neighbour (Kynkaanniemi et al. 2019, eq. 1-2). real (n > k, D), fake
+    (m > k, D).
     """
-    share = lambda centres, points: (balls(centres, points, k, closed=True)[0] > 0).double().mean().item()  # of points that lie in a ball
-    return share(real, fake), share(fake, real)                # precision asks of fake, recall of real
+    of_fake, _ = balls(real, fake, k, closed=True)             # (m,) real balls that hold a fake row
+    of_real, _ = balls(fake, real, k, closed=True)             # (n,) fake balls that hold a real row
+    return share_above_0(of_fake), share_above_0(of_real)
 
 
 def prdc(real, fake, k=5):
     """
     {"precision", "recall", "density", "coverage"} with open balls (Naeem et al. 2020, eq. 1-4, and its code `prdc`).
-    Density: real balls around a fake row, over k; coverage: real balls that hold a fake row. real (n > k, D), fake (m >
-    k, D).
+    Density: real balls around a fake row, over k; coverage: the share of real balls that hold a fake row. real
+    (n > k, D), fake (m > k, D).
     """
     of_fake, of_real_ball = balls(real, fake, k, closed=False)                     # (m,), (n,)
     of_real, _ = balls(fake, real, k, closed=False)            # for recall the fake rows carry the balls
-    share = lambda counts: (counts > 0).double().mean().item()                     # that lie in, or hold, at least one
-    return {"precision": share(of_fake), "recall": share(of_real), "density": of_fake.double().mean().item() / k,
-            "coverage": share(of_real_ball)}
+    return {"precision": share_above_0(of_fake), "recall": share_above_0(of_real),
+            "density": of_fake.double().mean().item() / k, "coverage": share_above_0(of_real_ball)}
 
 
-def clip_score(image_embeddings, text_embeddings):
+def clip_score(images, texts):
     """
-    100 x mean cosine of each image (n, D) with its caption (n, D), not clamped. Hessel et al. 2021 clamp and scale by
-    2.5.
+    100 x mean cosine of each image embedding (n, D) with that of its caption (n, D), not clamped. Hessel et al. 2021
+    clamp it at 0 and scale by 2.5.
     """
-    check(image_embeddings, text_embeddings)
-    if len(image_embeddings) != len(text_embeddings):
-        raise ValueError(f"{len(image_embeddings)} images and {len(text_embeddings)} captions: give each image its caption")
-    if not all(e.any(1).all() for e in (image_embeddings, text_embeddings)):       # 0 / 0 would be NaN
+    check(images, texts)
+    if len(images) != len(texts):
+        raise ValueError(f"{len(images)} images and {len(texts)} captions: give each image its caption")
+    if not all(e.any(1).all() for e in (images, texts)):       # 0 / 0 would be NaN
         raise ValueError("an embedding is all zeros: it has no direction")
-    return 100 * F.cosine_similarity(image_embeddings.double(), text_embeddings.double(), eps=0).mean().item()
+    return 100 * F.cosine_similarity(images.double(), texts.double(), eps=0).mean().item()
 
 
 def inception_score(logits, splits=10):
     """
-    Mean and standard deviation (ddof 0) over splits of exp(mean KL(p(y|x) || p(y))) (Salimans et al. 2016). Logits (n,
-    classes) without bias, rows in random order; split i is rows i n // splits to (i + 1) n // splits, as in the first
-    code.
+    Mean and standard deviation (ddof 0) over splits of exp(mean KL(p(y|x) || p(y))) (Salimans et al. 2016). Logits
+    (n, classes) without bias, rows in random order; split i is rows i n // splits to (i + 1) n // splits, as in the
+    first code.
     """
     check(logits, least=max(splits, 1))
     if splits < 1:
         raise ValueError(f"splits = {splits}: take at least 1")
     scores = []
     for i in range(splits):
-        log_p = logits[i * len(logits) // splits:(i + 1) * len(logits) // splits].double().log_softmax(1)  # (p, classes): no log of a p that is 0
-        marginal = log_p.logsumexp(0) - np.log(len(log_p))                         # (classes,): log of the mean p
-        scores.append((log_p.exp() * (log_p - marginal)).sum(1).mean().exp().item())  # exp of the mean KL
+        rows = logits[i * len(logits) // splits:(i + 1) * len(logits) // splits]
+        log_p = rows.double().log_softmax(1)                   # (p, classes): no log of a p that is 0
+        marginal = log_p.logsumexp(0) - np.log(len(log_p))     # (classes,): log of the mean p
+        scores.append((log_p.exp() * (log_p - marginal)).sum(1).mean().exp().item())       # exp of the mean KL
     return float(np.mean(scores)), float(np.std(scores))
 
 
-DISTANCES = {                                                  # metrics of two sets of features, the real one first
-    "fd": lambda real, fake: frechet_distance(*feature_stats(real), *feature_stats(fake)),
-    "mmd": mmd,
-    "kid": lambda real, fake: dict(zip(("mean", "std"), kid(real, fake))),
-    "pr": lambda real, fake: dict(zip(("precision", "recall"), precision_recall(real, fake))),
-    "prdc": prdc}
+# ----------------------------------------------------------------------------------------------------------------------
+# What a run is asked to draw, and who looks at it
 
 
-def needed(networks, metrics):
-    """The networks whose features something asks for: the Inception score and the CLIP score need no reference."""
-    return {name: network for name, network in networks.items() if set(DISTANCES) & set(metrics) or name in ("logits", "clip")}
+class Task(NamedTuple):
+    """Captions, and what can be known of their pictures. Without functions nobody looks."""
+    captions: list                                             # one for each picture
+    names: list | None = None                                  # of kept pictures' files; None: 00000, 00001 ...
+    look: Callable = lambda image, i: None                     # (H, W, 3) uint8 -> what the i-th picture shows
+    questions: Callable | None = None                          # all that `look` returned -> {category or "dsg": score}
+    counting: Callable | None = None                           # ... -> {"1", "2", "3": share}
 
-
-def compare(reference, fake, metrics, captions=None):
-    """
-    {metric_network: value} of {network: (n, D)} features of reference and generated images; captions (n, D) from CLIP.
-    fd_inception is FID, fd_dino is FD-DINO; mmd on clip is CMMD. `logits` stand alone.
-    """
-    result = {}
-    for name, x in fake.items():
-        asked = [metric for metric in DISTANCES if metric in metrics and name != "logits"]
-        if "fd" in asked and min(len(x), len(reference[name])) <= x.shape[1]:      # no covariance has full rank then
-            print(f"biased: {min(len(x), len(reference[name]))} images for {x.shape[1]} features of {name}; compare such numbers at equal n only")
-        try:
-            for metric in asked:
-                key, function = ("cmmd", cmmd) if (metric, name) == ("mmd", "clip") else (f"{metric}_{name}", DISTANCES[metric])
-                result[key] = function(reference[name], x)
-            if name == "logits":                               # shuffled as torch-fidelity does it: splits must not follow the order of files
-                order = torch.from_numpy(np.random.RandomState(2020).permutation(len(x)))
-                result["inception_score"] = dict(zip(("mean", "std"), inception_score(x[order])))
-            if name == "clip" and captions is not None:
-                result["clip_score"] = clip_score(x, captions)
-        except ValueError as why:
-            raise UserError(f"features {name}, {len(x)} images: {why}")
-    return result
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Work shared by all devices: `torchrun --standalone --nproc-per-node 8 -- eval.py RUN ...`
-
-CHUNK = 64                                                     # images at a time, and the unit in which ranks share them
-
-
-def chunks(n):
-    """
-    Ranges that cover 0 to n - 1. They do not depend on the number of ranks, so neither does a single bit of an image.
-    """
-    return [range(k, min(k + CHUNK, n)) for k in range(0, n, CHUNK)]
-
-
-def on_all_ranks(work, jobs, ranks, label=""):
-    """
-    [work(job) for job in jobs], every world-th job done here: ranks = (rank, world). Rank 0 gets all results, in order;
-    the others get their own. One rank alone touches nothing of torch.distributed.
-    """
-    (rank, world), jobs = ranks, list(jobs)                    # jobs may be a generator
-    mine = tqdm(range(rank, len(jobs), world), label, leave=False, disable=True if rank else None)  # in turns: all ranks end together
-    done = {k: work(jobs[k]) for k in mine}
-    if world > 1:                                              # nothing else is ever sent between ranks
-        everyone = None if rank else [None] * world
-        torch.distributed.gather_object(done, everyone)
-        done = {k: part for parts in everyone or [done] for k, part in parts.items()}  # rank 0 has all
-    return [done[k] for k in sorted(done)]
-
-
-def join_ranks():
-    """
-    (rank, world) of this process under torchrun, else (0, 1). Over gloo also on GPUs: only finished results are
-    gathered.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:              # torchrun sets it
-        return 0, 1
-    torch.distributed.init_process_group("gloo")
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))   # which "cuda" means from now on
-    rank = torch.distributed.get_rank()
-    if rank:
-        sys.stdout = open(os.devnull, "w")                     # one voice
-    return rank, torch.distributed.get_world_size()
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Folders of images, and the features of a reference, kept so that they are computed once. What a file may stand for is checked
-# by hashes: features of another network or of other pixels would give figures that look alike and mean nothing.
-
-
-def list_images(path):
-    """The image files under `path`, all readable and of one size (width, height), at least two of them."""
-    files = sorted(f for f in glob.glob(os.path.join(glob.escape(path), "**"), recursive=True) if f.lower().endswith(IMAGES))
-    if len(files) < 2:
-        raise UserError(f"{len(files)} images under {path!r}: a distance between sets needs at least 2 ({' '.join(IMAGES)})")
-    sizes = {}
-    for file in files:
-        try:
-            with pillow().open(file) as image:
-                sizes.setdefault(image.size, file)             # from the header alone
-        except Exception:                                      # pillow raises many kinds on bytes that are no image
-            raise UserError(f"{file!r} cannot be read as an image: replace or remove it")
-    if len(sizes) > 1:
-        (a, b), (one, other) = list(sizes.values())[:2], list(sizes)[:2]           # a file of each size
-        raise UserError(f"images of {len(sizes)} sizes under {path!r}, such as {a!r} {one} and {b!r} {other}: crop and resize them alike first")
-    return files, next(iter(sizes))
-
-
-def read_image(file):
-    """(H, W, 3) uint8; transparency is dropped, as pytorch-fid does."""
-    try:
-        with pillow().open(file) as image:
-            return np.asarray(image.convert("RGB"))            # grey and palette images too
-    except Exception as e:
-        raise UserError(f"{file!r} breaks off ({e}): replace or remove it")
-
-
-@torch.no_grad()
-def folder_features(files, features, ranks=(0, 1)):
-    """(n, D) on the CPU, read and computed a chunk at a time, so that the images need not fit into memory."""
-    work = lambda rows: features(np.stack([read_image(files[i]) for i in rows])).cpu()  # (B, D)
-    return torch.cat(on_all_ranks(work, chunks(len(files)), ranks, "features") or [torch.zeros(0)])  # of a rank without a chunk: none
-
-
-def fingerprint(files):
-    """
-    sha256 over the names and contents of files in order: it changes with any image that is added, renamed or edited.
-    """
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{os.path.basename(file)} {file_hash(file)}\n".encode())
-    return digest.hexdigest()
-
-
-def open_reference(path, networks, ranks=(0, 1)):
-    """
-    ({network: (n, D)}, size of the images or None, words for the card) of a folder, or of the one file that an earlier
-    call kept of it. The features of a folder are kept beside it under a name with the hashes of network and images.
-    """
-    networks = {name: network for name, network in networks.items() if name != "logits"}
-    if os.path.isfile(path):
-        kept = {name: read_features(path, about) for name, (_, about) in networks.items()}
-        size = next((tuple(k["size"]) for k in kept.values()), None)
-        return {name: k["features"] for name, k in kept.items()}, size, f"features kept in {path}, sha256 {file_hash(path)}"
-    files, size = list_images(path)
-    images, features = fingerprint(files), {}                  # of the pixels' files
-    for name, (network, about) in networks.items():
-        digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()  # resizing and range count too
-        file = f"{os.path.normpath(path)}.{name}-{digest[:12]}-{images[:12]}.pt"
-        if os.path.isfile(file):
-            print(f"{name} features of {path} from {file}")
-            features[name] = read_features(file, about)["features"]
-            continue
-        x = folder_features(files, network, ranks)
-        if not ranks[0]:                                       # the other ranks only help to compute
-            features[name] = x.float()
-            write_features(file, {"features": features[name], "network": about, "size": list(size), "images": images})
-    return features, size, f"{len(files)} images of {path}, {size} px, sha256 {images}"
-
-
-def write_features(file, content):
-    """Write them beside the folder, as a whole; a folder that cannot be written next to is no reason to stop."""
-    try:
-        atomic_write(file, lambda f: torch.save(content, f))
-    except (OSError, RuntimeError) as e:
-        print(f"the features are not kept in {file}: {e}")
-
-
-def read_features(file, about):
-    """What `write_features` wrote, if it was made by this very network in this very way. Nothing in it is executed."""
-    try:
-        kept = torch.load(file, weights_only=True)             # which runs no code
-        check(kept["features"], least=2)
-        made, _ = kept["network"], kept["size"]                # a KeyError where they lack
-    except Exception as e:
-        raise UserError(f"{file!r} holds no features that were kept here ({type(e).__name__}: {e}): give the folder of images, or another file")
-    if made != about:                                          # another network, weights or resizing: figures that look alike and are not
-        other = next(k for k in {**about, **made} if about.get(k) != made.get(k))
-        raise UserError(f"{file!r} was made with {other} = {made.get(other)!r}, not {about.get(other)!r}: give the folder of images instead")
-    return kept
-
-
-def same_size(networks, one, other):
-    """Random features see pixels as they are, so two sets must have one size; the other networks resize."""
-    if "random" in networks and None not in (one, other) and tuple(one) != tuple(other):
-        raise UserError(f"images of {one} and {other} px: random features depend on the size; resize one set")
-
-
-def score_folders(real, fake, networks, metrics, ranks=(0, 1)):
-    """
-    ({metric: value}, facts for the card) of the images in two folders. `real` is the reference: precision and recall
-    need the order.
-    """
-    files, size = list_images(fake)
-    reference, real_size, words = open_reference(real, networks if set(DISTANCES) & set(metrics) else {}, ranks)
-    same_size(networks, real_size, size)                       # before the long work
-    made = {name: folder_features(files, features, ranks) for name, (features, _) in needed(networks, metrics).items()}
-    return {} if ranks[0] else compare(reference, made, metrics), {"n": len(files), "reference": words, "generated": f"{fake}, {size} px"}
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# What a run is asked to draw, and who judges it. A task is (captions, names of the pictures, see, score): see(image, i) ->
-# what is found in the i-th picture, (H, W, 3) uint8; score(all that was found, metrics) -> {"questions": ..., "counting": ...}.
 
 def held_out(config):
-    """
-    Scenes that training never draws (a caption may occur in both), or the images of the folder that it was trained on.
-    """
+    """Scenes that training never draws (a caption may occur in both). Of a folder the images that it was trained on."""
     return open_data(config).held_out()
 
 
 def held_out_task(config, n):
-    """The captions of n held-out scenes, whose pictures the judge looks at. A folder's captions have no judge."""
-    world, judged = held_out(config), config["data"] == "scenes"                   # only scenes know what is true
-    scenes = [world.scene(i) for i in range(n)] if judged else []
-    see = lambda image, i: look(image, world.cycles) if judged else None           # (ground, objects)
-
-    def score(seen, metrics):
-        result = {"questions": judge(world, scenes, seen)} if judged and "questions" in metrics else {}
-        return result | ({"counting": counting(scenes, seen)} if judged and "counting" in metrics else {})
-    return [world.caption(i % len(world)) for i in range(n)], numbered(n), see, score
-
-
-def numbered(n):
-    """Names of pictures that have no name: 00000, 00001 ..."""
-    return [f"{i:05d}" for i in range(n)]
+    """The captions of n held-out scenes, whose pictures the judge looks at. The first n of a folder have no judge."""
+    world = held_out(config)
+    captions = [world.caption(i % len(world)) for i in range(n)]
+    if config["data"] != "scenes":                             # only scenes know what is true
+        return Task(captions)
+    scenes = [world.scene(i) for i in range(n)]
+    return Task(captions, look=lambda image, i: look(image, world.cycles),         # (ground, objects)
+                questions=lambda looks: judge(world, scenes, looks), counting=lambda looks: counting(scenes, looks))
 
 
 def prompts_task(file):
     """Captions from a file, one a line; a blank line is the null caption. Nobody judges them."""
     try:
         with open(file, encoding="utf-8") as f:
-            captions = [line.strip() for line in f.read().splitlines()]            # blank lines stay: they are null captions
+            captions = [line.strip() for line in f.read().splitlines()]            # blank lines stay: null captions
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{file!r} cannot be read ({e}): give a text file, one caption a line")
     if not any(captions):
         raise UserError(f"{file!r} holds no caption: write one a line")
-    return captions, numbered(len(captions)), lambda image, i: None, lambda seen, metrics: {}
+    return Task(captions)
 
 
-def with_kept_pictures(task, folder, ranks=(0, 1)):
-    """The task, with every picture kept as folder/NAME.png when it is seen, for other programs to look at."""
-    captions, names, see, score = task
+def dsg_task(prompts, ask=None):
+    """The captions are the prompts of read_dsg; `ask`, where there is one, answers each question about its picture."""
+    captions, names = [p["text"] for p in prompts], [p["item"] for p in prompts]
+    if not ask:
+        return Task(captions, names)
+
+    def answers(image, i):
+        return {q: ask(image, text) for q, text in prompts[i]["questions"].items()}
+    return Task(captions, names, answers, questions=lambda all_answers: dsg_table(prompts, all_answers))
+
+
+def keep_pictures(task, folder):
+    """The task, with every picture kept as folder/NAME.png when it is looked at, for other programs."""
     os.makedirs(folder, exist_ok=True)
-    if not ranks[0] and os.listdir(folder):                    # long before any rank has drawn its first one
-        raise UserError(f"{folder!r} is not empty: give a new folder, so that it holds the pictures of one call alone")
-    def write_and_see(image, i):
-        write_png(os.path.join(folder, f"{names[i]}.png"), image)
-        return see(image, i)
-    return captions, names, write_and_see, score
+    if get_rank() == 0:                                        # long before any process has made its first picture
+        if os.listdir(folder):
+            raise UserError(f"{folder!r} is not empty: give a new folder, for the pictures of one call alone")
+        text = "".join(" ".join(caption.split()) + "\n" for caption in task.captions)      # as --prompts reads them
+        with open(os.path.join(folder, "captions.txt"), "w", encoding="utf-8") as f:
+            f.write(text)
+
+    def write_and_look(image, i):
+        name = task.names[i] if task.names else f"{i:05d}"
+        write_png(os.path.join(folder, f"{name}.png"), image)
+        return task.look(image, i)
+    return task._replace(look=write_and_look)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Questions about real images: Davidsonian scene graphs (DSG, Cho et al. 2024), in the columns of Greedy Growing, Table 6
-
-def dsg_task(prompts, ask):
-    """The pictures' captions are the prompts; `ask`, where there is one, is asked each question about its picture."""
-    see = lambda image, i: {q: ask(image, text) for q, text in prompts[i]["questions"].items()} if ask else None
-    score = lambda seen, metrics: {"questions": dsg_table(prompts, seen)} if ask and "questions" in metrics else {}
-    return [p["text"] for p in prompts], [p["item"] for p in prompts], see, score
-
-
-def find_images(folder, prompts):
-    """The file of each prompt in a folder of pictures from elsewhere: ITEM.png, or another known ending."""
-    files = [next((f for end in IMAGES if os.path.isfile(f := os.path.join(folder, p["item"] + end))), None) for p in prompts]
-    if lacking := [p["item"] for p, f in zip(prompts, files) if not f]:
-        raise UserError(f"{folder!r} lacks {len(lacking)} of {len(prompts)} pictures, such as {lacking[0]}.png: name each after its item_id")
-    return files
-
-
-def score_dsg(args, prompts, device, ranks):
-    """Answers from a file, or of a network about a folder of pictures from elsewhere."""
-    if args.answers:
-        said, about = read_answers(args.answers, prompts), {"answers": f"{args.answers}, sha256 {file_hash(args.answers)}"}
-    else:
-        files, (ask, about) = find_images(args.run[0], prompts), open_vqa(args.vqa, device)
-        _, _, see, _ = dsg_task(prompts, ask)
-        work = lambda rows: [see(read_image(files[i]), i) for i in rows]
-        said = sum(on_all_ranks(work, chunks(len(files)), ranks, "questions"), [])
-    if ranks[0]:
-        return
-    result = {"questions": dsg_table(prompts, said)}
-    print(report(result))
-    card = make_card({"vqa": (None, about)}, device, n=len(prompts), dsg=f"{args.dsg}, sha256 {file_hash(args.dsg)}", about=args.run[0])
-    tell(card, {"run": args.run[0], "n": len(prompts), "metrics": result, "answers": {p["item"]: a for p, a in zip(prompts, said)}}, args.json)
-
-
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # The denoiser as a classifier (Li et al. 2023; Clark and Jaini 2023): the caption under which its loss is lowest
 
 
@@ -538,338 +283,429 @@ def best_caption(model, config, image, text, number, seed=0, draws=16):
     """
     Index of the row of text (options, L) or (options, L, E) under which the mean loss of image (H, W, 3) uint8 is
     lowest. All options meet the same `draws` noises, at times spread evenly over [0, 1]: differences in noise would
-    drown those in words.
+    drown those in words. `number` is that of the image, which has noises of its own.
     """
     device = next(model.parameters()).device
     x = open_autoencoder(config, device).encode(to_tensor(image[None]).to(device)) # (1, C, H, W): pixels, or latents
-    times = ((torch.arange(draws) + 0.5) / draws).to(device)                       # (draws,)
-    eps = normals([("zeroshot", seed, number, k) for k in range(draws)], x.shape[1:], device)    # (draws, C, H, W)
-    loss = [diffusion_loss(model, x.expand_as(eps), row.expand(draws, *row.shape[1:]), times, eps, config).mean() for row in text.split(1)]
-    return int(torch.stack(loss).argmin())                     # the first of equals
+    times = ((torch.arange(draws) + 0.5) / draws).to(device)   # (draws,)
+    eps = normals([("zeroshot", seed, number, k) for k in range(draws)], x.shape[1:], device)      # (draws, C, H, W)
+    losses = []
+    for option in text.split(1):                               # (1, L) or (1, L, E)
+        repeated = option.expand(draws, *option.shape[1:])
+        losses.append(diffusion_loss(model, x.expand_as(eps), repeated, times, eps, config).mean())
+    return int(torch.stack(losses).argmin())                   # the first of equals
 
 
 def accuracy(guesses, classes):
-    """Of [(guess, truth)] -> {class: share told rightly}, with "mean" over classes and "chance"."""
-    right = {c: [g == t for g, t in guesses if t == c] for c in classes}           # by the true class
-    table = {c: float(np.mean(r)) for c, r in right.items() if r}                  # a class that was not drawn is left out
-    return table | {"mean": float(np.mean(list(table.values()))), "chance": 1 / len(classes)}
+    """Of [(guess, truth)] -> {class: share of right guesses}, with "mean" over classes and "chance"."""
+    right = {c: [guess == truth for guess, truth in guesses if truth == c] for c in classes}       # by the true class
+    table = {c: float(np.mean(r)) for c, r in right.items() if r}                  # a class without images is left out
+    return table | {"mean": float(np.mean(list(table.values()))) if table else float("nan"), "chance": 1 / len(classes)}
 
 
-def zeroshot(model, config, world, n, seed=0, draws=16, ranks=(0, 1)):
+def zeroshot(model, config, world, n, seed=0, draws=16):
     """
-    On n held-out scenes of a single group, among captions that differ in one word: {"shape": {class: accuracy, "mean",
+    On n scenes of a single group, among captions that differ in one word: {"shape": {class: accuracy, "mean",
     "chance"}, "colour": ...}.
     """
-    device, kinds = next(model.parameters()).device, {"shape": world.shapes, "colour": world.colours}  # what is asked, and the classes
-    single = itertools.islice((i for i in itertools.count() if len(world.scene(i)["groups"]) == 1), n)  # the first n of them
+    device, options = next(model.parameters()).device, {"shape": world.shapes, "colour": world.colours}
+    single = (i for i in itertools.count() if len(world.scene(i)["groups"]) == 1)
 
     def guess(i):
-        (group,), image, told = world.scene(i)["groups"], world.image(i, config["resolution"]), {}
-        for kind, options in kinds.items():
-            text = encode_captions([describe(dict(world.scene(i), groups=[dict(group, **{kind: o})])) for o in options], config).to(device)
-            told[kind] = options[best_caption(model, config, image, text, i, seed, draws)], group[kind]
-        return told
-    told = on_all_ranks(guess, single, ranks, "zero-shot")
-    return {kind: accuracy([t[kind] for t in told], options) for kind, options in kinds.items()}
+        scene, guesses = world.scene(i), {}
+        (group,), image = scene["groups"], world.image(i, config["resolution"])
+        for kind, words in options.items():
+            captions = [describe(scene | {"groups": [group | {kind: word}]}) for word in words]
+            text = encode_captions(captions, config).to(device)                    # (options, L)
+            guesses[kind] = words[best_caption(model, config, image, text, i, seed, draws)], group[kind]
+        return guesses
+    guesses = on_all_ranks(guess, itertools.islice(single, n), "zero-shot")
+    return {kind: accuracy([g[kind] for g in guesses], words) for kind, words in options.items()}
 
 
-def zeroshot_folder(model, config, folder, template, n, seed=0, draws=16, ranks=(0, 1)):
+def zeroshot_folder(model, config, folder, template, n, seed=0, draws=16):
     """
     On n images of folder/CLASS/*, evenly many of each class (rounded up): {class: accuracy, "mean", "chance"}. The
-    caption is the `template` with the class in place of {}, an underscore being a space; a picture's centre square is
-    shown.
+    caption is the `template` with the class in place of {}, an underscore being a space; of a picture its centre
+    square is taken.
     """
-    classes = sorted(d for d in os.listdir(folder) if os.path.isdir(os.path.join(folder, d))) if os.path.isdir(folder) else []
-    files = {c: sorted(f for f in glob.glob(os.path.join(glob.escape(folder), glob.escape(c), "*")) if f.lower().endswith(IMAGES)) for c in classes}
-    if len(classes) < 2 or not all(files.values()) or "{}" not in template:
-        raise UserError(f"{folder!r} holds classes {classes}, template {template!r}: give FOLDER/CLASS/*.png for two classes or more, and a {{}}")
-    captions = [template.replace("{}", c.replace("_", " ")) for c in classes]
+    classes, files = list_classes(folder), []
+    if len(classes) < 2 or not all(classes.values()) or "{}" not in template:
+        raise UserError(f"{folder!r} holds classes {list(classes)}, template {template!r}: "
+                        "give FOLDER/CLASS/*.png for two classes or more, and a {}")
+    names = list(classes)
+    captions = [template.replace("{}", name.replace("_", " ")) for name in names]
     text = encode_captions(captions, config).to(next(model.parameters()).device)   # (classes, L)
-    chosen = [(f, c) for c in classes for f in files[c][:-(-n // len(classes))]]
+    for name in names:
+        files += [(file, name) for file in classes[name][:-(-n // len(names))]]
 
     def guess(number):
-        file, truth = chosen[number]                           # a class is its folder's name
-        image = to_square(read_image(file)[None], config["resolution"], crop=True)[0].permute(1, 2, 0).byte().numpy()
-        return classes[best_caption(model, config, image, text, number, seed, draws)], truth
-    return accuracy(on_all_ranks(guess, range(len(chosen)), ranks, "zero-shot"), classes)
+        file, truth = files[number]                            # a class is its folder's name
+        square = to_square(read_image(file)[None], config["resolution"], crop=True)[0]     # (3, H, W)
+        image = square.permute(1, 2, 0).byte().numpy()
+        return names[best_caption(model, config, image, text, number, seed, draws)], truth
+    return accuracy(on_all_ranks(guess, range(len(files)), "zero-shot"), names)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# People compare two runs (Greedy Growing, Sec. 6.2): same caption, same noise, names hidden, three answers to two questions
+# ----------------------------------------------------------------------------------------------------------------------
+# The table of metrics: what each is measured on, and how. A new metric is a new row
 
-def write_sheet(args, task, device, ranks):
+def fd(real, fake):
+    """Frechet distance of two sets of features (n, D), (m, D): of Inception's FID, of DINOv2's FD-DINO."""
+    return frechet_distance(*feature_stats(real), *feature_stats(fake))
+
+
+def shuffled_inception_score(logits):
+    """Of rows in random order, as torch-fidelity has it: splits must not follow the order of files."""
+    return inception_score(logits[torch.from_numpy(np.random.RandomState(2020).permutation(len(logits)))])
+
+
+def named(function, *names):
+    """The function, with {name: value} in place of a tuple."""
+    return lambda *sets: dict(zip(names, function(*sets)))
+
+
+def zeroshot_of_run(model, config, n, seed, classes):
+    """Zero-shot accuracy on `classes` = (folder, template), else on held-out scenes."""
+    if classes:
+        return zeroshot_folder(model, config, *classes, n, seed)
+    if config["data"] != "scenes":
+        raise UserError("--metrics zeroshot: this run was not trained on scenes: "
+                        "give --classes FOLDER with FOLDER/CLASS/*.png")
+    return zeroshot(model, config, held_out(config), n, seed)
+
+
+METRICS = {
+    # a Task's pictures: what the task's `look` returned for each of them; None where the task cannot say
+    "questions": ("pictures", lambda task, looks: task.questions and task.questions(looks)),
+    "counting": ("pictures", lambda task, looks: task.counting and task.counting(looks)),
+    # two sets of features of one network, the real one first
+    "fd": ("features", fd),
+    "mmd": ("features", mmd),
+    "kid": ("features", named(kid, "mean", "std")),
+    "pr": ("features", named(precision_recall, "precision", "recall")),
+    "prdc": ("features", prdc),
+    # Inception's logits of generated images alone
+    "is": ("logits", named(shuffled_inception_score, "mean", "std")),
+    # the denoiser without a picture of its own: (model, config, n, seed, classes)
+    "zeroshot": ("denoiser", zeroshot_of_run)}
+
+
+def rows_of(kind, metrics):
+    """{name: function} of those `metrics` that are measured on this kind of thing, in the order of the table."""
+    return {name: row[1] for name, row in METRICS.items() if row[0] == kind and name in metrics}
+
+
+def compared(networks, metrics):
+    """The networks whose features are compared with those of real images, if any metric asks for that."""
+    return {name: network for name, network in networks.items() if name != "logits" and rows_of("features", metrics)}
+
+
+def needed(networks, metrics):
+    """Those, and the ones that need no real images: of the Inception score and the CLIP score."""
+    return compared(networks, metrics) | {name: networks[name] for name in ("logits", "clip") if name in networks}
+
+
+def compare(reference, fake, metrics, captions=None):
     """
-    A sheet of the two runs' pictures, for the same captions from the same noise, each with its own guidance unless
-    told.
+    {metric_network: value} of {network: (n, D)} features of reference and generated images; captions (n, D) from CLIP.
+    fd_inception is FID, fd_dino is FD-DINO; mmd on clip is CMMD. `logits` and clip_score need no reference.
     """
-    if os.path.exists(os.path.join(args.sheet, "key.json")):
-        raise UserError(f"{args.sheet!r} holds a sheet already, whose key would be lost: give another folder")
-    loaded = [load(run, device) for run in args.run]
-    if len(sides := {config["resolution"] for _, config in loaded}) > 1:
-        print(f"warning: pictures of {' and '.join(map(str, sorted(sides)))} px: raters may tell the runs by their size")
-    captions = (task or held_out_task(loaded[0][1], args.n or 50))[0][:args.n]
-    (guidance, *more), images = guidances(args.guidance, [None]), []               # None: each run its own
-    if more:
-        raise UserError(f"--guidance {args.guidance}: a sheet shows each run at one guidance: give one value")
-    for model, config in loaded:
-        work = lambda rows: draw(model, config, captions, rows, 0, args.steps, guidance, args.sampler)
-        images.append([image for part in on_all_ranks(work, chunks(len(captions)), ranks, "pairs") for image in part])
-    if not ranks[0]:
-        write_page(args.sheet, args.run, captions, images)
-        print(f"{args.sheet}: {len(captions)} pairs. Give index.html to the raters and keep key.json; then\n"
-              f"python eval.py --sheet {args.sheet} --ratings FILES")
+    result = {}
+    for network, x in fake.items():
+        functions = rows_of("features", metrics) if network != "logits" else {}
+        if "fd" in functions and (least := min(len(x), len(reference[network]))) <= x.shape[1]:    # no full rank then
+            print(f"biased: {least} images for {x.shape[1]} features of {network}; "
+                  "compare such numbers at equal n only")
+        try:
+            for metric, function in functions.items():
+                if (metric, network) == ("mmd", "clip"):
+                    result["cmmd"] = cmmd(reference[network], x)
+                else:
+                    result[f"{metric}_{network}"] = function(reference[network], x)
+            if network == "logits":
+                result["inception_score"] = METRICS["is"][1](x)
+            if network == "clip" and captions is not None:
+                result["clip_score"] = clip_score(x, captions)
+        except ValueError as why:
+            raise UserError(f"features {network}, {len(x)} images: {why}")
+    return result
 
 
-def rate(args):
-    """
-    Win rates, neutral share and agreement of the raters' answer files. Without --sheet, key.json lies beside the first
-    of them.
-    """
-    key, votes = read_ratings(args.sheet or os.path.dirname(args.ratings[0]) or ".", args.ratings)
-    if args.run and args.run != key["runs"]:
-        raise UserError(f"the sheet compares {' and '.join(key['runs'])}, not {' and '.join(args.run)}: leave the runs away")
-    if not votes.sum((1, 2)).all():
-        raise UserError("a question has no answer at all: answer at least one pair")
-    result = {q: ratings_score(votes[k:k + 1]) for k, q in enumerate(QUESTIONS)} | {"together": ratings_score(votes)}
-    print(f"A is {key['runs'][0]}, B is {key['runs'][1]}; {len(args.ratings)} raters, {int((votes.sum((0, 2)) > 0).sum())} pairs; "
-          "alpha is Krippendorff's, ordinal; 95 % intervals by bootstrap over pairs")
-    for q, figures in result.items():
-        print(f"{q:12s}" + "  ".join(f"{k} {v['value']:.3f} [{v['interval'][0]:.3f}, {v['interval'][1]:.3f}]" for k, v in figures.items()))
-    answers = {file: f"sha256 {file_hash(file)}" for file in args.ratings}
-    card = {"sheet": key["sheet"], "answers": answers, "interval": "95 %, bootstrap over pairs, seed 0"}
-    tell(card, {"runs": key["runs"], "raters": len(args.ratings), "metrics": result}, args.json)
-
-
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------------------
 # Evaluating a run
 
-RANDOM = {"random": (random_features, {})}
+RANDOM = {"random": (random_features, {})}                     # networks: {name: (features, about)}, as open_network
 
 
-def draw(model, config, captions, rows, seed=0, steps=None, guidance=None, sampler=None, bar=False, poll=lambda: None):
+@torch.no_grad()
+def evaluate(model, config, n, seed=0, metrics=("questions", "fd", "mmd"), networks=RANDOM, task=None, reference=None,
+             shared=False, poll=None):
     """
-    Pictures of captions[rows] as (len(rows), H, W, 3) uint8; each depends on its place in the whole list, not on
-    `rows`.
+    {metric: value} of n images, for the captions of `task` (default: held-out ones), against the features `reference`
+    {network: (m, D)} (default: of n real images). The config says guidance, sample_steps and sampler. Each chunk is
+    generated, looked at, turned into features and forgotten, so n is not bound by memory. With CLIP among the networks
+    the CLIP score comes too. `shared`: several processes do their part each, and rank 0 alone gets the result, the
+    others {}. `poll`, if given, is called at every evaluation of the model and may raise.
     """
-    return to_uint8(sample(model, config, captions[rows.start:rows.stop], seed, rows.start, steps, guidance, sampler, bar=bar, poll=poll))
+    task = task or held_out_task(config, n)
+    captions = task.captions[:n]
+    if reference is None:
+        reference = real_features(config, n, compared(networks, metrics), shared)
+    networks = needed(networks, metrics)
+
+    def work(rows):                                            # a chunk of places in the list of captions
+        images = generate(model, config, captions, rows, seed, poll)               # (B, H, W, 3) uint8
+        looks = [task.look(image, i) for image, i in zip(images, rows)]            # objects, answers, or None
+        texts = networks["clip"][0](captions[rows.start:rows.stop]).cpu() if "clip" in networks else None  # (B, D)
+        return looks, all_features(networks, images), texts
+    parts = on_all_ranks(work, chunks(len(captions)), "images", shared)            # in order
+    if not parts:                                              # of a process that only helps
+        return {}
+    looks, features, texts = zip(*parts)
+    looks = [one for chunk in looks for one in chunk]
+    result = {name: function(task, looks) for name, function in rows_of("pictures", metrics).items()}
+    result = {name: scores for name, scores in result.items() if scores is not None}
+    fake = {name: torch.cat([chunk[name] for chunk in features]) for name in networks}     # (n, D) each
+    return result | compare(reference, fake, metrics, torch.cat(texts) if "clip" in networks else None)
 
 
-def each_network(networks, images):
+def generate(model, config, captions, rows, seed=0, poll=None):
+    """
+    Pictures of captions[rows] as (len(rows), H, W, 3) uint8; each depends on its place in the whole list, not on where
+    `rows` begin.
+    """
+    x = sample(model, config, captions[rows.start:rows.stop], seed, rows.start, bar=get_rank() == 0, poll=poll)
+    return to_uint8(x)
+
+
+def all_features(networks, images):
     """(B, H, W, 3) uint8 -> {network: (B, D)}, on the CPU."""
     return {name: features(images).cpu() for name, (features, _) in networks.items()}
 
 
 @torch.no_grad()
-def real_features(config, n, networks, ranks=(0, 1)):
+def real_features(config, n, networks, shared=False):
     """
-    {network: (n, D)} of n other real images than those whose captions held_out takes; a folder of fewer than 2 n is
-    gone round again.
+    {network: (n, D)} of n real images, other than those whose captions held_out_task takes: numbers n to 2 n - 1. A
+    folder of fewer than 2 n is gone round again. Without networks: {}.
     """
-    networks = {name: network for name, network in networks.items() if name != "logits"}
-    plain = config | {"aspects": "", "flip": False, "jitter": 0.0}                 # augmented images would not be real
-    batches = Batches(held_out(config), plain, filtered=False)                     # names and passes over what cannot be decoded
-    images = lambda rows: np.stack([batches.sample(0, (n + i) % len(batches.data))[0] for i in rows])  # (B, H, W, 3)
-    parts = on_all_ranks(lambda rows: each_network(networks, images(rows)), chunks(n), ranks, "real images")
-    return {name: torch.cat([p[name] for p in parts] or [torch.zeros(0)]) for name in networks}    # of a rank without a chunk: none
-
-
-@torch.no_grad()
-def evaluate(model, config, n, guidance=None, steps=None, sampler=None, seed=0, metrics=("questions", "fd", "mmd"), bar=True,
-             networks=RANDOM, task=None, reference=None, ranks=(0, 1), poll=lambda: None):
-    """
-    {metric: value} of n images, for held-out captions or those of `task`, against n real images or the features
-    `reference` {network: (m, D)}. Each chunk is drawn, looked at, turned into features and forgotten, so n is not bound
-    by memory. CLIP among the networks {name: (features, about)} adds the CLIP score. Of several ranks = (rank, world)
-    each does its share, and rank 0 alone gets the result, the others {}. None for guidance, steps or sampler means the
-    run's own. `poll` is called between the steps of the sampler and may raise, as training does at a signal.
-    """
-    captions, _, see, score = task or held_out_task(config, n)
-    captions, compared = captions[:n], bool(set(DISTANCES) & set(metrics))
-    networks = needed(networks, metrics)
-
-    def work(rows):                                            # a chunk of at most 64 places in the list of captions
-        images = draw(model, config, captions, rows, seed, steps, guidance, sampler, bar and not ranks[0], poll)
-        seen = [see(image, i) for image, i in zip(images, rows)]                   # objects, or answers
-        said = networks["clip"][0](captions[rows.start:rows.stop]).cpu() if "clip" in networks else None
-        return seen, each_network(networks, images), said
-    if compared and reference is None:
-        reference = real_features(config, n, networks, ranks)
-    parts = on_all_ranks(work, chunks(len(captions)), ranks, "images")             # in order
-    if ranks[0]:
+    if not networks:
         return {}
-    seen, features, said = zip(*parts)
-    made = {name: torch.cat([f[name] for f in features]) for name in networks}     # (n, D) each
-    return score(sum(seen, []), metrics) | compare(reference, made, metrics, torch.cat(said) if "clip" in networks else None)
+    plain = config | {"aspects": "", "flip": False, "jitter": 0.0}                 # augmented images would not be real
+    batches = Batches(held_out(config), plain, filtered=False)                  # names and passes over broken ones
+
+    def work(rows):
+        images = [batches.sample(0, (n + i) % len(batches.data))[0] for i in rows] # (H, W, 3) each
+        return all_features(networks, np.stack(images))
+    parts = on_all_ranks(work, chunks(n), "real images", shared)
+    return {name: torch.cat([part[name] for part in parts] or [torch.zeros(0)]) for name in networks}
 
 
-def flat(result, before=""):
-    """{"a": {"b": 1}} -> {"a b": 1}; the questions keep their plain names."""
-    rows = {}
-    for key, value in result.items():
-        name = before + key
-        rows |= flat(value, "" if key == "questions" else name + " ") if isinstance(value, dict) else {name: value}
-    return rows
-
-
-def report(result):
-    """One metric result as a line for people, dsg with its chance level first."""
-    q = result.get("questions", {})
-    chance = f" (chance {q['chance_dsg']:.3f})" if "chance_dsg" in q else ""
-    parts = [f"dsg {q['dsg']:.3f}{chance}"] if q else []
-    parts += [f"{k} {v:.3f}" for k, v in q.items() if "dsg" not in k]
-    return "  ".join(parts + [f"{k} {v:.4f}" for k, v in flat({k: v for k, v in result.items() if k != "questions"}).items()])
-
-
-def over_seeds(results, how):
-    """Results of several seeds -> one of the same shape, with how(values) in each place."""
-    if isinstance(results[0], dict):
-        return {k: over_seeds([r[k] for r in results if k in r], how) for k in results[0]}
-    return float(how(results))
+def evaluate_all(model, config, n, task, metrics, networks, reference, guidances, seeds, classes=None):
+    """
+    (rows, points) of all guidances and seeds, printed as they come: rows [{"guidance", "seed", "metrics"}], points
+    [(guidance, mean, spread)], the spread being the standard deviation (ddof 0) over seeds, None of a single one.
+    """
+    once = []                                                  # by seed: guidance plays no part in these
+    for seed in range(seeds):
+        functions = rows_of("denoiser", metrics)
+        once.append({name: function(model, config, n, seed, classes) for name, function in functions.items()})
+    drawn = [name for name in metrics if METRICS[name][0] != "denoiser"]           # those that need pictures
+    rows, points = [], []
+    for guidance in guidances:
+        at = config | {"guidance": guidance}
+        for seed in range(seeds):                              # the same noise for every guidance
+            result = evaluate(model, at, n, seed, drawn, networks, task, reference, shared=True) if drawn else {}
+            rows.append({"guidance": guidance, "seed": seed, "metrics": result | once[seed]})
+            print(f"guidance {guidance:g}  seed {seed}  {report(rows[-1]['metrics'])}", flush=True)
+        results = [row["metrics"] for row in rows[-seeds:]]    # all seeds of this guidance
+        mean, spread = over_seeds(results, np.mean), over_seeds(results, np.std) if seeds > 1 else None
+        points.append((guidance, mean, spread))
+        if spread:
+            print(f"guidance {guidance:g}  mean    {report(mean)}\nguidance {guidance:g}  spread  {report(spread)}")
+    return rows, points
 
 
 def tuning(points):
     """
     Curves over guidance from [(guidance, metrics)], and the range between the optimum of the first Frechet distance and
-    that of the first MMD, where to look for a good value (Greedy Growing, Sec. 5.3, with FD-DINO and CMMD).
+    that of the first MMD, where to look for a good value (Greedy Growing, Sec. 5.3, with FD-DINO and CMMD). A lowest
+    value at an end of the guidances tried is no optimum: lower ones may lie beyond.
     """
-    points = sorted(points, key=lambda p: p[0])
-    curves = {k: [flat(m)[k] for _, m in points] for k in flat(points[0][1])}      # by metric, over guidance
-    guidance = [g for g, _ in points]
-    first = lambda *starts: next((c for start in starts for c in curves if c.startswith(start)), None)
-    ends = [k for k in (first("fd_dino", "fd_"), first("cmmd", "mmd_")) if k]
-    best = {k: guidance[int(np.argmin(curves[k]))] for k in ends}                  # lower is better
-    if len(best) == 2:
-        low, high = sorted(best.values())
-        where = ", ".join(f"lowest {k} at {g:g}" for k, g in best.items())
-        print((f"guidance between {low:g} and {high:g}: " if low < high else f"guidance {low:g}: ") + where)
-    for k in ends:
-        if best[k] in (guidance[0], guidance[-1]):             # then it is no optimum
-            print(f"  lowest {k} lies at the end of the values tried: try further ones")
-    return {"guidance": guidance, "curves": curves, "optimum": best, "range": sorted(best.values()) if len(best) == 2 else None}
+    points = sorted(points, key=lambda point: point[0])
+    guidances, results = [g for g, _ in points], [flat(metrics) for _, metrics in points]
+    curves = {name: [result[name] for result in results] for name in results[0]}   # by metric, over guidance
+    optimum = {}
+    for starts in (("fd_dino", "fd_"), ("cmmd", "mmd_")):      # of each family the first that there is
+        name = next((c for start in starts for c in curves if c.startswith(start)), None)
+        if name is None:
+            continue
+        k = int(np.argmin(curves[name]))                       # lower is better
+        if 0 < k < len(guidances) - 1:
+            optimum[name] = guidances[k]
+        else:
+            print(f"lowest {name} at {guidances[k]:g}, an end of the guidances tried: no optimum, try further ones")
+    where = sorted(optimum.values()) if len(optimum) == 2 else None
+    if where:
+        range_of = f"between {where[0]:g} and {where[1]:g}" if where[0] < where[1] else f"{where[0]:g}"
+        print(f"guidance {range_of}: " + ", ".join(f"lowest {name} at {g:g}" for name, g in optimum.items()))
+    return {"guidance": guidances, "curves": curves, "optimum": optimum, "range": where}
 
 
-def make_card(networks, device, **rest):
-    """What makes a number comparable. Printed with every result, and kept in the JSON."""
-    return rest | {"networks": {name: about for name, (_, about) in networks.items()}, "images": "rounded and clamped to uint8 before any metric",
-                   "device": torch.cuda.get_device_name() if device == "cuda" else device, "threads": torch.get_num_threads(),
-                   "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}}
+# ----------------------------------------------------------------------------------------------------------------------
+# Results in words
 
 
-def tell(card, figures, file):
-    """
-    Print the card, and write it with the figures to `file`, if any, as JSON; an older file of that name steps aside.
-    """
-    for key, value in flat(card).items():
-        print(f"  {key:26s} {value}")
-    if not file:
-        return
-    if os.path.exists(file):                                   # nothing is overwritten without a word
-        os.replace(file, older := free_name(file))
-        print(f"the older {file} is now {older}")
-    text = json.dumps(figures | {"card": card}, indent=1)      # under this very name programs look for it
-    atomic_write(file, lambda f: f.write(text.encode()))
 
 
-def guidances(text, default):
-    """The values of --guidance."""
-    try:
-        values = [float(g) for g in text.split(",")] if text else default
-    except ValueError:
-        values = [np.nan]
-    if text and not np.isfinite(values).all():                 # float() takes "nan" and "inf" as well
-        raise UserError(f"--guidance {text}: give numbers, such as 1,2,4")
-    return values
+# ----------------------------------------------------------------------------------------------------------------------
+# Five programs: a run, two folders, questions about pictures from elsewhere, a page for people, their answers
 
 
-def run_reference(args, config, networks, metrics, n, ranks):
-    """({network: (n, D)} or None, words for the card): of --reference, else of n real images."""
-    if not set(DISTANCES) & set(metrics):
-        return None, "none: nothing is compared"
-    if args.reference:
-        reference, size, words = open_reference(args.reference, networks, ranks)
-        same_size(networks, size, (config["resolution"],) * 2)
-        return reference, words
-    which = ", which training never draws" if config["data"] == "scenes" else ", from the first again after the last"
-    return real_features(config, n, networks, ranks), f"images {n} to {2 * n - 1} of {config['data']}{which}"
-
-
-def run_zeroshot(args, model, config, n, seed, ranks):
-    """Zero-shot classification of --classes, else of scenes."""
-    if args.classes:
-        return zeroshot_folder(model, config, args.classes, args.template, n, seed, ranks=ranks)
-    if config["data"] != "scenes":
-        raise UserError("--metrics zeroshot: this run has seen no scenes: give --classes FOLDER with FOLDER/CLASS/*.png")
-    return zeroshot(model, config, held_out(config), n, seed, ranks=ranks)
-
-
-def score_run(args, networks, metrics, task, about, device, ranks):
-    """
-    All guidances and seeds of one run: mean and spread (standard deviation, ddof 0) over seeds, curves over guidance,
-    card. `task` is None for held-out captions; `about` is what the card says of the network that answers questions, if
-    one does.
-    """
-    step, (model, config) = read_checkpoint(args.run[0])["step"], load(args.run[0], device)      # the step alone: moments are large
-    values, n = guidances(args.guidance, [config["guidance"]]), args.n or (len(task[0]) if task else 1000)
-    steps, sampler, prompts = args.steps or config["sample_steps"], args.sampler or config["sampler"], args.prompts or args.dsg
-    if task and n > len(task[0]):
-        raise UserError(f"--n {n}: {prompts} holds {len(task[0])} captions; give at most so many")
-    if args.keep and len(values) * args.seeds > 1:
-        raise UserError(f"--keep {args.keep}: {len(values)} guidances and {args.seeds} seeds would overwrite each other: give one value of each")
+def score_run(args, metrics, networks, task, vqa, device):
+    """All guidances and seeds of one run, the curves over guidance, and the card. `vqa` is (ask, about) or None."""
+    step = read_checkpoint(args.run[0])["step"]                # the step alone: moments are large
+    model, config, guidances = load_run(args.run[0], args, device)
+    n = args.n or (len(task.captions) if task else 1000)
+    prompts, classes = args.prompts or args.dsg, (args.classes, args.template) if args.classes else None
+    if task and n > len(task.captions):
+        raise UserError(f"--n {n}: {prompts} holds {len(task.captions)} captions; give at most so many")
+    if args.keep and len(guidances) * args.seeds > 1:
+        raise UserError(f"--keep {args.keep}: {len(guidances)} guidances and {args.seeds} seeds would overwrite each "
+                        "other: give one value of each")
+    print(f"scoring {n} images, {config['sample_steps']} steps each, {len(guidances)} guidances, {args.seeds} seeds")
     task = task or held_out_task(config, n)
-    task = with_kept_pictures(task, args.keep, ranks) if args.keep else task
-    reference, words = run_reference(args, config, networks, metrics, n, ranks)    # once, for all guidances and seeds
-    # guidance plays no part in it: once for each seed
-    zeroshots = [run_zeroshot(args, model, config, n, seed, ranks) for seed in range(args.seeds)] if "zeroshot" in metrics else []
-    rows, points = [], []                                      # a row per image set; a point per guidance: (guidance, mean, spread)
-    for guidance in values:
-        for seed in range(args.seeds):                         # the same noise for every guidance: the curves differ by guidance alone
-            result = {}
-            if set(metrics) != {"zeroshot"}:                   # which draws no pictures
-                result = evaluate(model, config, n, guidance, steps, sampler, seed, metrics, True, networks, task, reference, ranks)
-            result |= {"zeroshot": zeroshots[seed]} if zeroshots else {}
-            rows.append({"guidance": guidance, "seed": seed, "metrics": result})
-            print(f"guidance {guidance:g}  seed {seed}  {report(result)}", flush=True)
-        results = [r["metrics"] for r in rows[-args.seeds:]]   # all seeds of this guidance
-        points.append((guidance, over_seeds(results, np.mean), over_seeds(results, np.std) if args.seeds > 1 else None))
-        if args.seeds > 1:
-            print(f"guidance {guidance:g}  mean    {report(points[-1][1])}\nguidance {guidance:g}  spread  {report(points[-1][2])}")
-    if ranks[0]:
+    task = keep_pictures(task, args.keep) if args.keep else task
+    reference, about_reference = reference_of_run(args.reference, config, compared(networks, metrics), n)
+    rows, points = evaluate_all(model, config, n, task, metrics, networks, reference, guidances, args.seeds, classes)
+    if get_rank():
         return
-    file = os.path.join(args.run[0], "last.pt")                # of a run folder; else a checkpoint itself was given
-    card = make_card(networks | ({"vqa": (None, about)} if about else {}), device, n=n, reference=words,
-                     captions=f"{prompts}, sha256 {file_hash(prompts)}" if prompts else "held out",
-                     checkpoint=file_hash(file if os.path.exists(file) else args.run[0]), checkpoint_step=step, ema=True, guidance=values,
-                     sampler=sampler, steps=steps, seeds=list(range(args.seeds)), processes=ranks[1],
-                     **({"classes": f"{args.classes}, {args.template!r}"} if args.classes else {}))
-    finish(args, card, config, rows, points)
-
-
-def finish(args, card, config, rows, points):
-    """The last words about a run: the best guidance, the curves, the card, the JSON."""
-    asked = "questions" in points[0][1]                        # then the highest dsg is best, else the lowest Frechet distance
-    lowest = lambda p: -next((v for k, v in flat(p[1]).items() if k.startswith("fd_")), 0)
-    best = max(points, key=lambda p: p[1]["questions"]["dsg"] if asked else lowest(p))
-    print(f"{card['n']} images, {card['sampler']}, {card['steps']} steps, EMA weights of step {card['checkpoint_step']}"
-          + f"; {'highest dsg' if asked else 'lowest fd'} at guidance {best[0]:g}" * (len(points) > 1))
-    figures = {"run": args.run[0], "n": card["n"], "guidance": best[0], "seeds": args.seeds, "metrics": best[1], "spread": best[2],
+    checkpoint = os.path.join(args.run[0], "last.pt")          # of a run folder; else a checkpoint itself was given
+    card = make_card(
+        networks | ({"vqa": vqa} if vqa else {}), device, n=n, reference=about_reference, guidance=guidances,
+        captions=f"{prompts}, sha256 {file_hash(prompts)}" if prompts else describe_captions(config, n),
+        checkpoint=file_hash(checkpoint if os.path.exists(checkpoint) else args.run[0]), checkpoint_step=step, ema=True,
+        sampler=config["sampler"], steps=config["sample_steps"], seeds=list(range(args.seeds)),
+        processes=get_world_size(), **({"classes": f"{args.classes}, {args.template!r}"} if classes else {}))
+    (guidance, mean, spread), why = best_point(points)
+    print(f"{n} images, {card['sampler']}, {card['steps']} steps, EMA weights of step {step}"
+          + f"; {why} at guidance {guidance:g}" * (len(points) > 1))
+    figures = {"run": args.run[0], "n": n, "guidance": guidance, "seeds": args.seeds, "metrics": mean, "spread": spread,
                "all": rows, "config": config}
     if len(points) > 1:
-        figures["tuning"] = tuning([(g, mean) for g, mean, _ in points])
-        draw_tuning(figures["tuning"], free_name(os.path.join(args.run[0] if os.path.isdir(args.run[0]) else ".", "guidance.png")))
-    tell(card, figures, args.json)
+        figures["tuning"] = tuning([point[:2] for point in points])
+        folder = args.run[0] if os.path.isdir(args.run[0]) else "."
+        draw_tuning(figures["tuning"], free_name(os.path.join(folder, "guidance.png")))
+    write_result(card, figures, args.json)
 
 
-# ---------------------------------------------------------------------------------------------------------------
+def load_run(run, args, device):
+    """(model, config) of a run, with the sampler and steps of the command line, and the values of --guidance."""
+    model, config = load(run, device)
+    config |= {"sampler": args.sampler or config["sampler"], "sample_steps": args.steps or config["sample_steps"]}
+    return model, config, parse_numbers(args.guidance, "--guidance") if args.guidance else [config["guidance"]]
+
+
+def reference_of_run(path, config, networks, n):
+    """({network: (n, D)} or None, words for the card): of a folder or kept file `path`, else of n real images."""
+    if not networks:
+        return None, "none: nothing is compared"
+    if path:
+        reference, size, words = open_reference(path, networks, shared=True)
+        check_same_size(networks, size, (config["resolution"],) * 2)
+        return reference, words
+    known = "which training never draws" if config["data"] == "scenes" else "training images, as often as it takes"
+    return real_features(config, n, networks, shared=True), f"images {n} to {2 * n - 1} of {config['data']}, {known}"
+
+
+def describe_captions(config, n):
+    """Where the captions of held_out_task come from, for the card."""
+    if config["data"] == "scenes":
+        return "held out: of scenes that training never draws"
+    return f"training captions: the first {n} of {config['data']}, none is held out"
+
+
+def best_point(points):
+    """((guidance, mean, spread), why): of the highest dsg where there is one, else of the lowest Frechet distance."""
+    if "questions" in points[0][1]:
+        return max(points, key=lambda point: point[1]["questions"]["dsg"]), "highest dsg"
+    name = next((name for name in points[0][1] if name.startswith("fd_")), None)
+    return min(points, key=lambda point: point[1].get(name, 0)), f"lowest {name}" if name else "first"
+
+
+def score_folders(args, metrics, networks, device):
+    """The images in two folders, the real ones first: precision and recall need the order."""
+    files, size = list_images(args.run[1])
+    reference, real_size, words = open_reference(args.run[0], compared(networks, metrics), shared=True)
+    check_same_size(networks, real_size, size)                 # before the long work
+    fake = {}
+    for name, (features, _) in needed(networks, metrics).items():
+        fake[name] = image_features(files, features, shared=True)
+    if get_rank():
+        return
+    result = compare(reference, fake, metrics)
+    print(report(result))
+    card = make_card(networks, device, n=len(files), reference=words, generated=f"{args.run[1]}, {size} px")
+    write_result(card, {"reference": args.run[0], "run": args.run[1], "n": len(files), "metrics": result}, args.json)
+
+
+def score_answers(args, prompts, device):
+    """DSG's questions about pictures from elsewhere: a file of answers, or a network that looks at a folder."""
+    if args.answers:
+        answers = read_answers(args.answers, prompts)
+        about = {"answers": f"{args.answers}, sha256 {file_hash(args.answers)}"}
+    else:
+        files, (ask, about) = find_images(args.run[0], [p["item"] for p in prompts]), open_vqa(args.vqa, device)
+        task = dsg_task(prompts, ask)
+        answers = on_all_ranks(lambda i: task.look(read_image(files[i]), i), range(len(files)), "questions")
+    if get_rank():
+        return
+    result = {"questions": dsg_table(prompts, answers)}
+    print(report(result))
+    dsg = f"{args.dsg}, sha256 {file_hash(args.dsg)}"
+    card = make_card({"vqa": (None, about)}, device, n=len(prompts), dsg=dsg, about=args.run[0])
+    answers = {p["item"]: words for p, words in zip(prompts, answers)}
+    write_result(card, {"run": args.run[0], "n": len(prompts), "metrics": result, "answers": answers}, args.json)
+
+
+def score_people(args):
+    """Win rates, neutral share and agreement of the raters' answer files."""
+    result, key = score_ratings(args.sheet, args.ratings, args.run)
+    answers = {file: f"sha256 {file_hash(file)}" for file in args.ratings}
+    card = {"sheet": key["sheet"], "answers": answers, "interval": "95 %, bootstrap over pairs, seed 0"}
+    write_result(card, {"runs": key["runs"], "raters": len(args.ratings), "metrics": result}, args.json)
+
+
+def make_sheet(args, task, device):
+    """A page of two runs' pictures of the same captions from the same noise, each at its own guidance unless given."""
+    if os.path.exists(os.path.join(args.sheet, "key.json")):
+        raise UserError(f"{args.sheet!r} holds a sheet already, whose key would be lost: give another folder")
+    runs, images = [load_run(run, args, device) for run in args.run], []
+    if len(sides := {config["resolution"] for _, config, _ in runs}) > 1:
+        print(f"warning: pictures of {' and '.join(map(str, sorted(sides)))} px: raters may tell the runs by that")
+    captions = (task or held_out_task(runs[0][1], args.n or 50)).captions[:args.n]
+    for model, config, guidances in runs:
+        if len(guidances) > 1:
+            raise UserError(f"--guidance {args.guidance}: a sheet shows each run at one guidance: give one value")
+        at = config | {"guidance": guidances[0]}
+        parts = on_all_ranks(lambda rows: generate(model, at, captions, rows), chunks(len(captions)), "pairs")
+        images.append([image for part in parts for image in part])
+    if get_rank() == 0:
+        write_page(args.sheet, args.run, captions, images)
+        print(f"{args.sheet}: {len(captions)} pairs. Give index.html to the raters and keep key.json; then\n"
+              f"python eval.py --sheet {args.sheet} --ratings FILES")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # python eval.py
-
-METRICS = ("questions", *DISTANCES, "is", "counting", "zeroshot")
 
 
 def parse():
-    """The command line. What cannot be meant is refused here, before any picture is drawn."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The command line. What cannot be meant is refused here, before any picture is made."""
+    parser = Parser(__doc__, keys=())
     add = parser.add_argument
-    add("run", nargs="*", help="a run folder such as out/toy/grow; or two: folders of images, reference first, or runs with --sheet")
+    add("run", nargs="*", help="a run such as out/toy/grow; or two folders of images, reference first; or two runs")
     add("--n", type=int, help="images; default 1000, or all captions of a file, or 50 pairs of a sheet")
     add("--metrics", help=f"of {','.join(METRICS)}; default questions,fd,mmd; for folders fd,mmd,pr,prdc")
     add("--features", default="random", help="of random,inception,dino,clip: one or several")
@@ -877,90 +713,99 @@ def parse():
     add("--guidance", help="one value or several, such as 1,2,4; default: the run's own")
     add("--sampler", choices=list(SAMPLERS), help="default: the run's own")
     add("--steps", type=int, help="default: the run's own")
-    add("--seeds", type=int, default=1, help="repeat with seeds 0 to k-1 and tell mean and spread")
+    add("--seeds", type=int, default=1, help="repeat with seeds 0 to k-1: mean and spread")
     add("--prompts", metavar="FILE", help="captions, one a line; a blank line is the null caption")
-    add("--reference", metavar="PATH", help="folder of images to compare a run with, or the .pt file that was kept of one")
-    add("--dsg", metavar="FILE", help="questions about pictures, in the format of dsg-1k-anns.csv; of a run, or of a folder with ITEM.png")
-    add("--vqa", metavar="FOLDER", help="BLIP weights that answer them; without it, with --keep, the pictures are drawn for others to ask about")
+    add("--reference", metavar="PATH", help="images to compare a run with: a folder, or the .pt file kept of one")
+    add("--dsg", metavar="FILE", help="questions as in dsg-1k-anns.csv, about a run or a folder of ITEM.png")
+    add("--vqa", metavar="FOLDER", help="BLIP weights that answer them; without it, --keep leaves that to others")
     add("--answers", metavar="FILE", help="or their answers: CSV with item_id, question_id, answer")
     add("--keep", metavar="FOLDER", help="keep the pictures of a run there, for other programs")
-    add("--classes", metavar="FOLDER", help="FOLDER/CLASS/*.png to be told apart by --metrics zeroshot; default: scenes")
+    add("--classes", metavar="FOLDER", help="FOLDER/CLASS/*.png for --metrics zeroshot; default: scenes")
     add("--template", default="a photo of a {}", help="the caption of a class")
     add("--sheet", metavar="FOLDER", help="write a page there on which people compare two runs")
     add("--ratings", metavar="FILE", nargs="+", help="the files that this page saved: win rates and agreement")
     add("--json", help="write the figures to this file")
-    args = parser.parse_intermixed_args()                      # runs may follow flags
+    args, _ = parser.parse_keys()
     if (args.vqa or args.answers) and not args.dsg:
         raise UserError("--vqa and --answers need questions: give --dsg FILE")
     least = {"n": 2, "seeds": 1, "steps": 1}
-    if any((getattr(args, key) is not None and getattr(args, key) < low) for key, low in least.items()):
-        raise UserError(f"--n {args.n} --seeds {args.seeds} --steps {args.steps}: give n of at least 2, seeds and steps of at least 1")
+    if any(getattr(args, key) is not None and getattr(args, key) < low for key, low in least.items()):
+        raise UserError(f"--n {args.n} --seeds {args.seeds} --steps {args.steps}: "
+                        "give n of at least 2, seeds and steps of at least 1")
     if args.json and (os.path.isdir(args.json) or not os.path.isdir(os.path.dirname(args.json) or ".")):
-        raise UserError(f"--json {args.json}: give the name of a file in a folder that exists")  # now, rather than after hours
+        raise UserError(f"--json {args.json}: give the name of a file in a folder that exists")      # not after hours
     wanted = 2 if args.sheet and not args.ratings else 1       # at least so many runs or folders
-    if not args.ratings and (len(args.run) < wanted or len(args.run) > 2 or len(args.run) == 2 and args.dsg and not args.sheet):
-        raise UserError(f"too {'many' if len(args.run) > wanted else 'few'} folders: give one run, or two folders of images, the reference first, "
-                        "or two runs with --sheet")
+    two = len(args.run) == 2 and args.dsg and not args.sheet
+    if not args.ratings and (len(args.run) < wanted or len(args.run) > 2 or two):
+        raise UserError(f"too {'many' if len(args.run) > wanted else 'few'} folders: give one run, or two folders of "
+                        "images, the reference first, or two runs with --sheet")
     return args
 
 
-def pick_words(text, known, flag):
-    """The words of a comma-separated flag, all of them known."""
-    words = [w for w in text.split(",") if w]
-    if not words or not set(words) <= set(known):
-        raise UserError(f"{flag} {text}: take some of {','.join(known)}")
-    return words
+def check_folders(args):
+    """Two folders of images take neither runs nor what concerns the making of pictures."""
+    if is_run(args.run[1]) or os.path.isdir(args.run[0]) and is_run(args.run[0]):
+        raise UserError("one of the two is a run: give one run alone, two folders of images, or two runs with --sheet")
+    of_runs = ("n", "guidance", "sampler", "steps", "prompts", "reference", "keep", "classes")
+    if flags := [f"--{flag}" for flag in of_runs if getattr(args, flag)]:
+        raise UserError(f"{' '.join(flags)}: two folders are compared as they are, with all images: leave that away")
+
+
+def parse_metrics(args):
+    """The metrics of --metrics, else the usual ones. Two folders have features and nothing else."""
+    folders = len(args.run) == 2
+    known = [name for name, (kind, _) in METRICS.items() if not folders or kind in ("features", "logits")]
+    usual = ("fd,mmd,pr,prdc" if folders else "zeroshot" if args.classes else "questions" if args.dsg
+             else "fd,mmd" if args.prompts else "questions,fd,mmd")
+    return parse_words(args.metrics or usual, known, "--metrics")
+
+
+def open_networks(features, weights, metrics, device):
+    """{name: (features, about)} of --features, with the logits of the Inception score where it is asked for."""
+    names = parse_words(features, ["random", "inception", "dino", "clip"], "--features")
+    files = iter([w for w in weights.split(",") if w])         # in the order of --features
+    file_of = {name: None if name == "random" else next(files, None) for name in names}
+    if rows_of("logits", metrics):
+        if "inception" not in file_of:
+            raise UserError("--metrics is: the Inception score needs --features inception --weights FILE")
+        file_of["logits"] = file_of["inception"]               # one file, two outputs
+    return {name: open_network(name, file, device) for name, file in file_of.items()}
 
 
 def is_run(path):
-    """A run folder or a checkpoint, rather than a folder of images."""
-    return os.path.isfile(path) or any(os.path.exists(os.path.join(path, name)) for name in ("last.pt", "about.pt"))   # a sharded one is a folder
+    """A run folder or a checkpoint, rather than a folder of images. A sharded checkpoint is a folder with about.pt."""
+    return os.path.isfile(path) or any(os.path.exists(os.path.join(path, name)) for name in ("last.pt", "about.pt"))
 
 
-def open_networks(args, metrics, device):
-    """{name: (features, about)} of --features, with the logits of the Inception score where it is asked for."""
-    names = pick_words(args.features, ["random", "inception", "dino", "clip"], "--features")
-    weights = iter([w for w in args.weights.split(",") if w])  # in the order of --features
-    files = {name: None if name == "random" else next(weights, None) for name in names}
-    if "is" in metrics:
-        if "inception" not in files:
-            raise UserError("--metrics is: the Inception score needs --features inception --weights FILE")
-        files["logits"] = files["inception"]                   # one file, two outputs
-    return {name: open_network(name, file, device) for name, file in files.items()}
+def choose_program(args, device):
+    """One of the five, told apart by the flags."""
+    prompts = read_dsg(args.dsg)[:args.n] if args.dsg else None
+    if args.dsg and (args.answers or not is_run(args.run[0])): # pictures, or even answers, from elsewhere
+        return score_answers(args, prompts, device)
+    asked_elsewhere = (args.keep or args.sheet) and not args.vqa
+    vqa = open_vqa(args.vqa, device) if args.dsg and not asked_elsewhere else None
+    task = dsg_task(prompts, vqa and vqa[0]) if args.dsg else prompts_task(args.prompts) if args.prompts else None
+    if args.sheet:
+        return make_sheet(args, task, device)
+    metrics = parse_metrics(args)
+    networks = open_networks(args.features, args.weights, metrics, device)
+    if len(args.run) == 2:
+        check_folders(args)
+        return score_folders(args, metrics, networks, device)
+    return score_run(args, metrics, networks, task, vqa, device)
 
 
 def main():
-    """
-    One of five: answers of people, questions about pictures from elsewhere, a sheet of two runs, two folders, or a run.
-    """
     args = parse()
     if args.ratings:
-        return rate(args)
-    ranks = join_ranks()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    prompts = read_dsg(args.dsg)[:args.n] if args.dsg else None
-    if args.dsg and (args.answers or not is_run(args.run[0])):                     # pictures, or even answers, from elsewhere
-        return score_dsg(args, prompts, device, ranks)
-    drawn_only = (args.keep or args.sheet) and not args.vqa    # others will ask, or people look
-    ask, about = open_vqa(args.vqa, device) if args.dsg and not drawn_only else (None, None)
-    task = dsg_task(prompts, ask) if args.dsg else prompts_task(args.prompts) if args.prompts else None      # None: held-out captions
-    if args.sheet:
-        return write_sheet(args, task, device, ranks)
-    folders = len(args.run) == 2
-    usual = ("fd,mmd,pr,prdc" if folders else "zeroshot" if args.classes else "questions" if args.dsg else "fd,mmd" if args.prompts
-             else "questions,fd,mmd")
-    metrics = pick_words(args.metrics or usual, METRICS[1:-2] if folders else METRICS, "--metrics")
-    networks = open_networks(args, metrics, device)
-    if not folders:
-        return score_run(args, networks, metrics, task, about, device, ranks)
-    if is_run(args.run[1]) or os.path.isdir(args.run[0]) and is_run(args.run[0]):
-        raise UserError("one of the two is a run: give one run alone, two folders of images, or two runs with --sheet")
-    if drawing := [f"--{flag}" for flag in ("n", "guidance", "sampler", "steps", "prompts", "reference", "keep", "classes") if getattr(args, flag)]:
-        raise UserError(f"{' '.join(drawing)}: two folders are compared as they are, with all their images: leave that away")
-    result, facts = score_folders(*args.run, networks, metrics, ranks)
-    if not ranks[0]:
-        print(report(result))
-        tell(make_card(networks, device, **facts), {"reference": args.run[0], "run": args.run[1], "n": facts["n"], "metrics": result}, args.json)
+        score_people(args)
+        return
+    rank, world, device = join(timeout=24 * 3600)              # seconds: a chunk of images may take long
+    if rank:
+        sys.stdout = open(os.devnull, "w")                     # one voice
+    choose_program(args, device)
+    if world > 1:
+        exit_with(0)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ import kernels
 import model as models
 import sample as sampling
 from data import Batches
-from lib import triton_tools
+from lib import pairs, triton_tools
 from lib.encoders import open_autoencoder
 from lib.files import file_hash
 from lib.images import INDEX
@@ -1411,7 +1411,8 @@ def test_blocks_do_not_change_a_result(monkeypatch):
     x, y = normal(90, 5), normal(70, 5, seed=1) + 0.1
     every = lambda: (fd(x, y), evaluation.mmd(x, y), evaluation.cmmd(x, y), *evaluation.precision_recall(x, y), *evaluation.prdc(x, y).values())
     whole = every()
-    monkeypatch.setattr(evaluation, "BLOCK", 4)
+    for module in (evaluation, pairs):
+        monkeypatch.setattr(module, "BLOCK", 4)
     assert every() == pytest.approx(whole, rel=1e-9)
 
 
@@ -1637,7 +1638,9 @@ def test_evaluation_from_the_command_line(runs, tmp_path, says):
     assert told["metrics"]["fd_random"] == pytest.approx(np.mean(two)) and told["spread"]["fd_random"] == pytest.approx(np.std(two))
     assert {"n", "reference", "networks", "images", "guidance", "sampler", "steps", "ema", "seeds", "versions", "device", "checkpoint",
             "captions"} <= set(told["card"])
-    assert told["tuning"]["guidance"] == [1, 2] and len(told["tuning"]["curves"]["dsg"]) == 2 and told["tuning"]["range"]
+    assert told["tuning"]["guidance"] == [1, 2] and len(told["tuning"]["curves"]["dsg"]) == 2
+    assert told["tuning"]["optimum"] == {} and told["tuning"]["range"] is None and said.count("no optimum") == 2
+    assert "scoring 12 images, 3 steps each, 2 guidances, 2 seeds" in said and "held out: of scenes" in told["card"]["captions"]
     assert (out / "guidance.png").exists() or "pip install matplotlib" in said
     assert "error: --n 1" in says(out, "--n", 1)
     said = says(out, "--n", 6, "--steps", 2, "--metrics", "counting,zeroshot", "--json", file)
@@ -1693,7 +1696,7 @@ def test_captions_from_a_file_against_images_of_ones_own(runs, tmp_path, says):
     said = says(out, "--prompts", tmp_path / "p.txt", "--reference", kept, "--steps", 2, "--json", tmp_path / "e.json")
     assert json.load(open(tmp_path / "e.json"))["metrics"] == told["metrics"] and "is now" in said and (tmp_path / "e_1.json").exists()
     model, config = models.load(str(out))
-    captions, *_ = evaluation.prompts_task(str(tmp_path / "p.txt"))
+    captions = evaluation.prompts_task(str(tmp_path / "p.txt")).captions
     assert len(captions) == 3 and captions[1] == "" and not sampling.encode_captions(captions, config)[1].any()    # blank: the null caption
     assert "holds 3 captions" in says(out, "--prompts", tmp_path / "p.txt", "--n", 4)
     (tmp_path / "p.txt").write_text("\n\n")
@@ -1715,9 +1718,9 @@ def test_runs_are_drawn_for_people_and_for_other_networks(runs, tmp_path, says):
     assert "2 pairs" in says(a, b, "--sheet", tmp_path / "asked", "--dsg", tmp_path / "dsg.csv", "--steps", 2)     # its prompts, for people
     tiny_blip(tmp_path / "blip")
     said = says(b, "--dsg", tmp_path / "dsg.csv", "--vqa", tmp_path / "blip", "--steps", 2, "--keep", tmp_path / "kept")
-    assert sorted(f.name for f in (tmp_path / "kept").iterdir()) == ["sea_7.png", "zoo_1.png"] and "dsg 0.0" in said
+    assert sorted(f.name for f in (tmp_path / "kept").iterdir()) == ["captions.txt", "sea_7.png", "zoo_1.png"] and "dsg 0.0" in said
     assert "2 images" in says(b, "--dsg", tmp_path / "dsg.csv", "--steps", 2, "--keep", tmp_path / "unasked")      # for others to ask about
-    assert len(list((tmp_path / "unasked").iterdir())) == 2
+    assert (tmp_path / "unasked/captions.txt").read_text().splitlines() == ["a red fox, left of two owls", "a photo of the sea"]
     assert "give one value" in says(b, "--n", 4, "--guidance", "1,2", "--keep", tmp_path / "more")
     assert "not empty" in says(b, "--n", 4, "--keep", tmp_path / "kept") and "need questions" in says(b, "--vqa", tmp_path / "blip")
     says(b, "--dsg", tmp_path / "dsg.csv", "--vqa", tmp_path / "blip", "--steps", 2, "--guidance", "1,2", "--json", tmp_path / "e.json")

@@ -150,3 +150,26 @@ def add_votes(votes, answers, swapped):
         for question, answer in of_pair.items():
             side = {-1: -1, 0: 0, 1: 1}[answer] * (-1 if swapped[pair] else 1)     # -1 is A, 1 is B
             votes[list(QUESTIONS).index(question), row[pair], 1 + side] += 1
+
+
+def score_ratings(folder, files, sources=()):
+    """
+    ({question or "together": ratings_score}, key) of answer files, printed too. Without a folder, key.json lies beside
+    the first file. UserError where `sources` are given and the page compares others, or a question has no answer at
+    all.
+    """
+    key, votes = read_ratings(folder or os.path.dirname(files[0]) or ".", files)
+    if sources and sources != key["runs"]:
+        raise UserError(f"the sheet compares {' and '.join(key['runs'])}, not {' and '.join(sources)}: "
+                        "leave the runs away")
+    if not votes.sum((1, 2)).all():
+        raise UserError("a question has no answer at all: answer at least one pair")
+    result = {question: ratings_score(votes[k:k + 1]) for k, question in enumerate(QUESTIONS)}
+    result["together"] = ratings_score(votes)
+    pairs = int((votes.sum((0, 2)) > 0).sum())
+    print(f"A is {key['runs'][0]}, B is {key['runs'][1]}; {len(files)} raters, {pairs} pairs; "
+          "alpha is Krippendorff's, ordinal; 95 % intervals by bootstrap over pairs")
+    for question, figures in result.items():
+        cells = [f"{k} {v['value']:.3f} [{v['interval'][0]:.3f}, {v['interval'][1]:.3f}]" for k, v in figures.items()]
+        print(f"{question:12s}" + "  ".join(cells))
+    return result, key

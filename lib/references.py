@@ -44,6 +44,27 @@ def list_images(path):
     return files, next(iter(example))
 
 
+def find_images(folder, names):
+    """The file of each name in a folder: NAME.png, or another known ending. UserError where one is missing."""
+    files = []
+    for name in names:
+        candidates = [os.path.join(folder, name + ending) for ending in IMAGES]
+        files.append(next(filter(os.path.isfile, candidates), None))
+    if missing := [name for name, file in zip(names, files) if not file]:
+        raise UserError(f"{folder!r} lacks {len(missing)} of {len(names)} pictures, such as {missing[0]}.png")
+    return files
+
+
+def list_classes(folder):
+    """{class: image files} of the folders in a folder; {} where there is none."""
+    classes = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*"))):
+        if os.path.isdir(path):
+            files = sorted(glob.glob(os.path.join(glob.escape(path), "*")))
+            classes[os.path.basename(path)] = [f for f in files if f.lower().endswith(IMAGES)]
+    return classes
+
+
 def read_image(file):
     """(H, W, 3) uint8; transparency is dropped, as pytorch-fid does."""
     try:
@@ -119,3 +140,9 @@ def read_features(file, about):
         raise UserError(f"{file!r} was made with {other} = {made.get(other)!r}, not {about.get(other)!r}: "
                         "give the folder of images instead")
     return content
+
+
+def check_same_size(networks, one, other):
+    """Random features see pixels as they are, so two sets must have one size; the other networks resize."""
+    if "random" in networks and None not in (one, other) and tuple(one) != tuple(other):
+        raise UserError(f"images of {one} and {other} px: random features depend on the size; resize one set")

@@ -9,6 +9,7 @@ import ast
 import configparser
 import difflib
 import functools
+import math
 import os
 import re
 import sys
@@ -177,3 +178,22 @@ def parse_switch(text):
     if text not in ("True", "False"):
         raise argparse.ArgumentTypeError("takes nothing, True or False")
     return text == "True"
+
+
+def parse_words(text, known, flag):
+    """The words of a comma-separated flag. UserError unless all are known, and at least one is there."""
+    words = [word for word in text.split(",") if word]
+    if not words or not set(words) <= set(known):
+        raise UserError(f"{flag} {text}: take some of {','.join(known)}")
+    return words
+
+
+def parse_numbers(text, flag):
+    """The numbers of a comma-separated flag. UserError for what is none, or not finite."""
+    try:
+        numbers = [float(word) for word in text.split(",")]
+    except ValueError:
+        numbers = [math.nan]
+    if not all(map(math.isfinite, numbers)):                   # float() takes "nan" and "inf" as well
+        raise UserError(f"{flag} {text}: give numbers, such as 1,2,4")
+    return numbers
