@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 
 from data import Batches, encode_captions, open_data
+from lib.checkpoint import is_run
 from lib.draws import normals
 from lib.encoders import open_autoencoder
 from lib.files import file_hash, free_name
@@ -39,10 +40,10 @@ from lib.pairs import BLOCK, balls, check, matrix_root, pair_sum, squared_distan
 from lib.people import score_ratings, write_page
 from lib.pictures import draw_tuning, to_tensor, to_uint8, write_png
 from lib.processes import chunks, exit_with, get_rank, get_world_size, join, on_all_ranks
-from lib.questions import dsg_table, read_answers, read_dsg
+from lib.questions import dsg_table, read_answers, read_captions, read_dsg
 from lib.references import (check_same_size, find_images, image_features, list_classes, list_images, open_reference,
                             read_image)
-from lib.results import flat, make_card, over_seeds, report, write_result
+from lib.results import accuracy, best_point, make_card, over_seeds, report, tuning, write_result
 from lib.scenes import counting, describe, judge, look
 from lib.settings import Parser, UserError, parse_numbers, parse_words
 from model import diffusion_loss, load, read_checkpoint
@@ -236,14 +237,7 @@ def held_out_task(config, n):
 
 def prompts_task(file):
     """Captions from a file, one a line; a blank line is the null caption. Nobody judges them."""
-    try:
-        with open(file, encoding="utf-8") as f:
-            captions = [line.strip() for line in f.read().splitlines()]            # blank lines stay: null captions
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{file!r} cannot be read ({e}): give a text file, one caption a line")
-    if not any(captions):
-        raise UserError(f"{file!r} holds no caption: write one a line")
-    return Task(captions)
+    return Task(read_captions(file))
 
 
 def dsg_task(prompts, ask=None):
@@ -296,13 +290,6 @@ def best_caption(model, config, image, text, number, seed=0, draws=16):
     return int(torch.stack(losses).argmin())                   # the first of equals
 
 
-def accuracy(guesses, classes):
-    """Of [(guess, truth)] -> {class: share of right guesses}, with "mean" over classes and "chance"."""
-    right = {c: [guess == truth for guess, truth in guesses if truth == c] for c in classes}       # by the true class
-    table = {c: float(np.mean(r)) for c, r in right.items() if r}                  # a class without images is left out
-    return table | {"mean": float(np.mean(list(table.values()))) if table else float("nan"), "chance": 1 / len(classes)}
-
-
 def zeroshot(model, config, world, n, seed=0, draws=16):
     """
     On n scenes of a single group, among captions that differ in one word: {"shape": {class: accuracy, "mean",
@@ -325,9 +312,8 @@ def zeroshot(model, config, world, n, seed=0, draws=16):
 
 def zeroshot_folder(model, config, folder, template, n, seed=0, draws=16):
     """
-    On n images of folder/CLASS/*, evenly many of each class (rounded up): {class: accuracy, "mean", "chance"}. The
-    caption is the `template` with the class in place of {}, an underscore being a space; of a picture its centre
-    square is taken.
+    On n images of folder/CLASS/*, as many of each class, their centre squares: {class: accuracy, "mean", "chance"}.
+    The caption is the `template` with the class in place of {}, an underscore being a space.
     """
     classes, files = list_classes(folder), []
     if len(classes) < 2 or not all(classes.values()) or "{}" not in template:
@@ -471,10 +457,7 @@ def evaluate(model, config, n, seed=0, metrics=("questions", "fd", "mmd"), netwo
 
 
 def generate(model, config, captions, rows, seed=0, poll=None):
-    """
-    Pictures of captions[rows] as (len(rows), H, W, 3) uint8; each depends on its place in the whole list, not on where
-    `rows` begin.
-    """
+    """Pictures of captions[rows], (len(rows), H, W, 3) uint8; each depends on its place in the whole list alone."""
     x = sample(model, config, captions[rows.start:rows.stop], seed, rows.start, bar=get_rank() == 0, poll=poll)
     return to_uint8(x)
 
@@ -525,38 +508,6 @@ def evaluate_all(model, config, n, task, metrics, networks, reference, guidances
         if spread:
             print(f"guidance {guidance:g}  mean    {report(mean)}\nguidance {guidance:g}  spread  {report(spread)}")
     return rows, points
-
-
-def tuning(points):
-    """
-    Curves over guidance from [(guidance, metrics)], and the range between the optimum of the first Frechet distance and
-    that of the first MMD, where to look for a good value (Greedy Growing, Sec. 5.3, with FD-DINO and CMMD). A lowest
-    value at an end of the guidances tried is no optimum: lower ones may lie beyond.
-    """
-    points = sorted(points, key=lambda point: point[0])
-    guidances, results = [g for g, _ in points], [flat(metrics) for _, metrics in points]
-    curves = {name: [result[name] for result in results] for name in results[0]}   # by metric, over guidance
-    optimum = {}
-    for starts in (("fd_dino", "fd_"), ("cmmd", "mmd_")):      # of each family the first that there is
-        name = next((c for start in starts for c in curves if c.startswith(start)), None)
-        if name is None:
-            continue
-        k = int(np.argmin(curves[name]))                       # lower is better
-        if 0 < k < len(guidances) - 1:
-            optimum[name] = guidances[k]
-        else:
-            print(f"lowest {name} at {guidances[k]:g}, an end of the guidances tried: no optimum, try further ones")
-    where = sorted(optimum.values()) if len(optimum) == 2 else None
-    if where:
-        range_of = f"between {where[0]:g} and {where[1]:g}" if where[0] < where[1] else f"{where[0]:g}"
-        print(f"guidance {range_of}: " + ", ".join(f"lowest {name} at {g:g}" for name, g in optimum.items()))
-    return {"guidance": guidances, "curves": curves, "optimum": optimum, "range": where}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Results in words
-
-
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -624,14 +575,6 @@ def describe_captions(config, n):
     if config["data"] == "scenes":
         return "held out: of scenes that training never draws"
     return f"training captions: the first {n} of {config['data']}, none is held out"
-
-
-def best_point(points):
-    """((guidance, mean, spread), why): of the highest dsg where there is one, else of the lowest Frechet distance."""
-    if "questions" in points[0][1]:
-        return max(points, key=lambda point: point[1]["questions"]["dsg"]), "highest dsg"
-    name = next((name for name in points[0][1] if name.startswith("fd_")), None)
-    return min(points, key=lambda point: point[1].get(name, 0)), f"lowest {name}" if name else "first"
 
 
 def score_folders(args, metrics, networks, device):
@@ -770,11 +713,6 @@ def open_networks(features, weights, metrics, device):
             raise UserError("--metrics is: the Inception score needs --features inception --weights FILE")
         file_of["logits"] = file_of["inception"]               # one file, two outputs
     return {name: open_network(name, file, device) for name, file in file_of.items()}
-
-
-def is_run(path):
-    """A run folder or a checkpoint, rather than a folder of images. A sharded checkpoint is a folder with about.pt."""
-    return os.path.isfile(path) or any(os.path.exists(os.path.join(path, name)) for name in ("last.pt", "about.pt"))
 
 
 def choose_program(args, device):

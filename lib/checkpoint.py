@@ -135,6 +135,11 @@ def read_shards(folder):
     return tensors
 
 
+def is_run(path):
+    """Is it a checkpoint or a run folder? A sharded checkpoint is a folder with about.pt."""
+    return os.path.isfile(path) or any(os.path.exists(os.path.join(path, name)) for name in ("last.pt", "about.pt"))
+
+
 def older_checkpoints(run):
     """The checkpoints step_N.pt of a run folder, newest first."""
     files = glob.glob(os.path.join(glob.escape(run), "step_*.pt"))

@@ -145,3 +145,15 @@ def read_answers(file, prompts):
     if not any(answers.values()):
         raise UserError(f"{file!r} answers none of these prompts: its item_id must be those of the DSG file")
     return [answers[p["item"]] for p in prompts]
+
+
+def read_captions(file):
+    """The lines of a text file, a caption each; a blank line is the null caption. UserError where there is none."""
+    try:
+        with open(file, encoding="utf-8") as f:
+            captions = [line.strip() for line in f.read().splitlines()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{file!r} cannot be read ({e}): give a text file, one caption a line")
+    if not any(captions):
+        raise UserError(f"{file!r} holds no caption: write one a line")
+    return captions

@@ -59,3 +59,44 @@ def write_result(card, figures, file):
         print(f"the older {file} is now {older}")
     text = json.dumps(figures | {"card": card}, indent=1)      # under this very name programs look for it
     atomic_write(file, lambda f: f.write(text.encode()))
+
+
+def accuracy(guesses, classes):
+    """Of [(guess, truth)] -> {class: share of right guesses}, with "mean" over classes and "chance"."""
+    right = {c: [guess == truth for guess, truth in guesses if truth == c] for c in classes}       # by the true class
+    table = {c: float(np.mean(r)) for c, r in right.items() if r}                  # a class without images is left out
+    return table | {"mean": float(np.mean(list(table.values()))) if table else float("nan"), "chance": 1 / len(classes)}
+
+
+def tuning(points):
+    """
+    Curves over guidance from [(guidance, metrics)], and the range between the optimum of the first Frechet distance and
+    that of the first MMD, where to look for a good value (Greedy Growing, Sec. 5.3, with FD-DINO and CMMD). A lowest
+    value at an end of the guidances tried is no optimum: lower ones may lie beyond.
+    """
+    points = sorted(points, key=lambda point: point[0])
+    guidances, results = [g for g, _ in points], [flat(metrics) for _, metrics in points]
+    curves = {name: [result[name] for result in results] for name in results[0]}   # by metric, over guidance
+    optimum = {}
+    for starts in (("fd_dino", "fd_"), ("cmmd", "mmd_")):      # of each family the first that there is
+        name = next((c for start in starts for c in curves if c.startswith(start)), None)
+        if name is None:
+            continue
+        k = int(np.argmin(curves[name]))                       # lower is better
+        if 0 < k < len(guidances) - 1:
+            optimum[name] = guidances[k]
+        else:
+            print(f"lowest {name} at {guidances[k]:g}, an end of the guidances tried: no optimum, try further ones")
+    where = sorted(optimum.values()) if len(optimum) == 2 else None
+    if where:
+        range_of = f"between {where[0]:g} and {where[1]:g}" if where[0] < where[1] else f"{where[0]:g}"
+        print(f"guidance {range_of}: " + ", ".join(f"lowest {name} at {g:g}" for name, g in optimum.items()))
+    return {"guidance": guidances, "curves": curves, "optimum": optimum, "range": where}
+
+
+def best_point(points):
+    """((guidance, mean, spread), why): of the highest dsg where there is one, else of the lowest Frechet distance."""
+    if "questions" in points[0][1]:
+        return max(points, key=lambda point: point[1]["questions"]["dsg"]), "highest dsg"
+    name = next((name for name in points[0][1] if name.startswith("fd_")), None)
+    return min(points, key=lambda point: point[1].get(name, 0)), f"lowest {name}" if name else "first"
