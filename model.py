@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kernels import MERGE_EPS, attention, kv_merge
-from lib.checkpoint import open_checkpoint
+from lib.checkpoint import older_checkpoints, open_checkpoint
 from lib.encoders import encoder_parts, has_pretrained_encoder
 from lib.settings import UserError, default_config
 
@@ -625,7 +625,8 @@ def example(config, batch=1, device=None):
 def read_checkpoint(path):
     """The state in a run's last.pt, or in a file (lib.checkpoint.open_checkpoint). UserError if it cannot be read."""
     is_run = os.path.isdir(path) and not os.path.exists(os.path.join(path, "about.pt"))    # a sharded one has it
-    file = os.path.join(path, "last.pt") if is_run else path
+    last = os.path.join(path, "last.pt")
+    file = next(filter(os.path.exists, (last, *older_checkpoints(path))), last) if is_run else path
     if not os.path.exists(file):
         raise UserError(f"no checkpoint {file!r}: `python train.py --stage grow` makes out/toy/pretrain/last.pt "
                         "and out/toy/grow/last.pt")

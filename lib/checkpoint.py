@@ -2,10 +2,11 @@
 Checkpoints: all that a training needs to go on, in a file, or in a folder of shards, one from each process.
 
     last.pt         the newest; replaced as a whole, so a kill at any moment leaves the old one or the new one
-    step_N.pt       what last.pt was before
+    step_N.pt       what last.pt was before (of shards, a kill between two renames leaves these alone)
 
 A state holds "format", "step", "config" and the caller's other plain values, and tensors by name: "model", "ema" (of
-what is trained) and "moments" (of the optimizers). Nothing in a file is executed, and nothing broken gets through.
+what is trained) and "moments" (of the optimizers). Nothing in a file is executed, and no tensor
+that is read here may hold a NaN or an infinity.
 
 torch.distributed.checkpoint.state_dict is not used: it knows no EMA, so a loop as in `restore` is needed all the same,
 and the parameter groups that it adds do not go into safetensors.
@@ -110,10 +111,11 @@ def open_checkpoint(file, defaults=None, shards=True):
             for key, value in read_shards(file).items():
                 part, name = key.split("/", 1)
                 state.setdefault(part, {})[name] = value
-        weights = {} if os.path.isdir(file) and not shards else {**state["model"], **state["ema"]}
+        parts = () if os.path.isdir(file) and not shards else ("model", "ema", "moments")
+        tensors = flatten({part: state[part] for part in parts})
     except Exception as e:                                     # of many kinds: cut off, no checkpoint, not allowed
         return None, f"{file!r} is no complete checkpoint ({type(e).__name__}): take another, or train it again"
-    for name, value in weights.items():
+    for name, value in tensors.items():
         if not torch.isfinite(value).all():
             return None, f"{file!r} has values that are not finite in {name}: take an earlier checkpoint"
     return state, None
@@ -171,7 +173,7 @@ def save(file, about, parts, sharded=False, num_checkpoints=1):
     and get the same error: FloatingPointError, the name of a tensor that is not finite; OSError, where it fails.
     """
     bad = [key for key, v in flatten(parts).items() if not torch.isfinite(local(v)).all()]
-    if bad := sum(all_gather(bad), []):                        # such weights would lock a run into them
+    if bad := sum(all_gather(bad), []):                        # no run could recover from them
         raise FloatingPointError(bad[0])
     first, part = get_rank() == 0, file + ".part"
     together(first, remove, part)                              # left by a kill
@@ -215,7 +217,8 @@ def write(path, about, parts, sharded):
             torch.save(about | parts, f)
             f.flush()
             os.fsync(f.fileno())                               # on the disk before the name changes
-        again = flatten({part: read_about(path)[part] for part in parts})
+        again = read_about(path)
+        again = flatten({part: again[part] for part in parts})
         if not all(torch.equal(again[key], v.cpu()) for key, v in flatten(parts).items()):
             raise OSError("what was read back differs from what was written")
 
@@ -229,9 +232,13 @@ def rotate(file, step, num_checkpoints):
         remove(file)
     else:
         remove(before)
-        os.rename(file, before)
-    os.rename(file + ".part", file)
+        try:
+            os.link(file, before)                              # so that last.pt is there at any moment
+        except OSError:                                        # a folder, or a disk without links
+            os.rename(file, before)
+    os.replace(file + ".part", file)
     older = older_checkpoints(run)
+    # the rehearsal before the first step, and the same step saved twice
     useless = [old for old in older if os.path.basename(old) in ("step_0.pt", f"step_{step}.pt")]
     for old in useless + [old for old in older if old not in useless][num_checkpoints - 1:]:
         remove(old)

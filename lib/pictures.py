@@ -36,15 +36,15 @@ def write_png(path, image):
     atomic_write(path, lambda f: f.write(file))
 
 
-def enlarge(images, least):
-    """(B, H, W, 3) repeated by whole pixels to a height of about `least`."""
-    zoom = max(1, least // images.shape[1])
+def enlarge(images, most):
+    """(B, H, W, 3), each pixel repeated to a height of at most `most`; larger images stay as they are."""
+    zoom = max(1, most // images.shape[1])
     return images.repeat(zoom, 1).repeat(zoom, 2)
 
 
-def make_grid(images, columns, pad=2, least=64):
-    """(B, H, W, 3) uint8 -> one picture (h, w, 3), rows of `columns`, small images enlarged to about `least` pixels."""
-    images = enlarge(np.asarray(images), least)
+def make_grid(images, columns, pad=2, most=64):
+    """(B, H, W, 3) uint8 -> one picture (h, w, 3), rows of `columns`, small images enlarged up to `most` pixels."""
+    images = enlarge(np.asarray(images), most)
     rows = -(-len(images) // columns)                          # rounded up
     h, w = images.shape[1] + pad, images.shape[2] + pad
     grid = np.full((rows * h + pad, columns * w + pad, 3), 255, np.uint8)
@@ -54,13 +54,13 @@ def make_grid(images, columns, pad=2, least=64):
     return grid
 
 
-def contact_sheet(images, captions, columns=4, least=256):
+def contact_sheet(images, captions, columns=4, most=256):
     """(B, H, W, 3) uint8 and B captions -> one picture (h, w, 3), captions beneath; without pillow a grid."""
     try:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError:
-        return make_grid(images, columns=8)
-    images, font = enlarge(np.asarray(images), least), ImageFont.load_default(13)
+        return make_grid(images, columns, most=most)
+    images, font = enlarge(np.asarray(images), most), ImageFont.load_default(13)
     _, height, width, _ = images.shape
     letters = max(8, width // 7)                               # in a line; one is about 7 px wide
     texts = ["\n".join(textwrap.wrap(caption, letters)[:6]) for caption in captions]
@@ -132,7 +132,8 @@ def draw_tuning(tuning, file):
             best = tuning["optimum"].get(name)
             panels.append((name if best is None else f"{name}, lowest at {best:g}", curves, {}))
     if panels and draw_panels(panels, file, "guidance", [tuning["range"]] if tuning["range"] else []):
-        print(f"{file}: the grey range lies between the lowest Frechet distance and the lowest MMD")
+        print(f"{file}: curves over guidance" + ", between the lowest Frechet distance and the lowest MMD in grey"
+              * bool(tuning["range"]))
 
 
 def leaves(numbers):

@@ -64,7 +64,7 @@ def sync_gradients(net, last):
 def all_reduce_max(value):
     """The largest of all processes' numbers, as a float, so that they decide alike."""
     if get_world_size() == 1:
-        return value
+        return float(value)
     value = torch.tensor(float(value), dtype=torch.float64)
     dist.all_reduce(value, dist.ReduceOp.MAX)
     return value.item()
@@ -122,9 +122,11 @@ def print0(*parts):
 def print_error(message, wait=None):
     """
     `error: MESSAGE` on standard error, once. An error that all processes meet is printed by rank 0, and torchrun stops
-    the others while they wait for that; one that rank 0 does not meet is printed after a second, with its rank.
+    the others while they wait for that; one that rank 0 does not meet is printed after a second, with its rank. `wait`:
+    a second first, so that another process may speak; by default all but rank 0 do.
     """
-    if get_rank() > 0 if wait is None else wait:
+    wait = get_rank() > 0 if wait is None else wait
+    if wait:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)          # by which torchrun stops them: at once, without a word
         time.sleep(1)
     message = f"rank {get_rank()}: {message}" if get_rank() > 0 else message

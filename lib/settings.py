@@ -1,8 +1,9 @@
 """
 Settings: sections of a file and flags of a command line -> a dict in which every value was checked.
 
-configs.txt holds all that is known of a key: its default, and so its type, in [DEFAULT]; what it may be in [ranges];
-and in [stages] whose sections a stage reads before its own. This file knows no key by name, and executes no value.
+configs.txt holds of every key its default, and so its type, in [DEFAULT]; what it may be in [ranges] (whole numbers
+that are not listed there start at 1); and in [stages] whose sections a stage reads before its own. Of the keys this
+file knows `inherits` alone, and it executes no value.
 """
 import argparse
 import ast
@@ -20,7 +21,10 @@ CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 
 
 class UserError(SystemExit):
-    """What the user can mend: prints `error: WHAT: HOW TO FIX` and ends with status 2, without a traceback."""
+    """
+    What the user can mend. Making one prints `error: WHAT: HOW TO FIX`, so make none that is to be caught; raising it
+    ends the program with status 2 and without a traceback.
+    """
 
     def __init__(self, message):
         print_error(message)
