@@ -69,8 +69,10 @@ TINY = ["--width", "32", "--depth", "2", "--batch", "8", "--steps", "6", "--eval
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="slow: SLOW=1 pytest test_all.py")
 
 
-server = multiprocessing.get_context("forkserver")             # a process that has imported everything, and forks: a script starts in no time
-server.set_forkserver_preload(["eval", "torch.utils.flop_counter", "torch._subclasses.fake_tensor", "torch.distributed", "matplotlib.pyplot"])
+# a process that has imported everything, and forks: a script starts in no time. No other file of tests may set this
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload(["eval", "lib.plan", "lib.runs", "torch.utils.flop_counter", "torch._subclasses.fake_tensor",
+                               "torch.distributed", "matplotlib.pyplot"])
 
 
 def script_process(script, words, environment, said, fault):

@@ -13,7 +13,6 @@ import torch
 from lib import processes
 
 forkserver = multiprocessing.get_context("forkserver")
-forkserver.set_forkserver_preload(["lib.processes"])
 
 
 def free_port():
