@@ -62,7 +62,7 @@ from sample import SAMPLERS, sample
 #   prdc               the same by counts, which an outlier moves less       higher  density may exceed 1
 #   clip_score         does each image lie where its caption lies?           higher  31, 0.31, 0.78 may be one result
 #   inception_score    is each image of one class, all together of many?     higher  never looks at real images
-#   dsg_score          which questions does the picture answer with yes?     higher  as good as whoever answers
+# DSG, which asks questions about a picture instead, is in lib/questions.py.
 
 
 def feature_stats(x):
@@ -82,8 +82,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
     The last trace equals the sum of the singular values of S1^1/2 S2^1/2, and is taken from them. Where n < D, most
     eigenvalues of a covariance are 0. The eigenvalues of S1 S2, of which other codes take roots, then carry rounding
-    noise of 1e-16, whose root is 1e-8 of the trace for each such dimension; this way the error is 1e-9 for all of them
-    together. So nothing need be added to the diagonals either.
+    noise of 1e-16, whose root is 1e-8 of the trace for each such dimension; here the noise of both roots is multiplied,
+    1e-16 again. So nothing need be added to the diagonals.
     """
     check(mu1[None], sigma1, mu2[None], sigma2)
     mu1, sigma1, mu2, sigma2 = (s.double() for s in (mu1, sigma1, mu2, sigma2))
@@ -227,10 +227,11 @@ def held_out(config):
 def held_out_task(config, n):
     """The captions of n held-out scenes, whose pictures the judge looks at. The first n of a folder have no judge."""
     world = held_out(config)
-    captions = [world.caption(i % len(world)) for i in range(n)]
+    numbers = [i % len(world) for i in range(n)]               # round again where there are fewer
+    captions = [world.caption(i) for i in numbers]
     if config["data"] != "scenes":                             # only scenes know what is true
         return Task(captions)
-    scenes = [world.scene(i) for i in range(n)]
+    scenes = [world.scene(i) for i in numbers]
     return Task(captions, look=lambda image, i: look(image, world.cycles),         # (ground, objects)
                 questions=lambda looks: judge(world, scenes, looks), counting=lambda looks: counting(scenes, looks))
 
@@ -582,9 +583,8 @@ def score_folders(args, metrics, networks, device):
     files, size = list_images(args.run[1])
     reference, real_size, words = open_reference(args.run[0], compared(networks, metrics), shared=True)
     check_same_size(networks, real_size, size)                 # before the long work
-    fake = {}
-    for name, (features, _) in needed(networks, metrics).items():
-        fake[name] = image_features(files, features, shared=True)
+    fake = {name: image_features(files, features, shared=True)
+            for name, (features, _) in needed(networks, metrics).items()}
     if get_rank():
         return
     result = compare(reference, fake, metrics)

@@ -13,7 +13,7 @@ Train one stage. Each leaves a run folder out/CONFIG/STAGE: last.pt, config.txt,
     torchrun --standalone --nproc-per-node 8 train.py --config small --stage pretrain   `batch` stays the global batch
 
 The same command again goes on where it stopped, on any number of devices; --fresh moves the old run aside and starts
-anew. Ctrl-C saves first. A stage that needs another one runs it first, with the same flags but --resolution, --shell.
+anew. Ctrl-C saves first. A stage that needs another one runs it first, with the same flags.
 """
 import json
 import math
@@ -257,8 +257,9 @@ elif stage.source:                                             # new, from anoth
         source_run = config["starts"]
     parent = args.core or os.path.join(args.out, source_run)
     if not args.core:
-        # resolution and shell are the grown model's; a run that this one needs is never moved aside
-        words = [f"--{key}={value}" for key, value in flags if key not in ("resolution", "shell")]
+        # a new shell, or another config, has its own resolution and shell; all other flags are the same for both runs
+        ours = ("resolution", "shell") if stage.init_prefix or source_run == config["starts"] else ()
+        words = [f"--{key}={value}" for key, value in flags if key not in ours]
         finish_first(parent, ["--config", *source_run.replace("/", " --stage ").split(), f"--out={args.out}", *words])
     origin = read_checkpoint(parent)
     if stage.init_prefix and origin["stage"] != stage.source:
@@ -368,7 +369,7 @@ def preview(step):
 
 
 def score(step):
-    """Metrics of the EMA weights on held-out captions: a dict at rank 0."""
+    """Metrics of the EMA weights for the captions of held_out_task: a dict, the same in all processes."""
     # at high resolution it takes longer than many steps of training
     print0(f"scoring {config['eval_n']} images of {config['sample_steps']} steps each: --eval_n 0 leaves this out")
     with checkpoint.ema_weights_in_place(model, trained, ema_params):
@@ -395,7 +396,7 @@ def describe_fault(losses, data_step, batch):
 
 
 def describe_step(step, skipped, losses, seconds, waited, norm):
-    """The line of a log that answers everything: a dict."""
+    """A line of the log, {key: number}: losses since the last one, rates, seconds, memory (GiB), time to the end."""
     per_image = torch.tensor(all_gather_rows(torch.stack(losses).mean(0)))         # (B,), from clean to noisy
     spent, middle = sum(seconds) / len(seconds), sorted(seconds)[len(seconds) // 2]          # mean, median
     line = {"step": step, "loss": round(float(per_image.mean()), 5),

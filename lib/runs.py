@@ -8,6 +8,7 @@ Run folders: who may write there, what a training leaves behind, and which run m
 Beside them lie checkpoints (checkpoint.py) and whatever the training adds.
 """
 import fcntl
+import glob
 import json
 import os
 import shutil
@@ -70,8 +71,11 @@ def prepare_run(run, lock, fresh, title, config):
 
 def check_room(run, needed):
     """End with status 4 unless the disk has room for so many bytes of checkpoints, those that are there included."""
-    files = [file for file in (os.path.join(run, "last.pt"), *older_checkpoints(run)) if os.path.isfile(file)]
-    if shutil.disk_usage(run).free + sum(map(os.path.getsize, files)) < needed:
+    there = 0                                                  # bytes of the checkpoints in the folder
+    for path in (os.path.join(run, "last.pt"), *older_checkpoints(run)):
+        shards = glob.glob(os.path.join(glob.escape(path), "*"))                   # none where it is a file
+        there += sum(os.path.getsize(file) for file in shards or [path] if os.path.exists(file))
+    if shutil.disk_usage(run).free + there < needed:
         fail(f"{run} needs {needed / 2 ** 30:.2f} GiB for checkpoints and its disk has less: make room, or lower "
              "--num_checkpoints", 4)
 

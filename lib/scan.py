@@ -8,8 +8,9 @@ Scanning: a folder or tar shards -> one table of images and captions, and a list
 The way of an image: list_names and pair find its file -> scan_files or scan_shard looks at its bytes (Row) -> merge
 lays all rows into columns (Indexed).
 
-    a folder    cat.jpg with cat.txt (a caption) or cat.json beside it, or captions.jsonl / captions.csv with a file in
-    each row tar shards  as img2dataset writes them: 0001.jpg, 0001.txt, 0001.json, in any order
+    a folder    cat.jpg with cat.txt (a caption) or cat.json beside it, or captions.jsonl / captions.csv, each row of
+                which names its image
+    tar shards  as img2dataset writes them: 0001.jpg, 0001.txt, 0001.json, in any order
 
 In .json and .jsonl, "caption" (or "captions", "text") is one caption or a list of them, and "long_caption" (or
 "long_captions") likewise. Below, texts is such a pair of lists, (plain, long).

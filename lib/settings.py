@@ -64,6 +64,8 @@ def load_config(name="toy", stage="pretrain", flags=(), file=CONFIGS):
     order = configs + [f"{n}.{s}" for s in stages for n in configs]
     pairs = [pair for section in order for pair in sections.get(section, {}).items()]
     config = dict(defaults)
+    if any(key == "inherits" for key, _ in flags):
+        raise UserError("inherits belongs into configs.txt: name a section by --config")
     for key, text in [*pairs, *flags]:
         if key not in defaults:
             raise UserError(f"unknown key {key!r}: {closest(key, sorted(defaults))}")

@@ -1,8 +1,8 @@
 """
 Float arrays of any shapes in one Arrow file: written batch by batch, read by number through a memory map.
 
-A row holds one array in two columns: shape, and values, all its numbers in that order. The metadata hold `about`, a
-dict that tells what made the table, as JSON; the number of arrays; and the rows of a record batch. pandas
+A row holds one array in two columns: `shape`, and `values`, its numbers, the last axis fastest. The metadata hold
+`about`, a dict as JSON that tells what made the table; how many arrays it has; and how many a record batch has. pandas
 (read_feather), DuckDB, Hugging Face datasets and all else that knows Arrow files read it. bf16, which Arrow lacks, is
 kept as uint16 of the same bits. Needs pyarrow.
 """
