@@ -138,7 +138,8 @@ def plan_training(make_model, loss, steps, batch, micro, devices=1, kind="h100",
     if kind not in KINDS:
         raise UserError(f"unknown kind {kind!r}: take one of {', '.join(KINDS)}")
     if devices < 1 or not 0 < mfu <= 1:
-        raise UserError(f"{devices} devices at {mfu:g} of the peak rate: give at least 1, and a share above 0 and up to 1")
+        raise UserError(f"{devices} devices at {mfu:g} of the peak rate: give at least 1, and a share above 0 and "
+                        "up to 1")
     per_device, micro = split_batch(batch, micro, devices)
     model, flops, activations = measure_step(make_model, loss, micro, dtype, blocks)
     state = state_bytes(model, moments)
