@@ -481,7 +481,8 @@ result = None                                                  # without a score
 try:
     if config["eval_n"]:
         result = score(step)
-except InterruptedError:                                       # all is saved; the same command comes back to the score
+except InterruptedError:                                       # all is saved
+    print0(f"stopped before the score of step {step}: the same command comes back to it")
     exit_with(128 + int(all_reduce_max(signals[0] if signals else 0)))
 if rank == 0 and result:
     with open(os.path.join(run, "metrics.json"), "w") as f:

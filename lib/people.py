@@ -129,6 +129,9 @@ def read_ratings(folder, files):
                 raise UserError(f"{other!r} and {file!r} are of one rater: give each rater's last file alone")
             raters[content["rater"]] = file
             add_votes(votes, content["answers"], key["swapped"])
+    except FileNotFoundError as e:
+        raise UserError(f"no file {e.filename!r}: --sheet names the folder with key.json, --ratings the files that the "
+                        "page saved")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"the answers cannot be read ({type(e).__name__}: {e}): "
                         "give --sheet FOLDER with key.json, and files as the page saves them")

@@ -84,7 +84,7 @@ def draw_panels(panels, file, xlabel, ranges=()):
     try:
         import matplotlib
     except ImportError:
-        print(f"no picture {file}: pip install matplotlib")
+        print(f"optional: pip install matplotlib, for the picture {file}")
         return False
     matplotlib.use("Agg")                                      # no window
     import matplotlib.pyplot as plt

@@ -171,4 +171,5 @@ def print_plan(p):
         verdict = "fits" if fits else "too much: lower --micro, or switch on --checkpointing"
         print(f"{way:>14} " + "".join(f"{parts.get(part, 0):13.2f}" for part in columns) + f"   {verdict}")
     print(f"{p['flops_per_image'] / 1e9:,.1f} GFLOP per image; {p['images_per_second']:,.0f} images/s and "
-          f"{p['days']:.3g} days at {p['mfu']:.0%} of the peak rate, which is assumed (--mfu)")
+          + (f"{p['days']:.3g} days" if p["days"] >= 1 else f"{24 * p['days']:.3g} hours")
+          + f" at {p['mfu']:.0%} of the peak rate, which is assumed (--mfu)")

@@ -153,7 +153,8 @@ class Parser(argparse.ArgumentParser):
         return super().add_argument(*names, **options)
 
     def error(self, message):
-        raise UserError(f"{message}: write --KEY VALUE, as --help tells")
+        missing = "required" in message                        # words without dashes, such as a folder
+        raise UserError(f"{message}: " + ("--help shows examples" if missing else "write --KEY VALUE, as --help tells"))
 
     def parse_keys(self, words=None):
         """(own flags as argparse has them, [(key, text)] for load_config). UserError for one unknown or given twice."""
