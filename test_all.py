@@ -1845,6 +1845,13 @@ def test_the_range_of_guidance_lies_between_the_two_optima():
     assert result["optimum"] == {"fd_random": 2, "mmd_random": 4}
 
 
+def test_perfect_pictures_score_1_also_where_the_world_is_smaller_than_the_exam():
+    config = tiny("grow", scene_count=20)
+    world, task = evaluation.held_out(config), evaluation.held_out_task(config, 50)
+    looks = [task.look(world.image(i % 20, 64), i) for i in range(50)]
+    assert task.questions(looks)["dsg"] > 0.98
+
+
 def test_zeroshot_finds_the_caption_of_least_loss(monkeypatch):
     config = tiny()
     world, model = Scenes(config), build(config)
