@@ -1633,7 +1633,7 @@ def test_answers_of_people_are_scored_from_the_command_line(tmp_path, says):
     assert result["metrics"]["aesthetics"]["wins_a"]["value"] == 0.75 and "2 raters, 20 pairs" in printed
     assert set(result["card"]) == {"sheet", "answers", "interval"} and key["sheet"] in printed
     assert set(result["metrics"]) == {"aesthetics", "consistency", "together"}
-    assert "cannot be read" in says("--ratings", files[0]) and "leave the runs away" in says("x", "y", *words)
+    assert "no file" in says("--ratings", files[0]) and "leave the runs away" in says("x", "y", *words)
     assert "holds a sheet already" in says("x", "y", "--sheet", tmp_path / "sheet")
 
 
@@ -2090,7 +2090,7 @@ def test_the_suggested_caption_is_not_empty(tmp_path):
     world = Scenes(config)
     (tmp_path / "photos").mkdir()
     for i in range(24):
-        write_png(tmp_path / f"photos/{i:02}.png", world.view(i, 16, 16, (0, 0))[0])
+        write_png(tmp_path / f"photos/{i:02}.png", world.image(i, 16))
         (tmp_path / f"photos/{i:02}.txt").write_text(world.caption(i) if i else "")
     words = changed(TINY, steps=1, sample_every=0)
     said = run("train.py", *PRETRAIN, tmp_path, "--data", tmp_path / "photos", *words)
