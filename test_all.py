@@ -2090,7 +2090,7 @@ def test_the_suggested_caption_is_not_empty(tmp_path):
     world = Scenes(config)
     (tmp_path / "photos").mkdir()
     for i in range(24):
-        write_png(tmp_path / f"photos/{i:02}.png", world.image(i, 16))
+        write_png(str(tmp_path / f"photos/{i:02}.png"), world.image(i, 16))
         (tmp_path / f"photos/{i:02}.txt").write_text(world.caption(i) if i else "")
     words = changed(TINY, steps=1, sample_every=0)
     said = run("train.py", *PRETRAIN, tmp_path, "--data", tmp_path / "photos", *words)
