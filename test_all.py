@@ -68,8 +68,8 @@ slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="slow: SLOW=1 pytes
 
 # A process that has imported everything, and forks: a script starts in no time. No other file of tests may set this.
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["eval", "lib.plan", "lib.runs", "torch.utils.flop_counter", "matplotlib.pyplot",
-                               "torch._subclasses.fake_tensor", "torch.distributed"])
+server.set_forkserver_preload(["eval", "lib.plan", "lib.runs", "torch._dynamo", "torch.utils.flop_counter",
+                               "torch._subclasses.fake_tensor", "torch.distributed", "matplotlib.pyplot"])
 
 
 def script_process(script, words, environment, output, fault):
