@@ -64,8 +64,8 @@ def test_the_table_says_what_fits_and_an_unknown_device_is_refused(capsys):
     said = capsys.readouterr().out
     for words in ("batch 40 = 5 micro x 8 accumulated x 1 device\n", "fits", "too much: lower --micro"):
         assert words in said
-    for wrong, words in ((dict(kind="tpu"), "take one of v100"), (dict(devices=0), "give 1 or more"),
-                         (dict(mfu=1.5), "a share of (0, 1]"), (dict(devices=3), "take a multiple of 15")):
+    for wrong, words in ((dict(kind="tpu"), "take one of v100"), (dict(devices=0), "give at least 1"),
+                         (dict(mfu=1.5), "a share above 0"), (dict(devices=3), "take a multiple of 15")):
         with pytest.raises(SystemExit):
             plan.plan_training(three_blocks, small_loss, 100, 40, 5, **wrong)
         assert words in capsys.readouterr().err
