@@ -24,7 +24,6 @@ Letters: n and m images, D features, p and q rows of a block, H W height and wid
 import itertools
 import os
 import sys
-from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -35,17 +34,19 @@ from lib.checkpoint import is_run
 from lib.draws import normals
 from lib.encoders import open_autoencoder
 from lib.files import file_hash, free_name
+from lib.judge import counting, diversity, fidelity, judge, look
 from lib.networks import open_network, open_vqa, random_features, to_square
 from lib.pairs import BLOCK, balls, check, matrix_root, pair_sum, squared_distances
 from lib.people import score_ratings, write_page
 from lib.pictures import draw_tuning, to_tensor, to_uint8, write_png
 from lib.processes import chunks, exit_with, get_rank, get_world_size, join, on_all_ranks
-from lib.questions import dsg_table, read_answers, read_captions, read_dsg
+from lib.questions import dsg_table, read_answers, read_dsg
 from lib.references import (check_same_size, find_images, image_features, list_classes, list_images, open_reference,
                             read_image)
 from lib.results import accuracy, best_point, make_card, over_seeds, report, tuning, write_result
-from lib.scenes import counting, describe, judge, look
+from lib.scenes import describe
 from lib.settings import Parser, UserError, parse_numbers, parse_words
+from lib.tasks import Task, dsg_task, keep_pictures, prompts_task
 from model import diffusion_loss, load, read_checkpoint
 from sample import SAMPLERS, sample
 
@@ -207,16 +208,7 @@ def inception_score(logits, splits=10):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What a run is asked to draw, and who looks at it
-
-
-class Task(NamedTuple):
-    """Captions, and what can be known of their pictures. Without functions nobody looks."""
-    captions: list                                             # one for each picture
-    names: list | None = None                                  # of kept pictures' files; None: 00000, 00001 ...
-    look: Callable = lambda image, i: None                     # (H, W, 3) uint8 -> what the i-th picture shows
-    questions: Callable | None = None                          # all that `look` returned -> {category or "dsg": score}
-    counting: Callable | None = None                           # ... -> {"1", "2", "3": share}
+# What a run is asked to draw, and who looks at it: a Task (lib/tasks.py)
 
 
 def held_out(config):
@@ -224,49 +216,21 @@ def held_out(config):
     return open_data(config).held_out()
 
 
-def held_out_task(config, n):
-    """The captions of n held-out scenes, whose pictures the judge looks at. The first n of a folder have no judge."""
+def held_out_task(config, n, noises=1):
+    """
+    n pictures of held-out captions, `noises` of each caption, at which the judge looks. For n of a folder's images
+    there is no judge: only scenes know what is true.
+    """
     world = held_out(config)
-    numbers = [i % len(world) for i in range(n)]               # round again where there are fewer
-    captions = [world.caption(i) for i in numbers]
-    if config["data"] != "scenes":                             # only scenes know what is true
-        return Task(captions)
+    numbers = [i % len(world) for i in range(-(-n // noises))] # round again where there are fewer
+    task = Task([world.caption(i) for i in numbers for _ in range(noises)])
+    if config["data"] != "scenes":
+        return task
     scenes = [world.scene(i) for i in numbers]
-    return Task(captions, look=lambda image, i: look(image, world.cycles),         # (ground, objects)
-                questions=lambda looks: judge(world, scenes, looks), counting=lambda looks: counting(scenes, looks))
-
-
-def prompts_task(file):
-    """Captions from a file, one a line; a blank line is the null caption. Nobody judges them."""
-    return Task(read_captions(file))
-
-
-def dsg_task(prompts, ask=None):
-    """The captions are the prompts of read_dsg; `ask`, where there is one, answers each question about its picture."""
-    captions, names = [p["text"] for p in prompts], [p["item"] for p in prompts]
-    if not ask:
-        return Task(captions, names)
-
-    def answers(image, i):
-        return {q: ask(image, text) for q, text in prompts[i]["questions"].items()}
-    return Task(captions, names, answers, questions=lambda all_answers: dsg_table(prompts, all_answers))
-
-
-def keep_pictures(task, folder):
-    """The task, with every picture kept as folder/NAME.png when it is looked at, for other programs."""
-    os.makedirs(folder, exist_ok=True)
-    if get_rank() == 0:                                        # long before any process has made its first picture
-        if os.listdir(folder):
-            raise UserError(f"{folder!r} is not empty: give a new folder, for the pictures of one call alone")
-        text = "".join(" ".join(caption.split()) + "\n" for caption in task.captions)      # as --prompts reads them
-        with open(os.path.join(folder, "captions.txt"), "w", encoding="utf-8") as f:
-            f.write(text)
-
-    def write_and_look(image, i):
-        name = task.names[i] if task.names else f"{i:05d}"
-        write_png(os.path.join(folder, f"{name}.png"), image)
-        return task.look(image, i)
-    return task._replace(look=write_and_look)
+    metrics = {"diversity": lambda looks: diversity(world, numbers, looks)} if noises > 1 else {
+        "questions": lambda looks: judge(world, scenes, looks), "counting": lambda looks: counting(scenes, looks),
+        "fidelity": fidelity}
+    return task._replace(look=lambda image, i: look(image, world.cycles), metrics=metrics)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -363,9 +327,12 @@ def zeroshot_of_run(model, config, n, seed, classes):
 
 
 METRICS = {
-    # a Task's pictures: what the task's `look` returned for each of them; None where the task cannot say
-    "questions": ("pictures", lambda task, looks: task.questions and task.questions(looks)),
-    "counting": ("pictures", lambda task, looks: task.counting and task.counting(looks)),
+    # a task's pictures, by the task's own function; a task that has none leaves the metric out
+    "questions": ("pictures", None),
+    "counting": ("pictures", None),
+    "fidelity": ("pictures", None),
+    # the same, of pictures from several noises for each caption
+    "diversity": ("noises", None),
     # two sets of features of one network, the real one first
     "fd": ("features", fd),
     "mmd": ("features", mmd),
@@ -423,23 +390,40 @@ def compare(reference, fake, metrics, captions=None):
 # Evaluating a run
 
 RANDOM = {"random": (random_features, {})}                     # networks: {name: (features, about)}, as open_network
+NOISES = 8                                                     # pictures of each caption for diversity
+USUAL = ("questions", "fidelity", "diversity", "fd", "mmd")    # metrics of a run, unless others are asked for
 
 
 @torch.no_grad()
-def evaluate(model, config, n, seed=0, metrics=("questions", "fd", "mmd"), networks=RANDOM, task=None, reference=None,
-             shared=False, poll=None):
+def evaluate(model, config, n, seed=0, metrics=USUAL, networks=RANDOM, task=None, reference=None, shared=False,
+             poll=None):
     """
     {metric: value} of n images, for the captions of `task` (default: held-out ones), against the features `reference`
-    {network: (m, D)} (default: of n real images). The config says guidance, sample_steps and sampler. Each chunk is
-    generated, looked at, turned into features and forgotten, so n is not bound by memory. With CLIP among the networks
-    the CLIP score comes too. `shared`: several processes do their part each, and rank 0 alone gets the result, the
-    others {}. `poll`, if given, is called at every evaluation of the model and may raise.
+    {network: (m, D)} (default: of n real images). The config says guidance, sample_steps and sampler. With CLIP among
+    the networks the CLIP score comes too. `shared`: several processes do their part each, and rank 0 alone gets the
+    result, the others {}. `poll`, if given, is called at every evaluation of the model and may raise.
     """
-    task = task or held_out_task(config, n)
-    captions = task.captions[:n]
+    task, known = task or held_out_task(config, n), {}
     if reference is None:
         reference = real_features(config, n, compared(networks, metrics), shared)
-    networks = needed(networks, metrics)
+    looks, fake, texts = draw_and_look(model, config, task, n, needed(networks, metrics), seed, shared, poll)
+    judged = [(task, looks)]
+    if "diversity" in metrics:                                 # of pictures of its own
+        several = held_out_task(config, n, NOISES)
+        judged.append((several, draw_and_look(model, config, several, n, {}, seed, shared, poll)[0]))
+    result = {}
+    for task, looks in judged:
+        result |= {name: function(looks) for name, function in task.metrics.items() if name in metrics and looks}
+    return result | compare(reference, fake, metrics, texts)
+
+
+def draw_and_look(model, config, task, n, networks, seed, shared, poll):
+    """
+    (what the task's `look` returned for each of its first n pictures, {network: features (n, D)}, CLIP's embeddings of
+    the captions or None). Each chunk is generated, looked at, turned into features and forgotten: memory does not bound
+    n. All empty in a process that only helps.
+    """
+    captions = task.captions[:n]
 
     def work(rows):                                            # a chunk of places in the list of captions
         images = generate(model, config, captions, rows, seed, poll)               # (B, H, W, 3) uint8
@@ -447,14 +431,9 @@ def evaluate(model, config, n, seed=0, metrics=("questions", "fd", "mmd"), netwo
         texts = networks["clip"][0](captions[rows.start:rows.stop]).cpu() if "clip" in networks else None  # (B, D)
         return looks, all_features(networks, images), texts
     parts = on_all_ranks(work, chunks(len(captions)), "images", shared)            # in order
-    if not parts:                                              # of a process that only helps
-        return {}
-    looks, features, texts = zip(*parts)
-    looks = [one for chunk in looks for one in chunk]
-    result = {name: function(task, looks) for name, function in rows_of("pictures", metrics).items()}
-    result = {name: scores for name, scores in result.items() if scores is not None}
-    fake = {name: torch.cat([chunk[name] for chunk in features]) for name in networks}     # (n, D) each
-    return result | compare(reference, fake, metrics, torch.cat(texts) if "clip" in networks else None)
+    looks, features, texts = zip(*parts) if parts else ((), (), ())
+    fake = {name: torch.cat([chunk[name] for chunk in features]) for name in networks if parts}    # (n, D) each
+    return [one for chunk in looks for one in chunk], fake, torch.cat(texts) if "clip" in fake else None
 
 
 def generate(model, config, captions, rows, seed=0, poll=None):
@@ -650,7 +629,7 @@ def parse():
     add = parser.add_argument
     add("run", nargs="*", help="a run such as out/toy/grow; or two folders of images, reference first; or two runs")
     add("--n", type=int, help="images; default 1000, or all captions of a file, or 50 pairs of a sheet")
-    add("--metrics", help=f"of {','.join(METRICS)}; default questions,fd,mmd; for folders fd,mmd,pr,prdc")
+    add("--metrics", help=f"of {','.join(METRICS)}; default {','.join(USUAL)}; for folders fd,mmd,pr,prdc")
     add("--features", default="random", help="of random,inception,dino,clip: one or several")
     add("--weights", default="", help="file or folder with the weights, one for each of --features that is not random")
     add("--guidance", help="one value or several, such as 1,2,4; default: the run's own")
@@ -699,7 +678,7 @@ def parse_metrics(args):
     folders = len(args.run) == 2
     known = [name for name, (kind, _) in METRICS.items() if not folders or kind in ("features", "logits")]
     usual = ("fd,mmd,pr,prdc" if folders else "zeroshot" if args.classes else "questions" if args.dsg
-             else "fd,mmd" if args.prompts else "questions,fd,mmd")
+             else "fd,mmd" if args.prompts else ",".join(USUAL))
     return parse_words(args.metrics or usual, known, "--metrics")
 
 

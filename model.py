@@ -67,6 +67,8 @@ WEIGHTINGS = {
     "v": torch.ones_like,                                      # e_v^2
     "eps": torch.sigmoid,                                      # e_eps^2 = alpha^2 e_v^2
     "x": lambda logsnr: torch.sigmoid(-logsnr),                # e_x^2 = sigma^2 e_v^2
+    # SNR^(1/3) e_x^2, between x and eps: x spends itself on levels at which nobody could tell what is in the picture
+    "x-eps": lambda logsnr: torch.sigmoid(-logsnr) * torch.exp(logsnr / 3),
 }
 
 
@@ -290,15 +292,27 @@ def group_norm(channels):
     return nn.GroupNorm(groups, channels)
 
 
+class Conv2d(nn.Conv2d):
+    """Its weight is a matrix, (c_out, c_in * kernel^2): Muon takes it like any other."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.weight = nn.Parameter(self.weight.detach().flatten(1))
+
+    def forward(self, x):
+        weight = self.weight.unflatten(1, (-1, *self.kernel_size))                 # (c_out, c_in, kernel, kernel)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
 class ResidualBlock(nn.Module):
     """Two 3x3 convolutions with swish (Sec. 3.2), shifted and scaled by temb between them."""
 
     def __init__(self, c_in, c_out, width):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(c_in), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.norm2, self.conv2 = group_norm(c_out), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm1, self.conv1 = group_norm(c_in), Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(c_out), Conv2d(c_out, c_out, 3, padding=1)
         self.temb_proj = nn.Linear(width, 2 * c_out)
-        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.skip = Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, temb):
         shift, scale = self.temb_proj(temb)[..., None, None].chunk(2, 1)           # (B, c_out, 1, 1)
@@ -310,38 +324,52 @@ class ResidualBlock(nn.Module):
 def strided_conv(c_in, c_out, stride):
     """Image -> features at 1/stride of its size. A kernel of 2 stride - 1 shares stride - 1 pixels with the next."""
     kernel = max(3, 2 * stride - 1)
-    return nn.Conv2d(c_in, c_out, kernel, stride=stride, padding=kernel // 2)
+    return Conv2d(c_in, c_out, kernel, stride=stride, padding=kernel // 2)
 
 
 class SubpixelHead(nn.Module):
-    """Features back to an image in steps of two: one subpixel step by 4 was found to be worse (Sec. 3.2)."""
+    """
+    Features back to an image in steps of two: one subpixel step by 4 was found to be worse (Sec. 3.2). With c_skip
+    channels of them, features of the noisy image itself join at full size: edges need not pass through the core's grid.
+    """
 
-    def __init__(self, c_in, c_out, stride):
+    def __init__(self, c_in, c_out, stride, c_skip, width):
         super().__init__()
         widths = [c_in] + [max(16, c_in // 2 ** i) for i in range(1, int(math.log2(stride)) + 1)]
-        doublings = [nn.Sequential(nn.Conv2d(a, 4 * b, 1), nn.PixelShuffle(2)) for a, b in zip(widths, widths[1:])]
+        doublings = [nn.Sequential(Conv2d(a, 4 * b, 1), nn.PixelShuffle(2)) for a, b in zip(widths, widths[1:])]
         self.up = nn.Sequential(*doublings)
-        self.norm, self.conv_out = group_norm(widths[-1]), nn.Conv2d(widths[-1], c_out, 3, padding=1)
+        self.conv_skip = strided_conv(c_out, c_skip, 1) if c_skip else None
+        self.block = ResidualBlock(widths[-1] + c_skip, widths[-1], width) if c_skip else None
+        self.norm, self.conv_out = group_norm(widths[-1]), Conv2d(widths[-1], c_out, 3, padding=1)
 
-    def forward(self, x):
-        return self.conv_out(F.silu(self.norm(self.up(x))))                        # (B, c, h', w') -> (B, C, H, W)
+    def enlarge(self, x, z, temb):
+        x = self.up(x)                                                             # (B, c, h', w') -> (B, c', H, W)
+        if self.conv_skip is not None:
+            x = self.block(torch.cat([x, self.conv_skip(z)], 1), temb)             # (B, c', H, W)
+        return x
+
+    def to_image(self, x):
+        return self.conv_out(F.silu(self.norm(x)))                                 # (B, C, H, W)
+
+    def forward(self, x, z, temb):
+        return self.to_image(self.enlarge(x, z, temb))                             # (B, C, H, W)
 
 
 class Shallow(nn.Module):
     """Shallow-UViT (Sec. 3.2): one residual block on each side, on the core's own grid, so nearly all is core."""
 
-    def __init__(self, c_image, width, channels, stride):
+    def __init__(self, c_image, width, channels, stride, c_skip):
         super().__init__()
         self.conv_in = strided_conv(c_image, channels, stride)
         self.encoder = ResidualBlock(channels, width, width)
         self.decoder = ResidualBlock(width, channels, width)
-        self.head = SubpixelHead(channels, c_image, stride)
+        self.head = SubpixelHead(channels, c_image, stride, c_skip, width)
 
-    def encode(self, z, temb):
-        return self.encoder(self.conv_in(z), temb), []                             # (B, D, h, w), no skips
+    def encode(self, z, temb, logsnr):
+        return self.encoder(self.conv_in(z), temb), [z]                            # (B, D, h, w)
 
     def decode(self, features, skips, temb):
-        return self.head(self.decoder(features, temb))                             # (B, C, H, W)
+        return self.head(self.decoder(features, temb), *skips, temb)               # (B, C, H, W)
 
 
 class UNet(nn.Module):
@@ -350,7 +378,7 @@ class UNet(nn.Module):
     level has residual blocks going down and as many going up, joined by a skip.
     """
 
-    def __init__(self, c_image, width, channels, residual_blocks, stride):
+    def __init__(self, c_image, width, channels, residual_blocks, stride, c_skip):
         super().__init__()
         pairs = list(zip(channels, [*channels[1:], width]))                        # (this level, the next coarser one)
 
@@ -359,15 +387,15 @@ class UNet(nn.Module):
             return nn.ModuleList(ResidualBlock(a, b, width) for a, b in zip(sizes, sizes[1:]))
         self.conv_in = strided_conv(c_image, channels[0], stride)
         self.encoders = nn.ModuleList(stack(c, c) for c in channels)
-        self.downs = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairs)
+        self.downs = nn.ModuleList(Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairs)
         self.into_core = stack(width, width)
         self.from_core = stack(width, width)
-        self.ups = nn.ModuleList(nn.Conv2d(b, a, 1) for a, b in reversed(pairs))
+        self.ups = nn.ModuleList(Conv2d(b, a, 1) for a, b in reversed(pairs))
         self.decoders = nn.ModuleList(stack(2 * c, c) for c in reversed(channels))
-        self.head = SubpixelHead(channels[0], c_image, stride)
+        self.head = SubpixelHead(channels[0], c_image, stride, c_skip, width)
 
-    def encode(self, z, temb):
-        x, skips = self.conv_in(z), []                                             # (B, c0, H/stride, W/stride)
+    def encode(self, z, temb, logsnr):
+        x, skips = self.conv_in(z), [z]                                            # (B, c0, H/stride, W/stride)
         for blocks, down in zip(self.encoders, self.downs):
             for block in blocks:
                 x = block(x, temb)                                                 # (B, c, h', w')
@@ -378,7 +406,7 @@ class UNet(nn.Module):
         return x, skips                                                            # (B, D, h, w)
 
     def decode(self, features, skips, temb):
-        x = features                                                               # (B, D, h, w)
+        x, (z, *skips) = features, skips                                           # (B, D, h, w), (B, C, H, W)
         for block in self.from_core:
             x = block(x, temb)
         for blocks, up, skip in zip(self.decoders, self.ups, reversed(skips)):
@@ -386,7 +414,38 @@ class UNet(nn.Module):
             x = torch.cat([x, skip], 1)                                            # (B, 2 c, h', w')
             for block in blocks:
                 x = block(x, temb)
-        return self.head(x)                                                        # (B, C, H, W)
+        return self.head(x, z, temb)                                               # (B, C, H, W)
+
+
+class Nested(nn.Module):
+    """
+    The old shallow shell, kept and trained on, inside one for images `factor` times as large. The image, pooled, goes
+    through the old one; what that makes of it, enlarged, meets the image itself at full size. The last layer starts at
+    zero and adds to the enlarged old image: a grown model begins as the old model, and predicts x as that did.
+    """
+
+    def __init__(self, inner, c_image, factor, c_skip, width):
+        super().__init__()
+        c = inner.head.conv_out.in_channels
+        self.inner, self.factor = inner, factor
+        self.conv_skip = strided_conv(c_image, c_skip, 1)
+        self.block = ResidualBlock(c + c_image + c_skip, c, width)
+        self.norm, self.conv_out = group_norm(c), Conv2d(c, c_image, 3, padding=1)
+
+    def encode(self, z, temb, logsnr):
+        alpha, sigma = alpha_sigma(logsnr)                                         # (B, 1, 1, 1)
+        pooled = F.avg_pool2d(z, self.factor)                  # (B, C, H/f, W/f): the noise is `factor` times weaker
+        pooled = pooled / (alpha ** 2 + (sigma / self.factor) ** 2).sqrt()         # alpha^2 + sigma^2 = 1 again
+        features, skips = self.inner.encode(pooled, temb, logsnr)                  # (B, D, h, w)
+        return features, [z, *skips]
+
+    def decode(self, features, skips, temb):
+        z, pooled = skips                                                          # (B, C, H, W), (B, C, H/f, W/f)
+        x = self.inner.head.enlarge(self.inner.decoder(features, temb), pooled, temb)              # (B, c, H/f, W/f)
+        x = torch.cat([x, self.inner.head.to_image(x)], 1)                         # (B, c + C, H/f, W/f)
+        x = F.interpolate(x, scale_factor=float(self.factor), mode="nearest")      # (B, c + C, H, W)
+        y = self.block(torch.cat([x, self.conv_skip(z)], 1), temb)                 # (B, c, H, W)
+        return x[:, -z.shape[1]:] + self.conv_out(F.silu(self.norm(y)))            # (B, C, H, W)
 
 
 class Patch(nn.Module):
@@ -399,12 +458,12 @@ class Patch(nn.Module):
     def __init__(self, c_image, width, patch):
         super().__init__()
         self.patch = patch
-        self.conv_in = nn.Conv2d(c_image, width, patch, stride=patch)
+        self.conv_in = Conv2d(c_image, width, patch, stride=patch)
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.empty(2, width))
         self.proj_out = nn.Linear(width, c_image * patch ** 2)
 
-    def encode(self, z, temb):
+    def encode(self, z, temb, logsnr):
         return self.conv_in(z), []                                                 # (B, D, h, w), no skips
 
     def decode(self, features, skips, temb):
@@ -420,36 +479,55 @@ class Patch(nn.Module):
 class Denoiser(nn.Module):
     """
     z (B, C, H, W), logsnr (B,), text (B, L) tokens or (B, L, E) embeddings, size (B, 6) in pixels (original height,
-    width, crop top, left, target height, width) or None -> v (B, C, H, W).
+    width, crop top, left, target height, width) or None -> v (B, C, H, W). What the shell makes is v, or with
+    `prediction` "x" the clean image, from which v follows (JiT, arXiv 2511.13720): a narrow shell cannot carry noise.
     """
 
-    def __init__(self, core, shell):
+    def __init__(self, core, shell, prediction="v", pool=1):
         super().__init__()
-        self.core, self.shell = core, shell
+        self.core, self.shell, self.prediction = core, shell, prediction
+        self.logsnr_shift = 2 * math.log(pool)                 # the core sees images pooled by so much, with less noise
 
     def forward(self, z, logsnr, text, size=None):
-        temb, text, text_len = self.core.embed(logsnr, text, size)                 # (B, D), (B, L, D), (B,)
-        features, skips = self.shell.encode(z, temb)                               # (B, D, h, w)
+        temb, text, text_len = self.core.embed(logsnr + self.logsnr_shift, text, size)   # (B, D), (B, L, D), (B,)
+        features, skips = self.shell.encode(z, temb, logsnr)                       # (B, D, h, w)
         features = self.core(features, temb, text, text_len)                       # (B, D, h, w)
-        return self.shell.decode(features, skips, temb)                            # (B, C, H, W)
+        y = self.shell.decode(features, skips, temb)                               # (B, C, H, W)
+        if self.prediction == "v":
+            return y
+        alpha, sigma = alpha_sigma(logsnr)                                         # (B, 1, 1, 1)
+        return (alpha * z - y.float()) / sigma                 # y is x, the clean image, which needs no noise to pass
 
 
 def build(config):
     """A freshly initialised model for this config."""
     c = config
     check_sizes(c)
-    width, (c_image, side, _) = c["width"], image_shape(c)
-    spans, merged = encoder_spans(c), merged_layers(c)
+    width, spans, merged = c["width"], encoder_spans(c), merged_layers(c)
     text = PretrainedEncoding(spans, width) if spans else WordEncoding(c["text_vocab"], c["text_length"], width)
     ratios = [c["kv_merge"] if i in merged else 1 for i in range(c["depth"])]
     core = Core(text, width, c["heads"], c["mlp_ratio"], ratios, c["kv_merge_norm"], c["size_condition"])
+    pool = c["resolution"] // c["inner_resolution"] if c["shell"] == "nested" else 1
+    return init_weights(Denoiser(core, build_shell(c), c["prediction"], pool))
+
+
+def build_shell(config):
+    """The shell that the config names, for images of its resolution."""
+    c, width, (c_image, side, _) = config, config["width"], image_shape(config)
     if c["shell"] == "shallow":
-        shell = Shallow(c_image, width, c["entry_channels"], side // c["grid"])
-    elif c["shell"] == "unet":
-        shell = UNet(c_image, width, c["channels"], c["residual_blocks"], side // (c["grid"] * 2 ** len(c["channels"])))
-    else:
-        shell = Patch(c_image, width, c["patch"])
-    return init_weights(Denoiser(core, shell))
+        return Shallow(c_image, width, c["entry_channels"], side // c["grid"], c["image_skip"])
+    if c["shell"] == "nested":
+        inner = build_shell(inner_config(c))
+        return Nested(inner, c_image, c["resolution"] // c["inner_resolution"], c["image_skip"], width)
+    if c["shell"] == "unet":
+        stride = side // (c["grid"] * 2 ** len(c["channels"]))
+        return UNet(c_image, width, c["channels"], c["residual_blocks"], stride, c["image_skip"])
+    return Patch(c_image, width, c["patch"])
+
+
+def inner_config(config):
+    """The config of the shell inside a nested one."""
+    return config | {"shell": "shallow", "resolution": config["inner_resolution"]}
 
 
 def init_weights(model):
@@ -463,7 +541,7 @@ def init_weights(model):
         core.modulation, scale_shift_table             0: the gates of self-attention and MLP are shut
         cross_attention.out                            0: with the gates, a block is the identity
         residual block: temb_proj                      0: no shift, no scale
-        conv_out, proj_out                             0: the model predicts v = 0
+        conv_out, proj_out                             0: the model predicts 0, of v or of x
         time.size_out                                  0: sizes change nothing
         self_attention.merge                           1 / r^2: the mean of the merged tokens (PixArt-Sigma)
     """
@@ -502,6 +580,9 @@ def init_from(parent, config, prefix):
     with torch.device("meta"):                                                     # shapes alone, no memory
         new = build(config).state_dict()
     old = ema_weights(parent)
+    if prefix == "core." and config["shell"] == "nested":      # the old shell comes along, into the new one
+        prefix = "core.", "shell.inner."
+        old = {k.replace("shell.", "shell.inner.", 1): v for k, v in old.items()}
     inherited = {k: v for k, v in old.items() if k.startswith(prefix) and k in new}
     added = [k for k in new if k.startswith(prefix) and k not in old]
     misfits = [f"{k} is {tuple(v.shape)} there, {tuple(new[k].shape)} here"
@@ -599,6 +680,11 @@ def check_sizes(config):
         below = max((size for size in sizes if size < c["resolution"]), default=unit)
         above = min(size for size in sizes if size > below)
         raise UserError(f"resolution = {c['resolution']} does not fit {tokens}: take {below} or {above}")
+    if c["shell"] == "nested":
+        check_sizes(inner_config(c))
+        if c["resolution"] % c["inner_resolution"] or c["prediction"] != "x" or not c["image_skip"]:
+            raise UserError(f"shell = nested round images of {c['inner_resolution']} px (inner_resolution): take a "
+                            "multiple of that as resolution, prediction = x and image_skip = 16")
     if token_grid(c) % merge:
         raise UserError(f"kv_merge = {merge} does not divide a grid of {token_grid(c)} x {token_grid(c)} tokens: "
                         "take another, or another grid")

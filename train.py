@@ -58,7 +58,10 @@ STAGES = {
 }
 # settings that weights depend on: of the core, and of the shell
 CORE_KEYS = ("width", "depth", "heads", "mlp_ratio", "text_vocab", "encoder_id")
-SHELL_KEYS = ("shell", "channels", "residual_blocks", "entry_channels", "patch")
+SHELL_KEYS = ("shell", "channels", "residual_blocks", "entry_channels", "patch", "image_skip",
+              "inner_resolution", "prediction")
+# parts of names: of the layers next to the image, of what time and caption add, of offsets
+OUTSIDE = ("conv_in", "conv_out", "proj_out", "temb_proj", "table")
 # what may change when a run goes on: how it is looked at and spread over devices, the steps and the learning rates
 FREE_KEYS = ("steps", "lr", "muon_lr", "lr_end", "micro", "workers", "compile", "checkpointing", "fsdp", "sharded",
              "dist_timeout", "num_checkpoints", "guidance", "sampler", "sample_steps", "log_every", "sample_every",
@@ -77,8 +80,12 @@ def make_model(config, freeze):
 
 
 def uses_muon(config, name, p):
-    """Muon is for the matrices of the core's blocks (Jordan et al. 2024); everything else is AdamW's."""
-    return config["muon_lr"] > 0 and p.ndim == 2 and name.startswith("core.blocks.") and "table" not in name
+    """
+    Muon is for matrices inside the network, convolutions too (Jordan et al. 2024); AdamW has the first and last layers,
+    the embeddings of text and time, and all vectors.
+    """
+    inside = name.startswith(("core.blocks.", "shell.")) and not any(part in name for part in OUTSIDE)
+    return config["muon_lr"] > 0 and p.ndim == 2 and inside
 
 
 def decays(name, p):
@@ -88,7 +95,7 @@ def decays(name, p):
 
 def make_optimizers(trained, config):
     """The optimizers of what is trained, {name: parameter}; each parameter has one of them."""
-    matrices = [p for name, p in trained.items() if uses_muon(config, name, p)]    # of attention and MLP
+    matrices = [p for name, p in trained.items() if uses_muon(config, name, p)]    # of attention, MLP, convolutions
     others = {name: p for name, p in trained.items() if not uses_muon(config, name, p)}
     groups = [{"params": [p for name, p in others.items() if decays(name, p)], "weight_decay": config["weight_decay"]},
               {"params": [p for name, p in others.items() if not decays(name, p)], "weight_decay": 0.0}]
@@ -269,6 +276,8 @@ elif stage.source:                                             # new, from anoth
         raise UserError(f"{parent} stopped at step {origin['step']} of {origin['config']['steps']}: finish it with "
                         f"--stage {origin['stage']}")
     keys = CORE_KEYS if stage.init_prefix else CORE_KEYS + SHELL_KEYS              # which must be the same
+    if config["shell"] == "nested":                            # the old shell comes along
+        keys += ("prediction",)
     if differ := [key for key in keys if origin["config"][key] != config[key]]:
         differences = ", ".join(f"{key} {origin['config'][key]} there, {config[key]} here" for key in differ[:3])
         raise UserError(f"{parent} does not fit ({differences}): use its settings, or train another")

@@ -21,7 +21,7 @@ import torch
 from lib.processes import all_gather, get_rank, get_world_size, print0
 from lib.settings import UserError
 
-FORMAT = 3                                                     # of what `save` writes
+FORMAT = 4                                                     # of what `save` writes
 
 
 # ---- the state of a training -----------------------------------------------------------------------------------------
