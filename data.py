@@ -54,7 +54,7 @@ from lib.images import Unfit, covering, index_folder, jittered, write_index
 from lib.nouns import noun_table
 from lib.pictures import contact_sheet, to_tensor, write_png
 from lib.scan import MUTE, open_images, require, scan
-from lib.scenes import Scenes, world_name
+from lib.scenes import Scenes
 from lib.settings import Parser, UserError, load_config
 from lib.tables import DTYPES, is_begun
 from model import token_size
@@ -318,8 +318,8 @@ def check(args, config):
     data, bad = (open_data(config), []) if args.path == "scenes" else scan(args.path, config["workers"])
     print("\n".join(data.table()))
     if args.path == "scenes":
-        print(f"{world_name(config)}: pictures of one caption lie {data.left_open():.3f} of [0, 1] (rms) round their "
-              "mean; near 0 a regression would do")
+        print(f"pictures of one caption lie {data.left_open():.3f} of [0, 1] (rms) round their mean; near 0 a "
+              "regression would do")
     mute = [f"no caption: {name}" for name, reason in bad if reason in MUTE]
     print("\n".join(mute[:20] + [f"no caption: {len(mute) - 20} more"] * (len(mute) > 20) + [""]), end="")
     if len(data):

@@ -44,7 +44,7 @@ from lib.questions import dsg_table, read_answers, read_dsg
 from lib.references import (check_same_size, find_images, image_features, list_classes, list_images, open_reference,
                             read_image)
 from lib.results import accuracy, best_point, make_card, over_seeds, report, tuning, write_result
-from lib.scenes import describe
+from lib.scenes import describe, world_name
 from lib.settings import Parser, UserError, parse_numbers, parse_words
 from lib.tasks import Task, dsg_task, keep_pictures, prompts_task
 from model import diffusion_loss, load, read_checkpoint
@@ -553,7 +553,7 @@ def reference_of_run(path, config, networks, n):
 def describe_captions(config, n):
     """Where the captions of held_out_task come from, for the card."""
     if config["data"] == "scenes":
-        return "held out: of scenes that training never draws"
+        return f"held out: of scenes ({world_name(config)}) that training never draws"
     return f"training captions: the first {n} of {config['data']}, none is held out"
 
 

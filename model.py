@@ -5,6 +5,7 @@ The model that grows:  v = shell.decode(core(shell.encode(z)))          (Greedy 
     shell    what growing throws away and replaces: it carries pixels, or latents, to the core's grid and back
              shallow   one convolution, one residual block, [core], one residual block, subpixel head   (Sec. 3.2)
              unet      several resolutions of residual blocks, with skips, above the same grid          (Sec. 3.3)
+             nested    the old shallow shell, inside one for images a few times as large                (ours)
              patch     each patch is a token: with it the core is a DiT, as in PixArt-Sigma
 
     from model import load

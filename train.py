@@ -1,14 +1,14 @@
 """
 Train one stage. Each leaves a run folder out/CONFIG/STAGE: last.pt, config.txt, log.jsonl, samples/, metrics.json.
 
-    python train.py --stage grow                       pretrain a core at 16 px, then grow it to 32 px: minutes on a CPU
+    python train.py --stage grow                       pretrain a core at 32 px, then grow it to 64 px: minutes on a CPU
     python train.py --stage pretrain                   phase 1 alone: a Shallow-UViT at low resolution on all images
     python train.py --stage defrost                    phase 3, optional: go on with every weight in motion
     python train.py --stage scratch                    baseline: the grown model from random weights, large images only
     python train.py --stage finetune                   baseline: growing without freezing
     python train.py --stage grow --data my/photos      your own images, each with a .txt beside it
     python train.py --stage grow --lr 0.002 --batch 64 any key of configs.txt is a flag
-    python train.py --stage grow --resolution 64 --core out/toy/pretrain --out out64    another size from the same core
+    python train.py --stage grow --resolution 128 --core out/toy/pretrain --out out128  another size from the same core
     python train.py --config small --stage grow --plan --devices 8 --kind h100          what it would take: memory, time
     torchrun --standalone --nproc-per-node 8 train.py --config small --stage pretrain   `batch` stays the global batch
 

@@ -98,7 +98,8 @@ class Scenes:
 
     def table(self):
         """What there is, as lines of text."""
-        return [f"  found    {len(self):9d}  scenes of {len(self.shapes)} shapes and {len(self.colours)} colours"]
+        return [f"  found    {len(self):9d}  scenes of {world_name(self.config)}: {len(self.shapes)} shapes, "
+                f"{len(self.colours)} colours"]
 
     # ---- what is in a scene, and where
 
