@@ -714,6 +714,12 @@ def test_index_and_check_print_a_table_and_name_what_they_refuse(photos, tmp_pat
     assert "indexed" in run("data.py", "index", photos, "--allow", "uncaptioned")
 
 
+def test_check_tells_how_much_a_caption_leaves_open():
+    for world, low, high in (("world-corner", 0.03, 0.06), ("world-standard", 0.13, 0.16)):
+        said = run("data.py", "check", "scenes", "--config", world)
+        assert world in said and low < float(re.search(r"lie (0\.\d+) of", said)[1]) < high, said
+
+
 def test_a_flipped_byte_is_named_and_its_successor_stands_in(shards, capfd):
     indexed(shards)
     config = tiny(data=str(shards), batch=10)
@@ -1740,7 +1746,7 @@ def test_evaluation_from_the_command_line(runs, tmp_path, says):
     assert result["tuning"]["guidance"] == [1, 2] and len(result["tuning"]["curves"]["dsg"]) == 2
     assert result["tuning"]["optimum"] == {} and result["tuning"]["range"] is None and output.count("no optimum") == 2
     assert "scoring 12 images, 3 steps each, 2 guidances, 2 seeds" in output
-    assert "held out: of scenes" in result["card"]["captions"]
+    assert "held out: of scenes (world-toy)" in result["card"]["captions"]         # a figure names its world
     assert (out / "guidance.png").exists() or "pip install matplotlib" in output
     assert "error: --n 1" in says(out, "--n", 1)
     output = says(out, "--n", 6, "--steps", 2, "--metrics", "counting,zeroshot", "--json", file)
