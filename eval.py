@@ -407,10 +407,10 @@ def evaluate(model, config, n, seed=0, metrics=USUAL, networks=RANDOM, task=None
     if reference is None:
         reference = real_features(config, n, compared(networks, metrics), shared)
     looks, fake, texts = draw_and_look(model, config, task, n, needed(networks, metrics), seed, shared, poll)
-    judged = [(task, looks)]
-    if "diversity" in metrics:                                 # of pictures of its own
-        several = held_out_task(config, n, NOISES)
-        judged.append((several, draw_and_look(model, config, several, n, {}, seed, shared, poll)[0]))
+    judged, several = [(task, looks)], held_out_task(config, n, NOISES)
+    if "diversity" in metrics and several.metrics:             # of pictures of its own, all noises of each caption
+        looks = draw_and_look(model, config, several, len(several.captions), {}, seed, shared, poll)[0]
+        judged.append((several, looks))
     result = {}
     for task, looks in judged:
         result |= {name: function(looks) for name, function in task.metrics.items() if name in metrics and looks}

@@ -1365,9 +1365,9 @@ def test_sampling_from_the_command_line(runs, tmp_path):
     output = run("sample.py", *words, "--batch", 1)
     assert "g_1.png: 4 images of 64x64 px" in output and to.read_bytes() == (tmp_path / "g_1.png").read_bytes()
     description = run("sample.py", out, "--describe")
-    for part in ("grow of config toy, 32 px, step 6 of 6", "parent", "pretrain"):
+    for part in ("grow of config toy, 64 px, step 6 of 6", "parent", "pretrain"):
         assert part in description
-    assert "error: --size 64x64" in run("sample.py", *words, "--size", "64x64", code=2)
+    assert "error: --size 128x128" in run("sample.py", *words, "--size", "128x128", code=2)
     assert "error: no checkpoint" in run("sample.py", tmp_path / "none", "x", code=2)
     assert "error: no caption" in run("sample.py", out, code=2)
 
@@ -2515,10 +2515,10 @@ def test_a_weak_run_continues_as_a_strong_one_with_a_report(tmp_path):
 def test_a_core_of_a_shallow_shell_grows_in_patches_and_back(runs, tmp_path):
     words, patches = ["--stage", "grow", *TINY, "--core"], ["--shell", "patch", "--patch"]
     said = run("train.py", *words, folder(runs[0]), "--out", tmp_path, *patches, 8)
-    assert "tensors inherited, 5 new, 46 unused\n" in said    # 8 x 8 tokens, as before
+    assert "tensors inherited, 5 new, 48 unused\n" in said    # 8 x 8 tokens, as before
     run("train.py", *PRETRAIN, tmp_path, *TINY, *patches, 4)
     back = [*words, folder(tmp_path), "--out", tmp_path / "back"]
-    assert ", 68 new, 5 unused\n" in run("train.py", *back, "--shell", "unet")
+    assert ", 70 new, 5 unused\n" in run("train.py", *back, "--shell", "unet")
     assert "cannot take over the weights" in run("train.py", *back, "--fresh", code=2)         # patches do not nest
 
 

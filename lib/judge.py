@@ -236,7 +236,10 @@ def diversity(world, numbers, looks, layouts=32):
     it in places}. 1 is right, 0 is one picture for each caption. Only pictures that show a group as the caption has it
     count, so ask this of a model that draws.
     """
-    each, narrow = len(looks) // len(numbers), []
+    each, rest = divmod(len(looks), len(numbers))
+    if rest:
+        raise ValueError(f"{len(looks)} pictures of {len(numbers)} captions: each needs as many")
+    narrow = []
     sums = np.zeros((2, 2))                                    # (model, world) x (place, size)
     for k, i in enumerate(numbers):
         scene = world.scene(i)
