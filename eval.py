@@ -11,7 +11,7 @@ How good is a run: does the picture show what the caption says, and do the pictu
     torchrun --standalone --nproc-per-node 8 -- eval.py RUN   the same figures, made by eight devices; the -- keeps
                                                               torchrun from taking --n for its own
 
-On `scenes` a judge without learned weights (lib/scenes.py) looks at each generated picture and answers the caption's
+On `scenes` a judge without learned weights (lib/judge.py) looks at each generated picture and answers the caption's
 questions. Beside each score stands its chance level: the same pictures judged against other captions. Features named
 `random` come from a fixed random network: they compare only runs of this repository at equal n, and no number made
 from them is FID. Every result ends with a card that says how it was made.
@@ -212,14 +212,14 @@ def inception_score(logits, splits=10):
 
 
 def held_out(config):
-    """Scenes that training never draws (a caption may occur in both). Of a folder the images that it was trained on."""
+    """What a run is scored on: scenes that training never draws; of a folder the very images that it was trained on."""
     return open_data(config).held_out()
 
 
 def held_out_task(config, n, noises=1):
     """
-    n pictures of held-out captions, `noises` of each caption, at which the judge looks. For n of a folder's images
-    there is no judge: only scenes know what is true.
+    n pictures of held-out captions, at which the judge looks: `noises` of each caption, and so many more that the last
+    has all of its own. Of a folder its first n captions, and no judge: only scenes know what is true.
     """
     world = held_out(config)
     numbers = [i % len(world) for i in range(-(-n // noises))] # round again where there are fewer

@@ -323,7 +323,7 @@ class ResidualBlock(nn.Module):
 
 
 def strided_conv(c_in, c_out, stride):
-    """Image -> features at 1/stride of its size. A kernel of 2 stride - 1 shares stride - 1 pixels with the next."""
+    """Image -> features at 1/stride of its size. A kernel of 2 stride - 1, at least 3, overlaps the next."""
     kernel = max(3, 2 * stride - 1)
     return Conv2d(c_in, c_out, kernel, stride=stride, padding=kernel // 2)
 
@@ -357,7 +357,10 @@ class SubpixelHead(nn.Module):
 
 
 class Shallow(nn.Module):
-    """Shallow-UViT (Sec. 3.2): one residual block on each side, on the core's own grid, so nearly all is core."""
+    """
+    Shallow-UViT (Sec. 3.2): one residual block on each side, on the core's own grid, so nearly all is core. c_skip
+    channels of the noisy image (ours) bring one more block, at full size.
+    """
 
     def __init__(self, c_image, width, channels, stride, c_skip):
         super().__init__()
@@ -487,10 +490,10 @@ class Denoiser(nn.Module):
     def __init__(self, core, shell, prediction="v", pool=1):
         super().__init__()
         self.core, self.shell, self.prediction = core, shell, prediction
-        self.logsnr_shift = 2 * math.log(pool)                 # the core sees images pooled by so much, with less noise
+        self.pool_shift = 2 * math.log(pool)                   # the core sees images pooled by so much: less noise
 
     def forward(self, z, logsnr, text, size=None):
-        temb, text, text_len = self.core.embed(logsnr + self.logsnr_shift, text, size)   # (B, D), (B, L, D), (B,)
+        temb, text, text_len = self.core.embed(logsnr + self.pool_shift, text, size)     # (B, D), (B, L, D), (B,)
         features, skips = self.shell.encode(z, temb, logsnr)                       # (B, D, h, w)
         features = self.core(features, temb, text, text_len)                       # (B, D, h, w)
         y = self.shell.decode(features, skips, temb)                               # (B, C, H, W)
@@ -575,14 +578,14 @@ def freeze_core(model):
 def init_from(parent, config, prefix):
     """
     ({name: tensor}, report): the weights of the checkpoint `parent` that a new model of `config` starts from, those
-    whose names begin with `prefix`, and a line about them. For growing, for a larger size, for switching the KV
-    merge on. Raises UserError where names or shapes do not fit.
+    whose names begin with `prefix` (a nested shell keeps the old shell's too), and a line about them. For growing, for
+    a larger size, for switching the KV merge on. Raises UserError where names or shapes do not fit.
     """
     with torch.device("meta"):                                                     # shapes alone, no memory
         new = build(config).state_dict()
     old = ema_weights(parent)
     if prefix == "core." and config["shell"] == "nested":      # the old shell comes along, into the new one
-        prefix = "core.", "shell.inner."
+        prefix = "core.", "shell.inner."                       # of either
         old = {k.replace("shell.", "shell.inner.", 1): v for k, v in old.items()}
     inherited = {k: v for k, v in old.items() if k.startswith(prefix) and k in new}
     added = [k for k in new if k.startswith(prefix) and k not in old]

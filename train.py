@@ -81,7 +81,7 @@ def make_model(config, freeze):
 
 def uses_muon(config, name, p):
     """
-    Muon is for matrices inside the network, convolutions too (Jordan et al. 2024); AdamW has the first and last layers,
+    Muon is for matrices inside the network, convolutions too (Jordan et al. 2024); AdamW has the first and last layer,
     the embeddings of text and time, and all vectors.
     """
     inside = name.startswith(("core.blocks.", "shell.")) and not any(part in name for part in OUTSIDE)

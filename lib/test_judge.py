@@ -101,3 +101,5 @@ def test_diversity_is_1_for_the_world_itself_and_0_for_one_picture_a_caption():
     assert other["narrow"] < 0.1
     nothing = diversity(world, numbers, [Look("white", [], 50.0)] * 160)
     assert all(np.isnan(value) for value in nothing.values())
+    with pytest.raises(ValueError, match="each needs as many"):
+        diversity(world, numbers, [Look("white", [], 50.0)] * 150)
