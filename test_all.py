@@ -682,16 +682,16 @@ def test_folder_of_images_trains_grows_and_samples(photos, tmp_path):
     torn = picture(64, 64, kind="PNG")
     (photos / "torn.png").write_bytes(torn[:2000] + bytes(2000) + torn[4000:])     # its header and its end are whole
     (photos / "torn.txt").write_text("torn")
-    output = run("train.py", "--stage", "grow", "--data", photos, "--out", tmp_path / "o", *TINY)
+    words = ("train.py", "--stage", "grow", "--data", photos, "--upscale", "--out", tmp_path / "o", *TINY)
+    output = run(*words)
     assert re.search(r"skipped +1 +not an image, such as 'fake.jpg'", output)
     assert output.count("skipped torn.png: ") == 2 and "finished" in output
     run("sample.py", tmp_path / "o/toy/grow", "grey level 3", "--n", 2, "--steps", 3, "--to", tmp_path / "g.png")
     table = run("data.py", "check", photos)
     assert "used            25" in table and "not an image" in table
     os.truncate(photos / "a 3.JPG", 300)                       # other data than the run's
-    again = ("train.py", "--stage", "grow", "--data", photos, "--out", tmp_path / "o", *TINY)
-    old = re.search(r"data_id (\w{16}) there, \w{16} here.*--data_id \1,", run(*again, code=2))[1]
-    assert "taken in place of " + old in run(*again, "--data_id", old)             # who means it may go on
+    old = re.search(r"data_id (\w{16}) there, \w{16} here.*--data_id \1,", run(*words, code=2))[1]
+    assert "taken in place of " + old in run(*words, "--data_id", old)             # who means it may go on
 
 
 def test_index_and_check_print_a_table_and_name_what_they_refuse(photos, tmp_path):
@@ -710,7 +710,7 @@ def test_index_and_check_print_a_table_and_name_what_they_refuse(photos, tmp_pat
     said = run("data.py", "check", photos, code=2)
     assert all(f"no caption: {name}\n" in said for name in ("a 3.JPG", "mute.jpg"))
     run("data.py", "stats", photos)                            # which is for looking
-    run("data.py", "show", photos, "--to", tmp_path / "sheet.png")
+    run("data.py", "show", photos, "--upscale", "--to", tmp_path / "sheet.png")
     assert "indexed" in run("data.py", "index", photos, "--allow", "uncaptioned")
 
 
@@ -1307,7 +1307,8 @@ def test_deterministic_samplers_agree_in_the_limit_and_twenty_steps_of_second_or
 
 
 def test_latents_are_sampled_without_clipping_and_decoded(vae):
-    config = load_config("toy", "grow", [*vae, ("shell", "patch"), ("width", "32"), ("depth", "2")])
+    config = load_config("toy", "grow", [*vae, ("shell", "patch"), ("width", "32"), ("depth", "2"),
+                                           ("prediction", "v")])
     net = shaken(models.build(config))
     x = sampling.sample(net, config, ["a red circle"], steps=3, size=(32, 48))
     assert x.shape == (1, 3, 32, 48) and x.abs().max() <= 1
@@ -1797,7 +1798,7 @@ def test_the_inception_score_from_the_command_line(tmp_path, says, monkeypatch):
 
 def test_captions_from_a_file_against_images_of_ones_own(runs, tmp_path, says):
     pytest.importorskip("PIL")
-    out, real = runs[0] / "toy/pretrain", folder_of_scenes(tmp_path / "real", 0, 12)
+    out, real = runs[0] / "toy/pretrain", folder_of_scenes(tmp_path / "real", 0, 12, 32)
     (tmp_path / "p.txt").write_text("a large red circle on a white background\n\n"
                                     "a small blue square on a black background\n")
     words = out, "--prompts", tmp_path / "p.txt", "--steps", 2, "--json", tmp_path / "e.json"
@@ -1817,7 +1818,7 @@ def test_captions_from_a_file_against_images_of_ones_own(runs, tmp_path, says):
     (tmp_path / "p.txt").write_text("\n\n")
     assert "holds no caption" in says(out, "--prompts", tmp_path / "p.txt")
     assert "cannot be read" in says(out, "--prompts", tmp_path / "none.txt")
-    assert "depend on the size" in says(out, "--n", 4, "--reference", folder_of_scenes(tmp_path / "large", 0, 3, 32))
+    assert "depend on the size" in says(out, "--n", 4, "--reference", folder_of_scenes(tmp_path / "large", 0, 3, 64))
 
 
 def test_runs_are_drawn_for_people_and_for_other_networks(runs, tmp_path, says):
