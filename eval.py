@@ -403,12 +403,13 @@ def evaluate(model, config, n, seed=0, metrics=USUAL, networks=RANDOM, task=None
     the networks the CLIP score comes too. `shared`: several processes do their part each, and rank 0 alone gets the
     result, the others {}. `poll`, if given, is called at every evaluation of the model and may raise.
     """
-    task, known = task or held_out_task(config, n), {}
+    task = task or held_out_task(config, n)
     if reference is None:
         reference = real_features(config, n, compared(networks, metrics), shared)
     looks, fake, texts = draw_and_look(model, config, task, n, needed(networks, metrics), seed, shared, poll)
-    judged, several = [(task, looks)], held_out_task(config, n, NOISES)
-    if "diversity" in metrics and several.metrics:             # of pictures of its own, all noises of each caption
+    judged = [(task, looks)]
+    if "diversity" in metrics and config["data"] == "scenes":  # of pictures of its own, all noises of each caption
+        several = held_out_task(config, n, NOISES)
         looks = draw_and_look(model, config, several, len(several.captions), {}, seed, shared, poll)[0]
         judged.append((several, looks))
     result = {}
