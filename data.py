@@ -86,7 +86,7 @@ class Batches(torch.utils.data.Dataset):
 
     def __init__(self, data, config, filtered, stage="pretrain", rank=0, world=1):
         self.data, self.config, self.stage, c = data, config, stage, config
-        b = c["batch"] // world
+        b = c["batch"] // world                                # rows of one device
         self.rows = slice(rank * b, (rank + 1) * b)            # of the whole batch: this device's
         self.sizes, images = bucket_sizes(c), data.all_sizes()                     # [(H, W)], (n, 2)
         self.bucket = nearest_bucket(self.sizes, images)       # (n,)
@@ -118,15 +118,15 @@ class Batches(torch.utils.data.Dataset):
 
     def pairs(self, step):
         """The (epoch, sample) of each row of the step's whole batch: the same on any number of devices."""
-        bucket, before = self.bucket_at(step)
-        batch, n = self.config["batch"], len(self.members[bucket])
+        bucket, before = self.bucket_at(step)                  # `before`: batches of it until now
+        batch, n = self.config["batch"], len(self.members[bucket])                 # of the whole batch; of the bucket
         # a bucket's batches are consecutive places of its epochs, one permutation after the other: a batch may span two
         places = range(before * batch, (before + 1) * batch)
         return [(place // n, int(self.order(bucket, place // n)[place % n])) for place in places]
 
     def bucket_at(self, step):
         """(bucket, how many batches of it came before) of a step: see the worked example above."""
-        if len(self.members) == 1:
+        if len(self.members) == 1:                             # one bucket: every batch is its own
             return 0, step
         batch = self.config["batch"]
 
@@ -134,7 +134,7 @@ class Batches(torch.utils.data.Dataset):
             return np.array([r * len(images) // batch for images in self.members])
         r = step * batch // len(self.usable)                   # this many rounds have at most `step` batches
         while made(r + 1).sum() <= step:
-            r += 1
+            r += 1                                             # floor() may cost a batch of each bucket
         before, now = made(r), made(r + 1)
         order = np.repeat(np.arange(len(before)), now - before)                    # this round's batches by bucket
         order = generator("buckets", self.stage, self.config["seed"], r).permutation(order)
@@ -159,22 +159,22 @@ class Batches(torch.utils.data.Dataset):
         c, source = self.config, source or self.data
         # always nine numbers, so that no key changes what another one draws
         x, y, flip, drop, which, long, *colours = uniforms(9, "data", self.stage, c["seed"], epoch, i)
-        height, width = self.sizes[self.bucket[i]]
+        height, width = self.sizes[self.bucket[i]]             # of the target, pixels
         i, (image, top, left) = self.first_readable(source, i, height, width, (x, y))
-        w, h = self.data.size(i)
+        w, h = self.data.size(i)                               # native: what the size condition tells
         if c["flip"] and flip < 0.5:
-            image = image[:, ::-1]
+            image = image[:, ::-1]                             # (H, W, 3), left to right
             left = covering((w, h), height, width, c["resize"])[0] - width - left  # counted from the other side
         if c["jitter"]:
             image = jittered(image, colours, c["jitter"])
-        number = self.data.choose(i, which, long < c["long_captions"])
+        number = self.data.choose(i, which, long < c["long_captions"])             # -1 where it has none
         if drop < c["caption_dropout"]:                        # guidance needs the model without a caption too
             number = -1                                        # (Ho and Salimans): the null caption
         return Sample(image, self.data.text(number), (h, w, top, left, height, width), number, i)
 
     def first_readable(self, source, i, height, width, place):
         """(i, view). What cannot be decoded is named, and its successor in the same bucket stands in."""
-        peers = self.members[self.bucket[i]]
+        peers = self.members[self.bucket[i]]                   # only these are brought to the same size
         at = int(np.searchsorted(peers, i))                    # members are in ascending order
         successors = (int(peers[(at + k) % len(peers)]) for k in range(1, len(peers)))
         for j in itertools.chain([i], successors):
@@ -192,7 +192,7 @@ class Batches(torch.utils.data.Dataset):
         {"data_id", "encoder_id"}: what data and which encoder a model is trained with, for its config and so for its
         checkpoint. A run refuses to go on with other data, unless it is given the old data_id by hand (--data_id).
         """
-        old, here = self.config["data_id"], self.data.fingerprint
+        old, here = self.config["data_id"], self.data.fingerprint                  # "" is scenes, or a new run
         if old not in ("", here):
             print(f"data {self.data.name} has the fingerprint {here or 'of no file'}: "
                   f"taken in place of {old}, as data_id says", file=sys.stderr)
@@ -231,7 +231,7 @@ def bucket_sizes(config):
     if not sizes:                                              # neither, or a step above the resolution
         raise UserError(f"aspects = {aspects!r}: write HxW,HxW,... or every N, "
                         "such as 1024x1024,768x1376,1376x768 or every 64")
-    for h, w in sizes:
+    for h, w in sizes:                                         # whole tokens, or the grid would not fit
         if not h * w or h % token or w % token:
             raise UserError(f"aspects = {aspects!r}: {h}x{w} must be multiples of a token, {token} px at {side} px")
     return sizes
@@ -259,10 +259,10 @@ def encode_captions(captions, config):
     the model's.
     """
     kind = config["encoder"]
-    if kind == "words":
+    if kind == "words":                                        # learned along with the core
         return tokenize(captions, config["text_length"], config["text_vocab"])
     if kind.startswith("sentencepiece:"):
-        return padded(to_pieces(captions, config), config["text_length"])
+        return padded(to_pieces(captions, config), config["text_length"])          # (B, L)
     if not any(captions):                                      # the null caption takes no weights
         return torch.zeros(len(captions), config["text_length"], max(config["encoder_width"]))
     return embed_now(captions, config) if config["encoder_weights"] else embed_known(captions, config)
@@ -299,7 +299,7 @@ def embed_known(captions, config):
     unknown = [c for c in captions if c not in cache.numbers]
     if unknown:
         raise UserError(f"{unknown[0]!r} is not among the embedded captions of {config['data']}: {how}")
-    return cache([cache.numbers[c] for c in captions])
+    return cache([cache.numbers[c] for c in captions])         # (B, L, E)
 
 
 @functools.lru_cache(2)
@@ -324,7 +324,7 @@ def check(args, config):
     print("\n".join(mute[:20] + [f"no caption: {len(mute) - 20} more"] * (len(mute) > 20) + [""]), end="")
     if len(data):
         lengths = np.array([len(words(data.caption(i))) for i in range(min(len(data), 10000))])    # enough for a share
-        cut = np.mean(lengths > config["text_length"])
+        cut = np.mean(lengths > config["text_length"])         # their last words are never read
         print(f"captions of {lengths.mean():.1f} words; {cut:.1%} are cut at text_length = {config['text_length']}")
         short = data.all_sizes().min(1)                        # (n,), the short sides
         for resolution in 16, 32, 64, 128, 256, 512, 1024:
@@ -343,7 +343,7 @@ def index(args, config):
         captions = {k: report["captions"][k] for k in ("missing", "empty", "truncated")}           # what is promised
         atomic_write(args.json, lambda file: file.write(json.dumps(report | {"captions": captions}).encode()))
     require(data, bad, args.allow.split(","))                  # after the table, which tells more than the refusal
-    write_index(folder, data, bad)
+    write_index(folder, data, bad)                             # as a whole: readers see the old or the new
     print(f"{folder}: {len(data)} images indexed in {time.perf_counter() - begin:.1f} s; bad.tsv there names what was "
           f"not. Train on it: python train.py --data {args.to or args.path}")
 
@@ -352,7 +352,7 @@ def show(args, config):
     """A contact sheet of step 0's batch after all transforms, captions beneath, and where each image comes from."""
     data = open_data(config, LOOK)
     config = config | {"encoder": "words", "autoencoder": ""}                      # pixels, not what models read
-    usable = len(Batches(data, config | {"batch": 1}, filtered=True).usable)
+    usable = len(Batches(data, config | {"batch": 1}, filtered=True).usable)       # how many could be shown
     batches = Batches(data, config | {"batch": min(config["batch"], usable)}, filtered=True)       # a few will do
     samples = [batches.sample(epoch, i) for epoch, i in batches.pairs(0)]
     captions = [s.caption or ("(caption dropped)" if data.choose(s.i) >= 0 else "(no caption)") for s in samples]
@@ -416,7 +416,7 @@ def main():
     add("--dtype", default="fp32", choices=list(DTYPES), help="embed: of the encoder and of what is kept")
     add("--size", type=int, default=32000, help="vocabulary: pieces at most")
     args, flags = parser.parse_keys()
-    config = load_config(args.config, "grow", [("data", args.path), *flags])
+    config = load_config(args.config, "grow", [("data", args.path), *flags])       # the stage whose images are largest
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))    # an exception, so that workers end and files are closed
     try:
         commands[args.command](args, config)

@@ -86,7 +86,7 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     noise of 1e-16, whose root is 1e-8 of the trace for each such dimension; here the noise of both roots is multiplied,
     1e-16 again. So nothing need be added to the diagonals.
     """
-    check(mu1[None], sigma1, mu2[None], sigma2)
+    check(mu1[None], sigma1, mu2[None], sigma2)                # finite, and of one width
     mu1, sigma1, mu2, sigma2 = (s.double() for s in (mu1, sigma1, mu2, sigma2))
     cross = torch.linalg.svdvals(matrix_root(sigma1) @ matrix_root(sigma2)).sum()  # tr (S1 S2)^1/2, never below 0
     return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross)
@@ -100,7 +100,7 @@ def cubic(a, b):
 def cubic_within(x):
     """Mean of the cubic kernel over all pairs of different rows of x (n, D)."""
     own = sum(((a.double().square().sum(1) / x.shape[1] + 1) ** 3).sum().item() for a in x.split(BLOCK))   # k(a, a)
-    return (pair_sum(cubic, x, x) - own) / (len(x) * (len(x) - 1))
+    return (pair_sum(cubic, x, x) - own) / (len(x) * (len(x) - 1))                 # ordered pairs
 
 
 def mmd(x, y):
@@ -132,7 +132,7 @@ def kid(x, y, n_subsets=100, subset_size=1000, seed=0):
 
 def gaussian_less_1(a, b):
     """k(a, b) - 1 for k = exp(-|a - b|^2 / (2 10^2)): (p, D), (q, D) -> (p, q)."""
-    return torch.expm1(squared_distances(a, b) / (-2 * 10 ** 2))
+    return torch.expm1(squared_distances(a, b) / (-2 * 10 ** 2))                   # keeps what 1 would swallow
 
 
 def cmmd(x, y):
@@ -145,7 +145,7 @@ def cmmd(x, y):
 
     def mean(a, b):
         return pair_sum(gaussian_less_1, a, b) / (len(a) * len(b))
-    return 1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y))
+    return 1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y))   # as in its code
 
 
 def share_above_0(counts):
@@ -200,7 +200,7 @@ def inception_score(logits, splits=10):
         raise ValueError(f"splits = {splits}: take at least 1")
     scores = []
     for i in range(splits):
-        rows = logits[i * len(logits) // splits:(i + 1) * len(logits) // splits]
+        rows = logits[i * len(logits) // splits:(i + 1) * len(logits) // splits]   # (p, classes)
         log_p = rows.double().log_softmax(1)                   # (p, classes): no log of a p that is 0
         marginal = log_p.logsumexp(0) - np.log(len(log_p))     # (classes,): log of the mean p
         scores.append((log_p.exp() * (log_p - marginal)).sum(1).mean().exp().item())       # exp of the mean KL
@@ -213,7 +213,7 @@ def inception_score(logits, splits=10):
 
 def held_out(config):
     """What a run is scored on: scenes that training never draws; of a folder the very images that it was trained on."""
-    return open_data(config).held_out()
+    return open_data(config).held_out()                        # scenes: purpose "exam", seed 0, for every run
 
 
 def held_out_task(config, n, noises=1):
@@ -226,7 +226,7 @@ def held_out_task(config, n, noises=1):
     task = Task([world.caption(i) for i in numbers for _ in range(noises)])
     if config["data"] != "scenes":
         return task
-    scenes = [world.scene(i) for i in numbers]
+    scenes = [world.scene(i) for i in numbers]                 # what is true
     metrics = {"diversity": lambda looks: diversity(world, numbers, looks)} if noises > 1 else {
         "questions": lambda looks: judge(world, scenes, looks), "counting": lambda looks: counting(scenes, looks),
         "fidelity": fidelity}
@@ -250,7 +250,7 @@ def best_caption(model, config, image, text, number, seed=0, draws=16):
     eps = normals([("zeroshot", seed, number, k) for k in range(draws)], x.shape[1:], device)      # (draws, C, H, W)
     losses = []
     for option in text.split(1):                               # (1, L) or (1, L, E)
-        repeated = option.expand(draws, *option.shape[1:])
+        repeated = option.expand(draws, *option.shape[1:])     # no copy
         losses.append(diffusion_loss(model, x.expand_as(eps), repeated, times, eps, config).mean())
     return int(torch.stack(losses).argmin())                   # the first of equals
 
@@ -260,14 +260,14 @@ def zeroshot(model, config, world, n, seed=0, draws=16):
     On n scenes of a single group, among captions that differ in one word: {"shape": {class: accuracy, "mean",
     "chance"}, "colour": ...}.
     """
-    device, options = next(model.parameters()).device, {"shape": world.shapes, "colour": world.colours}
-    single = (i for i in itertools.count() if len(world.scene(i)["groups"]) == 1)
+    device, options = next(model.parameters()).device, {"shape": world.shapes, "colour": world.colours}  # classes
+    single = (i for i in itertools.count() if len(world.scene(i)["groups"]) == 1)  # endless: islice takes n
 
     def guess(i):
         scene, guesses = world.scene(i), {}
         (group,), image = scene["groups"], world.image(i, config["resolution"])
         for kind, words in options.items():
-            captions = [describe(scene | {"groups": [group | {kind: word}]}) for word in words]
+            captions = [describe(scene | {"groups": [group | {kind: word}]}) for word in words]  # all but one is false
             text = encode_captions(captions, config).to(device)                    # (options, L)
             guesses[kind] = words[best_caption(model, config, image, text, i, seed, draws)], group[kind]
         return guesses
@@ -407,9 +407,9 @@ def evaluate(model, config, n, seed=0, metrics=USUAL, networks=RANDOM, task=None
     if reference is None:
         reference = real_features(config, n, compared(networks, metrics), shared)
     looks, fake, texts = draw_and_look(model, config, task, n, needed(networks, metrics), seed, shared, poll)
-    judged = [(task, looks)]
+    judged = [(task, looks)]                                   # every task is judged on its own pictures
     if "diversity" in metrics and config["data"] == "scenes":  # of pictures of its own, all noises of each caption
-        several = held_out_task(config, n, NOISES)
+        several = held_out_task(config, n, NOISES)             # n / 8 captions
         looks = draw_and_look(model, config, several, len(several.captions), {}, seed, shared, poll)[0]
         judged.append((several, looks))
     result = {}
@@ -424,7 +424,7 @@ def draw_and_look(model, config, task, n, networks, seed, shared, poll):
     the captions or None). Each chunk is generated, looked at, turned into features and forgotten: memory does not bound
     n. All empty in a process that only helps.
     """
-    captions = task.captions[:n]
+    captions = task.captions[:n]                               # fewer than n: all
 
     def work(rows):                                            # a chunk of places in the list of captions
         images = generate(model, config, captions, rows, seed, poll)               # (B, H, W, 3) uint8
@@ -462,7 +462,7 @@ def real_features(config, n, networks, shared=False):
     def work(rows):
         images = [batches.sample(0, (n + i) % len(batches.data))[0] for i in rows] # (H, W, 3) each
         return all_features(networks, np.stack(images))
-    parts = on_all_ranks(work, chunks(n), "real images", shared)
+    parts = on_all_ranks(work, chunks(n), "real images", shared)                   # in order
     return {name: torch.cat([part[name] for part in parts] or [torch.zeros(0)]) for name in networks}
 
 
@@ -478,7 +478,7 @@ def evaluate_all(model, config, n, task, metrics, networks, reference, guidances
     drawn = [name for name in metrics if METRICS[name][0] != "denoiser"]           # those that need pictures
     rows, points = [], []
     for guidance in guidances:
-        at = config | {"guidance": guidance}
+        at = config | {"guidance": guidance}                   # no other key changes
         for seed in range(seeds):                              # the same noise for every guidance
             result = evaluate(model, at, n, seed, drawn, networks, task, reference, shared=True) if drawn else {}
             rows.append({"guidance": guidance, "seed": seed, "metrics": result | once[seed]})
@@ -499,7 +499,7 @@ def score_run(args, metrics, networks, task, vqa, device):
     """All guidances and seeds of one run, the curves over guidance, and the card. `vqa` is (ask, about) or None."""
     step = read_checkpoint(args.run[0])["step"]                # the step alone: moments are large
     model, config, guidances = load_run(args.run[0], args, device)
-    n = args.n or (len(task.captions) if task else 1000)
+    n = args.n or (len(task.captions) if task else 1000)       # images
     prompts, classes = args.prompts or args.dsg, (args.classes, args.template) if args.classes else None
     if task and n > len(task.captions):
         raise UserError(f"--n {n}: {prompts} holds {len(task.captions)} captions; give at most so many")
@@ -520,7 +520,7 @@ def score_run(args, metrics, networks, task, vqa, device):
         checkpoint=file_hash(checkpoint if os.path.exists(checkpoint) else args.run[0]), checkpoint_step=step, ema=True,
         sampler=config["sampler"], steps=config["sample_steps"], seeds=list(range(args.seeds)),
         processes=get_world_size(), **({"classes": f"{args.classes}, {args.template!r}"} if classes else {}))
-    (guidance, mean, spread), why = best_point(points)
+    (guidance, mean, spread), why = best_point(points)         # by which metric, the words tell
     print(f"{n} images, {card['sampler']}, {card['steps']} steps, EMA weights of step {step}"
           + f"; {why} at guidance {guidance:g}" * (len(points) > 1))
     figures = {"run": args.run[0], "n": n, "guidance": guidance, "seeds": args.seeds, "metrics": mean, "spread": spread,
@@ -560,7 +560,7 @@ def describe_captions(config, n):
 
 def score_folders(args, metrics, networks, device):
     """The images in two folders, the real ones first: precision and recall need the order."""
-    files, size = list_images(args.run[1])
+    files, size = list_images(args.run[1])                     # paths, (H, W)
     reference, real_size, words = open_reference(args.run[0], compared(networks, metrics), shared=True)
     check_same_size(networks, real_size, size)                 # before the long work
     fake = {name: image_features(files, features, shared=True)
@@ -588,7 +588,7 @@ def score_answers(args, prompts, device):
     print(report(result))
     dsg = f"{args.dsg}, sha256 {file_hash(args.dsg)}"
     card = make_card({"vqa": (None, about)}, device, n=len(prompts), dsg=dsg, about=args.run[0])
-    answers = {p["item"]: words for p, words in zip(prompts, answers)}
+    answers = {p["item"]: words for p, words in zip(prompts, answers)}             # as a file of answers has them
     write_result(card, {"run": args.run[0], "n": len(prompts), "metrics": result, "answers": answers}, args.json)
 
 
@@ -604,7 +604,7 @@ def make_sheet(args, task, device):
     """A page of two runs' pictures of the same captions from the same noise, each at its own guidance unless given."""
     if os.path.exists(os.path.join(args.sheet, "key.json")):
         raise UserError(f"{args.sheet!r} holds a sheet already, whose key would be lost: give another folder")
-    runs, images = [load_run(run, args, device) for run in args.run], []
+    runs, images = [load_run(run, args, device) for run in args.run], []           # images: one list a run
     if len(sides := {config["resolution"] for _, config, _ in runs}) > 1:
         print(f"warning: pictures of {' and '.join(map(str, sorted(sides)))} px: raters may tell the runs by that")
     captions = (task or held_out_task(runs[0][1], args.n or 50)).captions[:args.n]
@@ -676,11 +676,11 @@ def check_folders(args):
 
 def parse_metrics(args):
     """The metrics of --metrics, else the usual ones. Two folders have features and nothing else."""
-    folders = len(args.run) == 2
+    folders = len(args.run) == 2                               # no run among them
     known = [name for name, (kind, _) in METRICS.items() if not folders or kind in ("features", "logits")]
     usual = ("fd,mmd,pr,prdc" if folders else "zeroshot" if args.classes else "questions" if args.dsg
              else "fd,mmd" if args.prompts else ",".join(USUAL))
-    return parse_words(args.metrics or usual, known, "--metrics")
+    return parse_words(args.metrics or usual, known, "--metrics")                  # in this order
 
 
 def open_networks(features, weights, metrics, device):

@@ -44,9 +44,9 @@ def ddpm(denoise, z, logsnrs, noise_sampler):
     """
     for step, (logsnr, logsnr_next) in enumerate(zip(logsnrs[:-1], logsnrs[1:])):
         x = denoise(z, logsnr)                                                     # (B, C, H, W)
-        (alpha, _), (alpha_next, sigma_next) = alpha_sigma(logsnr), alpha_sigma(logsnr_next)
+        (alpha, _), (alpha_next, sigma_next) = alpha_sigma(logsnr), alpha_sigma(logsnr_next)  # (1, 1, 1, 1) each
         k = torch.exp(logsnr - logsnr_next)                                        # ratio of the signal-to-noise ratios
-        mean = k * alpha_next / alpha * z + (1 - k) * alpha_next * x
+        mean = k * alpha_next / alpha * z + (1 - k) * alpha_next * x               # (B, C, H, W)
         variance = (1 - k) * sigma_next ** 2
         z = mean + variance.sqrt() * noise_sampler(step + 1)                       # number 0 is what z began as
     return denoise(z, logsnrs[-1])
@@ -128,7 +128,7 @@ def guided(model, text, guidance, size=None, limit=1.0):
     (Ho and Salimans 2021): v = v_null + guidance (v_caption - v_null). 1 means no guidance, 0 no caption. The null
     caption is the one of training. x is clipped to [-limit, limit]: pixels have a limit, latents have none.
     """
-    null = torch.zeros_like(text)
+    null = torch.zeros_like(text)                              # padding alone
     both = torch.cat([text, null])                             # one pass through the network for both
     captions = {0: null, 1: text}.get(guidance, both)          # (B or 2 B, L) or (B or 2 B, L, E)
     copies = len(captions) // len(text)                        # 1 or 2
@@ -159,7 +159,7 @@ def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, 
     autoencoder, (channels, side, _) = open_autoencoder(config, device), image_shape(config)
     shape = channels, height * side // config["resolution"], width * side // config["resolution"]  # of z
     uncropped = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
-    limit = math.inf if config["autoencoder"] else 1.0
+    limit = math.inf if config["autoencoder"] else 1.0         # of x
     text = encode_captions(captions, config).to(device)                            # (B, L) or (B, L, E)
     logsnrs = get_logsnrs(config, steps, sampler, device)                          # (steps,)
     run_sampler, _, evaluations = SAMPLERS[sampler]
@@ -195,7 +195,7 @@ def parse_size(text, config):
     side, unit = config["resolution"], token_size(config) * max(1, config["kv_merge"])
     if text is None:
         return side, side
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    match = re.fullmatch(r"(\d+)x(\d+)", text)                 # height first, as everywhere
     height, width = map(int, match.groups()) if match else (0, 0)
     if not match or height % unit or width % unit or not 1 / 1.5 <= height * width / side ** 2 <= 1.5:
         tall = max(1, round(1.5 ** 0.5 * side / unit)) * unit                      # one size that would do
