@@ -16,10 +16,10 @@ questions. Beside each score stands its chance level: the same pictures judged a
 `random` come from a fixed random network: they compare only runs of this repository at equal n, and no number made
 from them is FID. Every result ends with a card that says how it was made.
 
-Where to read: the metrics are plain functions that need nothing else of this file, and METRICS is the table of them. A
-Task is what a run is asked to draw, and who looks at it; `evaluate` is where pictures meet tasks and metrics.
+Where to read: the metrics are plain functions in lib/metrics.py, and METRICS is the table of them. A Task is what a run
+is asked to draw, and who looks at it; `evaluate` is where pictures meet tasks and metrics.
 
-Letters: n and m images, D features, p and q rows of a block, H W height and width in pixels.
+Letters: n and m images, D features, H W height and width in pixels.
 """
 import itertools
 import os
@@ -27,7 +27,6 @@ import sys
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from data import Batches, encode_captions, open_data
 from lib.checkpoint import is_run
@@ -35,10 +34,11 @@ from lib.draws import normals
 from lib.encoders import open_autoencoder
 from lib.files import file_hash, free_name
 from lib.judge import counting, diversity, fidelity, judge, look
+from lib.metrics import (clip_score, cmmd, feature_stats, frechet_distance, inception_score, kid, mmd, prdc,
+                         precision_recall)
 from lib.networks import open_network, open_vqa, random_features, to_square
-from lib.pairs import BLOCK, balls, check, matrix_root, pair_sum, squared_distances
 from lib.people import score_ratings, write_page
-from lib.pictures import draw_tuning, to_tensor, to_uint8, write_png
+from lib.pictures import draw_tuning, to_tensor, to_uint8
 from lib.processes import chunks, exit_with, get_rank, get_world_size, join, on_all_ranks
 from lib.questions import dsg_table, read_answers, read_dsg
 from lib.references import (check_same_size, find_images, image_features, list_classes, list_images, open_reference,
@@ -49,163 +49,6 @@ from lib.settings import Parser, UserError, parse_numbers, parse_words
 from lib.tasks import Task, dsg_task, keep_pictures, prompts_task
 from model import diffusion_loss, load, read_checkpoint
 from sample import SAMPLERS, sample
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Metrics on features (n, D), embeddings or logits. All compute in float64, check their input first and raise
-# ValueError. Features are what a network that was trained for something else makes of an image: pixels compared one by
-# one would not tell like from unlike.
-#
-#   metric             the question                                          better  mind
-#   frechet_distance   have both sets one mean and one covariance?           lower   biased as 1 / n: only at equal n
-#   mmd, kid           do all products of up to three features agree?        lower   unbiased, so it may be negative
-#   cmmd               one distribution, through a kernel of width 10?       lower   biased by about 10 / n
-#   precision_recall   is each fake near a real one; each real near a fake?  higher  order is (real, fake)
-#   prdc               the same by counts, which an outlier moves less       higher  density may exceed 1
-#   clip_score         does each image lie where its caption lies?           higher  31, 0.31, 0.78 may be one result
-#   inception_score    is each image of one class, all together of many?     higher  never looks at real images
-# DSG, which asks questions about a picture instead, is in lib/questions.py.
-
-
-def feature_stats(x):
-    """
-    (n >= 2, D) -> mean (D,) and covariance (D, D), divisor n - 1 as np.cov. Centred first, so that a common offset
-    costs no digits.
-    """
-    check(x, least=2)
-    mu = sum(rows.double().sum(0) for rows in x.split(BLOCK)) / len(x)             # (D,)
-    centred = (rows.double() - mu for rows in x.split(BLOCK))  # (p, D) each
-    return mu, sum(c.T @ c for c in centred) / (len(x) - 1)    # (D,), (D, D)
-
-
-def frechet_distance(mu1, sigma1, mu2, sigma2):
-    """
-    |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2) between two Gaussians (Dowson and Landau 1982; FID: Heusel et al. 2017).
-
-    The last trace equals the sum of the singular values of S1^1/2 S2^1/2, and is taken from them. Where n < D, most
-    eigenvalues of a covariance are 0. The eigenvalues of S1 S2, of which other codes take roots, then carry rounding
-    noise of 1e-16, whose root is 1e-8 of the trace for each such dimension; here the noise of both roots is multiplied,
-    1e-16 again. So nothing need be added to the diagonals.
-    """
-    check(mu1[None], sigma1, mu2[None], sigma2)                # finite, and of one width
-    mu1, sigma1, mu2, sigma2 = (s.double() for s in (mu1, sigma1, mu2, sigma2))
-    cross = torch.linalg.svdvals(matrix_root(sigma1) @ matrix_root(sigma2)).sum()  # tr (S1 S2)^1/2, never below 0
-    return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross)
-
-
-def cubic(a, b):
-    """k(a, b) = (a.b / D + 1)^3, the kernel of KID: (p, D), (q, D) -> (p, q)."""
-    return (a @ b.T / a.shape[1] + 1) ** 3
-
-
-def cubic_within(x):
-    """Mean of the cubic kernel over all pairs of different rows of x (n, D)."""
-    own = sum(((a.double().square().sum(1) / x.shape[1] + 1) ** 3).sum().item() for a in x.split(BLOCK))   # k(a, a)
-    return (pair_sum(cubic, x, x) - own) / (len(x) * (len(x) - 1))                 # ordered pairs
-
-
-def mmd(x, y):
-    """
-    Unbiased squared MMD, mean k(x, x') + mean k(y, y') - 2 mean k(x, y), with KID's cubic kernel over all rows at once:
-    what kid's mean estimates (Binkowski et al. 2018, eq. 4). x (n, D), y (m, D). Pairs of a row with itself are left
-    out, so it may be negative, and is for equal sets.
-    """
-    check(x, y, least=2)
-    return cubic_within(x) + cubic_within(y) - 2 * pair_sum(cubic, x, y) / (len(x) * len(y))
-
-
-def kid(x, y, n_subsets=100, subset_size=1000, seed=0):
-    """
-    Kernel Inception distance (Binkowski et al. 2018): mean and standard deviation (ddof 0) of mmd over random subsets
-    without replacement, x before y, from one np.random.RandomState(seed), as torch-fidelity has it. Not times 1000.
-    """
-    check(x, y, least=2)
-    if n_subsets < 1 or not 2 <= subset_size <= min(len(x), len(y)):               # others shrink the subset unasked
-        raise ValueError(f"{n_subsets} subsets of {subset_size} from {len(x)} and {len(y)} rows: "
-                         "subset_size is 2 to the smaller set")
-    random = np.random.RandomState(seed)                       # the old generator: others' figures come from it
-
-    def subset(a):
-        return a[torch.from_numpy(random.choice(len(a), subset_size, replace=False)).to(a.device)]
-    values = [mmd(subset(x), subset(y)) for _ in range(n_subsets)]
-    return float(np.mean(values)), float(np.std(values))
-
-
-def gaussian_less_1(a, b):
-    """k(a, b) - 1 for k = exp(-|a - b|^2 / (2 10^2)): (p, D), (q, D) -> (p, q)."""
-    return torch.expm1(squared_distances(a, b) / (-2 * 10 ** 2))                   # keeps what 1 would swallow
-
-
-def cmmd(x, y):
-    """
-    1000 (mean k(x, x') + mean k(y, y') - 2 mean k(x, y)), k = exp(-|a - b|^2 / (2 10^2)) over all pairs, a row with
-    itself included: biased, >= 0, and 0 for equal sets (Jayasumana et al. 2024 and its code). Rows are meant to be CLIP
-    image embeddings of length one; they are taken as they come. k is near 1, so k - 1 is summed: the ones cancel.
-    """
-    check(x, y)
-
-    def mean(a, b):
-        return pair_sum(gaussian_less_1, a, b) / (len(a) * len(b))
-    return 1000 * (mean(x, x) + mean(y, y) - 2 * mean(x, y))   # as in its code
-
-
-def share_above_0(counts):
-    """Share of points that lie in a ball, or of balls that hold a point."""
-    return (counts > 0).double().mean().item()
-
-
-def precision_recall(real, fake, k=3):
-    """
-    (precision, recall): the share of fake rows in some real row's ball, and of real rows in some fake row's ball; the
-    balls are closed and reach to the k-th neighbour (Kynkaanniemi et al. 2019, eq. 1-2). real (n > k, D), fake
-    (m > k, D).
-    """
-    of_fake, _ = balls(real, fake, k, closed=True)             # (m,) real balls that hold a fake row
-    of_real, _ = balls(fake, real, k, closed=True)             # (n,) fake balls that hold a real row
-    return share_above_0(of_fake), share_above_0(of_real)
-
-
-def prdc(real, fake, k=5):
-    """
-    {"precision", "recall", "density", "coverage"} with open balls (Naeem et al. 2020, eq. 1-4, and its code `prdc`).
-    Density: real balls around a fake row, over k; coverage: the share of real balls that hold a fake row. real
-    (n > k, D), fake (m > k, D).
-    """
-    of_fake, of_real_ball = balls(real, fake, k, closed=False)                     # (m,), (n,)
-    of_real, _ = balls(fake, real, k, closed=False)            # for recall the fake rows carry the balls
-    return {"precision": share_above_0(of_fake), "recall": share_above_0(of_real),
-            "density": of_fake.double().mean().item() / k, "coverage": share_above_0(of_real_ball)}
-
-
-def clip_score(images, texts):
-    """
-    100 x mean cosine of each image embedding (n, D) with that of its caption (n, D), not clamped. Hessel et al. 2021
-    clamp it at 0 and scale by 2.5.
-    """
-    check(images, texts)
-    if len(images) != len(texts):
-        raise ValueError(f"{len(images)} images and {len(texts)} captions: give each image its caption")
-    if not all(e.any(1).all() for e in (images, texts)):       # 0 / 0 would be NaN
-        raise ValueError("an embedding is all zeros: it has no direction")
-    return 100 * F.cosine_similarity(images.double(), texts.double(), eps=0).mean().item()
-
-
-def inception_score(logits, splits=10):
-    """
-    Mean and standard deviation (ddof 0) over splits of exp(mean KL(p(y|x) || p(y))) (Salimans et al. 2016). Logits
-    (n, classes) without bias, rows in random order; split i is rows i n // splits to (i + 1) n // splits, as in the
-    first code.
-    """
-    check(logits, least=max(splits, 1))
-    if splits < 1:
-        raise ValueError(f"splits = {splits}: take at least 1")
-    scores = []
-    for i in range(splits):
-        rows = logits[i * len(logits) // splits:(i + 1) * len(logits) // splits]   # (p, classes)
-        log_p = rows.double().log_softmax(1)                   # (p, classes): no log of a p that is 0
-        marginal = log_p.logsumexp(0) - np.log(len(log_p))     # (classes,): log of the mean p
-        scores.append((log_p.exp() * (log_p - marginal)).sum(1).mean().exp().item())       # exp of the mean KL
-    return float(np.mean(scores)), float(np.std(scores))
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What a run is asked to draw, and who looks at it: a Task (lib/tasks.py)
@@ -271,7 +114,7 @@ def zeroshot(model, config, world, n, seed=0, draws=16):
             text = encode_captions(captions, config).to(device)                    # (options, L)
             guesses[kind] = words[best_caption(model, config, image, text, i, seed, draws)], group[kind]
         return guesses
-    guesses = on_all_ranks(guess, itertools.islice(single, n), "zero-shot")
+    guesses = on_all_ranks(guess, itertools.islice(single, n), "zero-shot")        # [{kind: (guess, truth)}]
     return {kind: accuracy([g[kind] for g in guesses], words) for kind, words in options.items()}
 
 
@@ -284,7 +127,7 @@ def zeroshot_folder(model, config, folder, template, n, seed=0, draws=16):
     if len(classes) < 2 or not all(classes.values()) or "{}" not in template:
         raise UserError(f"{folder!r} holds classes {list(classes)}, template {template!r}: "
                         "give FOLDER/CLASS/*.png for two classes or more, and a {}")
-    names = list(classes)
+    names = list(classes)                                      # folders' names, in order
     captions = [template.replace("{}", name.replace("_", " ")) for name in names]
     text = encode_captions(captions, config).to(next(model.parameters()).device)   # (classes, L)
     for name in names:
@@ -405,7 +248,7 @@ def evaluate(model, config, n, seed=0, metrics=USUAL, networks=RANDOM, task=None
     """
     task = task or held_out_task(config, n)
     if reference is None:
-        reference = real_features(config, n, compared(networks, metrics), shared)
+        reference = real_features(config, n, compared(networks, metrics), shared)  # of real images
     looks, fake, texts = draw_and_look(model, config, task, n, needed(networks, metrics), seed, shared, poll)
     judged = [(task, looks)]                                   # every task is judged on its own pictures
     if "diversity" in metrics and config["data"] == "scenes":  # of pictures of its own, all noises of each caption
@@ -477,11 +320,11 @@ def evaluate_all(model, config, n, task, metrics, networks, reference, guidances
         once.append({name: function(model, config, n, seed, classes) for name, function in functions.items()})
     drawn = [name for name in metrics if METRICS[name][0] != "denoiser"]           # those that need pictures
     rows, points = [], []
-    for guidance in guidances:
+    for guidance in guidances:                                 # a point of the curve each
         at = config | {"guidance": guidance}                   # no other key changes
         for seed in range(seeds):                              # the same noise for every guidance
             result = evaluate(model, at, n, seed, drawn, networks, task, reference, shared=True) if drawn else {}
-            rows.append({"guidance": guidance, "seed": seed, "metrics": result | once[seed]})
+            rows.append({"guidance": guidance, "seed": seed, "metrics": result | once[seed]})  # one line of the table
             print(f"guidance {guidance:g}  seed {seed}  {report(rows[-1]['metrics'])}", flush=True)
         results = [row["metrics"] for row in rows[-seeds:]]    # all seeds of this guidance
         mean, spread = over_seeds(results, np.mean), over_seeds(results, np.std) if seeds > 1 else None
@@ -508,7 +351,7 @@ def score_run(args, metrics, networks, task, vqa, device):
                         "other: give one value of each")
     print(f"scoring {n} images, {config['sample_steps']} steps each, {len(guidances)} guidances, {args.seeds} seeds")
     task = task or held_out_task(config, n)
-    task = keep_pictures(task, args.keep) if args.keep else task
+    task = keep_pictures(task, args.keep) if args.keep else task                   # written as they are looked at
     reference, about_reference = reference_of_run(args.reference, config, compared(networks, metrics), n)
     rows, points = evaluate_all(model, config, n, task, metrics, networks, reference, guidances, args.seeds, classes)
     if get_rank():
@@ -526,8 +369,8 @@ def score_run(args, metrics, networks, task, vqa, device):
     figures = {"run": args.run[0], "n": n, "guidance": guidance, "seeds": args.seeds, "metrics": mean, "spread": spread,
                "all": rows, "config": config}
     if len(points) > 1:
-        figures["tuning"] = tuning([point[:2] for point in points])
-        folder = args.run[0] if os.path.isdir(args.run[0]) else "."
+        figures["tuning"] = tuning([point[:2] for point in points])                # best by each metric
+        folder = args.run[0] if os.path.isdir(args.run[0]) else "."                # of a checkpoint alone: here
         draw_tuning(figures["tuning"], free_name(os.path.join(folder, "guidance.png")))
     write_result(card, figures, args.json)
 
@@ -567,7 +410,7 @@ def score_folders(args, metrics, networks, device):
             for name, (features, _) in needed(networks, metrics).items()}
     if get_rank():
         return
-    result = compare(reference, fake, metrics)
+    result = compare(reference, fake, metrics)                 # no captions: folders have none that this reads
     print(report(result))
     card = make_card(networks, device, n=len(files), reference=words, generated=f"{args.run[1]}, {size} px")
     write_result(card, {"reference": args.run[0], "run": args.run[1], "n": len(files), "metrics": result}, args.json)
@@ -584,10 +427,10 @@ def score_answers(args, prompts, device):
         answers = on_all_ranks(lambda i: task.look(read_image(files[i]), i), range(len(files)), "questions")
     if get_rank():
         return
-    result = {"questions": dsg_table(prompts, answers)}
+    result = {"questions": dsg_table(prompts, answers)}        # DSG and each category
     print(report(result))
     dsg = f"{args.dsg}, sha256 {file_hash(args.dsg)}"
-    card = make_card({"vqa": (None, about)}, device, n=len(prompts), dsg=dsg, about=args.run[0])
+    card = make_card({"vqa": (None, about)}, device, n=len(prompts), dsg=dsg, about=args.run[0])  # who answered
     answers = {p["item"]: words for p, words in zip(prompts, answers)}             # as a file of answers has them
     write_result(card, {"run": args.run[0], "n": len(prompts), "metrics": result, "answers": answers}, args.json)
 
@@ -611,11 +454,11 @@ def make_sheet(args, task, device):
     for model, config, guidances in runs:
         if len(guidances) > 1:
             raise UserError(f"--guidance {args.guidance}: a sheet shows each run at one guidance: give one value")
-        at = config | {"guidance": guidances[0]}
+        at = config | {"guidance": guidances[0]}               # each run's own
         parts = on_all_ranks(lambda rows: generate(model, at, captions, rows), chunks(len(captions)), "pairs")
-        images.append([image for part in parts for image in part])
-    if get_rank() == 0:
-        write_page(args.sheet, args.run, captions, images)
+        images.append([image for part in parts for image in part])                 # (H, W, 3) each
+    if get_rank() == 0:                                        # the others only helped
+        write_page(args.sheet, args.run, captions, images)     # sides by chance, the key apart
         print(f"{args.sheet}: {len(captions)} pairs. Give index.html to the raters and keep key.json; then\n"
               f"python eval.py --sheet {args.sheet} --ratings FILES")
 
@@ -648,7 +491,7 @@ def parse():
     add("--sheet", metavar="FOLDER", help="write a page there on which people compare two runs")
     add("--ratings", metavar="FILE", nargs="+", help="the files that this page saved: win rates and agreement")
     add("--json", help="write the figures to this file")
-    args, _ = parser.parse_keys()
+    args, _ = parser.parse_keys()                              # no key of configs.txt is a flag here
     if (args.vqa or args.answers) and not args.dsg:
         raise UserError("--vqa and --answers need questions: give --dsg FILE")
     least = {"n": 2, "seeds": 1, "steps": 1}
@@ -685,7 +528,7 @@ def parse_metrics(args):
 
 def open_networks(features, weights, metrics, device):
     """{name: (features, about)} of --features, with the logits of the Inception score where it is asked for."""
-    names = parse_words(features, ["random", "inception", "dino", "clip"], "--features")
+    names = parse_words(features, ["random", "inception", "dino", "clip"], "--features")  # in the order given
     files = iter([w for w in weights.split(",") if w])         # in the order of --features
     file_of = {name: None if name == "random" else next(files, None) for name in names}
     if rows_of("logits", metrics):
@@ -697,7 +540,7 @@ def open_networks(features, weights, metrics, device):
 
 def choose_program(args, device):
     """One of the five, told apart by the flags."""
-    prompts = read_dsg(args.dsg)[:args.n] if args.dsg else None
+    prompts = read_dsg(args.dsg)[:args.n] if args.dsg else None                    # with their questions
     if args.dsg and (args.answers or not is_run(args.run[0])): # pictures, or even answers, from elsewhere
         return score_answers(args, prompts, device)
     asked_elsewhere = (args.keep or args.sheet) and not args.vqa
