@@ -253,6 +253,7 @@ def main():
     if args.describe:
         print(describe_run(args.run))
         return
+    torch.set_flush_denormal(True)                             # as lib/processes.py: join, where it says why
     model, config = load(args.run, "cuda" if torch.cuda.is_available() else "cpu")
     config |= keys
     size = parse_size(args.size, config)

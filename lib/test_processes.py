@@ -145,3 +145,11 @@ def test_torchrun_gets_the_message_for_its_summary(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     processes.print_error("no room")
     assert json.load(open(tmp_path / "error.json"))["message"]["extraInfo"]["py_callstack"] == "error: no room"
+
+
+def test_numbers_too_small_to_be_normal_are_zero_in_all_threads():
+    """A trained model is a third slower with them, on a CPU."""
+    code = ("import torch; from lib.processes import join; join(60); torch.set_num_threads(2);"
+            "x = torch.full((1 << 20,), 1e-39); print(int((x * 0.5).count_nonzero()))")
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=here).stdout == "0\n"
