@@ -1875,10 +1875,22 @@ def test_what_cannot_be_meant_is_refused_and_nothing_is_touched(words, message, 
     assert before == (folder(runs[0], "grow") / "last.pt").read_bytes()
 
 
+def test_muon_takes_what_is_inside_convolutions_too(runs):
+    state = checkpoint_of(runs[0], "defrost")
+    taken = {key.split("/")[0] for key in state["moments"] if key.endswith("momentum_buffer")}
+    inside = {"core.blocks.0.mlp.0.weight", "core.blocks.1.self_attention.qkv.weight",
+              "shell.inner.encoder.conv1.weight", "shell.inner.head.up.0.0.weight", "shell.block.conv2.weight"}
+    outside = {"core.text.embed.weight", "core.modulation.weight", "core.blocks.0.scale_shift_table",
+               "core.time.mlp.0.weight", "shell.inner.conv_in.weight", "shell.inner.head.conv_out.weight",
+               "shell.conv_out.weight", "shell.block.temb_proj.weight"}
+    assert inside <= taken and not outside & taken and inside | outside < set(state["model"])
+    assert not any(state["model"][name].ndim == 1 for name in taken)
+
+
 def test_a_score_that_is_missing_comes_with_the_same_command(runs):
     words = ["--stage", "grow", "--out", runs[0], *changed(TINY, eval_n=4)]
     said = run("train.py", *words)
-    assert "scoring 4 images of 4 steps each: --eval_n 0 leaves this out" in said and "dsg" in said
+    assert "scoring 4 images of 4 steps each, and as many for diversity: --eval_n 0 leaves this out" in said and "dsg" in said
     assert os.path.exists(folder(runs[0], "grow") / "metrics.json") and "dsg" not in run("train.py", *words)
 
 

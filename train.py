@@ -380,7 +380,9 @@ def preview(step):
 def score(step):
     """Metrics of the EMA weights for the captions of held_out_task: a dict, the same in all processes."""
     # at high resolution it takes longer than many steps of training
-    print0(f"scoring {config['eval_n']} images of {config['sample_steps']} steps each: --eval_n 0 leaves this out")
+    words = f"scoring {config['eval_n']} images of {config['sample_steps']} steps each"
+    again = ", and as many for diversity" * (config["data"] == "scenes")
+    print0(f"{words}{again}: --eval_n 0 leaves this out")
     with checkpoint.ema_weights_in_place(model, trained, ema_params):
         result = evaluate(model, config, config["eval_n"], poll=poll)
     if rank == 0:
