@@ -350,7 +350,8 @@ def score_run(args, metrics, networks, task, vqa, device):
         raise UserError(f"--keep {args.keep}: {len(guidances)} guidances and {args.seeds} seeds would overwrite each "
                         "other: give one value of each")
     again = ", and as many for diversity" * ("diversity" in metrics and config["data"] == "scenes")
-    print(f"scoring {n} images, {config['sample_steps']} steps each, {len(guidances)} guidances, {args.seeds} seeds{again}")
+    print(f"scoring {n} images, {config['sample_steps']} steps each, {len(guidances)} guidances, {args.seeds} seeds"
+          + again)
     task = task or held_out_task(config, n)
     task = keep_pictures(task, args.keep) if args.keep else task                   # written as they are looked at
     reference, about_reference = reference_of_run(args.reference, config, compared(networks, metrics), n)
