@@ -424,17 +424,19 @@ class UNet(nn.Module):
 class Nested(nn.Module):
     """
     The old shallow shell, kept and trained on, inside one for images `factor` times as large. The image, pooled, goes
-    through the old one; what that makes of it, enlarged, meets the image itself at full size. The last layer starts at
-    zero and adds to the enlarged old image: a grown model begins as the old model, and predicts x as that did.
+    through the old one; what that makes of it meets the image itself, folded to the same size and then at full size. The
+    last layer starts at zero and adds to the enlarged old image: a grown model begins as the old model, and predicts x
+    as that did.
     """
 
     def __init__(self, inner, c_image, factor, c_skip, width):
         super().__init__()
-        c = inner.head.conv_out.in_channels
+        c_inner = inner.head.conv_out.in_channels
+        c = 2 * c_inner
         self.inner, self.factor = inner, factor
-        self.conv_skip = strided_conv(c_image, c_skip, 1)
-        self.block = ResidualBlock(c + c_image + c_skip, c, width)
-        self.norm, self.conv_out = group_norm(c), Conv2d(c, c_image, 3, padding=1)
+        self.conv_down = strided_conv(c_image, c, factor)
+        self.block = ResidualBlock(c_inner + c_image + c, c, width)
+        self.head = SubpixelHead(c, c_image, factor, c_skip, width)
 
     def encode(self, z, temb, logsnr):
         alpha, sigma = alpha_sigma(logsnr)                                         # (B, 1, 1, 1)
@@ -445,11 +447,11 @@ class Nested(nn.Module):
 
     def decode(self, features, skips, temb):
         z, pooled = skips                                                          # (B, C, H, W), (B, C, H/f, W/f)
-        x = self.inner.head.enlarge(self.inner.decoder(features, temb), pooled, temb)              # (B, c, H/f, W/f)
-        x = torch.cat([x, self.inner.head.to_image(x)], 1)                         # (B, c + C, H/f, W/f)
-        x = F.interpolate(x, scale_factor=float(self.factor), mode="nearest")      # (B, c + C, H, W)
-        y = self.block(torch.cat([x, self.conv_skip(z)], 1), temb)                 # (B, c, H, W)
-        return x[:, -z.shape[1]:] + self.conv_out(F.silu(self.norm(y)))            # (B, C, H, W)
+        x = self.inner.head.enlarge(self.inner.decoder(features, temb), pooled, temb)        # (B, c_inner, H/f, W/f)
+        image = self.inner.head.to_image(x)                                        # (B, C, H/f, W/f): the old model's
+        y = self.block(torch.cat([x, image, self.conv_down(z)], 1), temb)          # (B, c, H/f, W/f)
+        enlarged = F.interpolate(image, scale_factor=float(self.factor), mode="nearest")     # (B, C, H, W)
+        return enlarged + self.head(y, z, temb)                                    # (B, C, H, W)
 
 
 class Patch(nn.Module):

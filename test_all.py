@@ -1882,7 +1882,7 @@ def test_muon_takes_what_is_inside_convolutions_too(runs):
               "shell.inner.encoder.conv1.weight", "shell.inner.head.up.0.0.weight", "shell.block.conv2.weight"}
     outside = {"core.text.embed.weight", "core.modulation.weight", "core.blocks.0.scale_shift_table",
                "core.time.mlp.0.weight", "shell.inner.conv_in.weight", "shell.inner.head.conv_out.weight",
-               "shell.conv_out.weight", "shell.block.temb_proj.weight"}
+               "shell.head.conv_out.weight", "shell.block.temb_proj.weight"}
     assert inside <= taken and not outside & taken and inside | outside < set(state["model"])
     assert not any(state["model"][name].ndim == 1 for name in taken)
 
