@@ -424,9 +424,9 @@ class UNet(nn.Module):
 class Nested(nn.Module):
     """
     The old shallow shell, kept and trained on, inside one for images `factor` times as large. The image, pooled, goes
-    through the old one; what that makes of it meets the image itself, folded to the same size and then at full size. The
-    last layer starts at zero and adds to the enlarged old image: a grown model begins as the old model, and predicts x
-    as that did.
+    through the old one; what that makes of it meets the image itself, folded to the same size and then at full size.
+    The last layer starts at zero and adds to the enlarged old image: a grown model begins as the old one, and predicts
+    x as that did.
     """
 
     def __init__(self, inner, c_image, factor, c_skip, width):
