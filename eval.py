@@ -29,34 +29,29 @@ import numpy as np
 import torch
 
 from data import Batches, encode_captions, open_data
+from lib.answers import score_answers, score_people
 from lib.checkpoint import is_run
 from lib.draws import normals
 from lib.encoders import open_autoencoder
 from lib.files import file_hash, free_name
 from lib.judge import counting, diversity, fidelity, judge, look
-from lib.metrics import (clip_score, cmmd, feature_stats, frechet_distance, inception_score, kid, mmd, prdc,
-                         precision_recall)
+from lib.metrics import clip_score, cmmd, fd, kid, mmd, named, prdc, precision_recall, shuffled_inception_score
 from lib.networks import open_network, open_vqa, random_features, to_square
-from lib.people import score_ratings, write_page
+from lib.people import write_page
 from lib.pictures import draw_tuning, to_tensor, to_uint8
 from lib.processes import chunks, exit_with, get_rank, get_world_size, join, on_all_ranks
-from lib.questions import dsg_table, read_answers, read_dsg
-from lib.references import (check_same_size, find_images, image_features, list_classes, list_images, open_reference,
+from lib.questions import read_dsg
+from lib.references import (check_same_size, image_features, labelled_images, list_images, open_reference,
                             read_image)
 from lib.results import accuracy, best_point, make_card, over_seeds, report, tuning, write_result
 from lib.scenes import describe, world_name
 from lib.settings import Parser, UserError, parse_numbers, parse_words
 from lib.tasks import Task, dsg_task, keep_pictures, prompts_task
 from model import diffusion_loss, load, read_checkpoint
-from sample import SAMPLERS, sample
+from sample import SAMPLERS, check_student, is_student, sample
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What a run is asked to draw, and who looks at it: a Task (lib/tasks.py)
-
-
-def held_out(config):
-    """What a run is scored on: scenes that training never draws; of a folder the very images that it was trained on."""
-    return open_data(config).held_out()                        # scenes: purpose "exam", seed 0, for every run
 
 
 def held_out_task(config, n, noises=1):
@@ -64,7 +59,7 @@ def held_out_task(config, n, noises=1):
     n pictures of held-out captions, at which the judge looks: `noises` of each caption, and so many more that the last
     has all of its own. Of a folder its first n captions, and no judge: only scenes know what is true.
     """
-    world = held_out(config)
+    world = open_data(config).held_out()                       # scenes: purpose "exam", seed 0, for every run
     numbers = [i % len(world) for i in range(-(-n // noises))] # round again where there are fewer
     task = Task([world.caption(i) for i in numbers for _ in range(noises)])
     if config["data"] != "scenes":
@@ -123,18 +118,14 @@ def zeroshot_folder(model, config, folder, template, n, seed=0, draws=16):
     On n images of folder/CLASS/*, as many of each class, their centre squares: {class: accuracy, "mean", "chance"}.
     The caption is the `template` with the class in place of {}, an underscore being a space.
     """
-    classes, files = list_classes(folder), []
-    if len(classes) < 2 or not all(classes.values()) or "{}" not in template:
-        raise UserError(f"{folder!r} holds classes {list(classes)}, template {template!r}: "
-                        "give FOLDER/CLASS/*.png for two classes or more, and a {}")
-    names = list(classes)                                      # folders' names, in order
+    if "{}" not in template:
+        raise UserError(f"--template {template!r}: put {{}} where the class belongs")
+    names, files = labelled_images(folder, n)                  # [class], [(file, class)]
     captions = [template.replace("{}", name.replace("_", " ")) for name in names]
     text = encode_captions(captions, config).to(next(model.parameters()).device)   # (classes, L)
-    for name in names:
-        files += [(file, name) for file in classes[name][:-(-n // len(names))]]
 
     def guess(number):
-        file, truth = files[number]                            # a class is its folder's name
+        file, truth = files[number]
         square = to_square(read_image(file)[None], config["resolution"], crop=True)[0]     # (3, H, W)
         image = square.permute(1, 2, 0).byte().numpy()
         return names[best_caption(model, config, image, text, number, seed, draws)], truth
@@ -144,20 +135,6 @@ def zeroshot_folder(model, config, folder, template, n, seed=0, draws=16):
 # ----------------------------------------------------------------------------------------------------------------------
 # The table of metrics: what each is measured on, and how. A new metric is a new row
 
-def fd(real, fake):
-    """Frechet distance of two sets of features (n, D), (m, D): of Inception's FID, of DINOv2's FD-DINO."""
-    return frechet_distance(*feature_stats(real), *feature_stats(fake))
-
-
-def shuffled_inception_score(logits):
-    """Of rows in random order, as torch-fidelity has it: splits must not follow the order of files."""
-    return inception_score(logits[torch.from_numpy(np.random.RandomState(2020).permutation(len(logits)))])
-
-
-def named(function, *names):
-    """The function, with {name: value} in place of a tuple."""
-    return lambda *sets: dict(zip(names, function(*sets)))
-
 
 def zeroshot_of_run(model, config, n, seed, classes):
     """Zero-shot accuracy on `classes` = (folder, template), else on held-out scenes."""
@@ -166,7 +143,7 @@ def zeroshot_of_run(model, config, n, seed, classes):
     if config["data"] != "scenes":
         raise UserError("--metrics zeroshot: this run was not trained on scenes: "
                         "give --classes FOLDER with FOLDER/CLASS/*.png")
-    return zeroshot(model, config, held_out(config), n, seed)
+    return zeroshot(model, config, open_data(config).held_out(), n, seed)
 
 
 METRICS = {
@@ -300,7 +277,7 @@ def real_features(config, n, networks, shared=False):
     if not networks:
         return {}
     plain = config | {"aspects": "", "flip": False, "jitter": 0.0}                 # augmented images would not be real
-    batches = Batches(held_out(config), plain, filtered=False)                  # names and passes over broken ones
+    batches = Batches(open_data(config).held_out(), plain, filtered=False)      # names and passes over broken ones
 
     def work(rows):
         images = [batches.sample(0, (n + i) % len(batches.data))[0] for i in rows] # (H, W, 3) each
@@ -349,9 +326,7 @@ def score_run(args, metrics, networks, task, vqa, device):
     if args.keep and len(guidances) * args.seeds > 1:
         raise UserError(f"--keep {args.keep}: {len(guidances)} guidances and {args.seeds} seeds would overwrite each "
                         "other: give one value of each")
-    again = ", and as many for diversity" * ("diversity" in metrics and config["data"] == "scenes")
-    print(f"scoring {n} images, {config['sample_steps']} steps each, {len(guidances)} guidances, {args.seeds} seeds"
-          + again)
+    print(f"scoring {n} images, {config['sample_steps']} steps each, {len(guidances)} guidances, {args.seeds} seeds")
     task = task or held_out_task(config, n)
     task = keep_pictures(task, args.keep) if args.keep else task                   # written as they are looked at
     reference, about_reference = reference_of_run(args.reference, config, compared(networks, metrics), n)
@@ -380,6 +355,8 @@ def score_run(args, metrics, networks, task, vqa, device):
 def load_run(run, args, device):
     """(model, config) of a run, with the sampler and steps of the command line, and the values of --guidance."""
     model, config = load(run, device)
+    check_student(config, args.steps, args.guidance, args.sampler)
+    config |= {"guidance": 1.0} if is_student(config) else {}   # it is inside
     config |= {"sampler": args.sampler or config["sampler"], "sample_steps": args.steps or config["sample_steps"]}
     return model, config, parse_numbers(args.guidance, "--guidance") if args.guidance else [config["guidance"]]
 
@@ -416,33 +393,6 @@ def score_folders(args, metrics, networks, device):
     print(report(result))
     card = make_card(networks, device, n=len(files), reference=words, generated=f"{args.run[1]}, {size} px")
     write_result(card, {"reference": args.run[0], "run": args.run[1], "n": len(files), "metrics": result}, args.json)
-
-
-def score_answers(args, prompts, device):
-    """DSG's questions about pictures from elsewhere: a file of answers, or a network that looks at a folder."""
-    if args.answers:
-        answers = read_answers(args.answers, prompts)
-        about = {"answers": f"{args.answers}, sha256 {file_hash(args.answers)}"}
-    else:
-        files, (ask, about) = find_images(args.run[0], [p["item"] for p in prompts]), open_vqa(args.vqa, device)
-        task = dsg_task(prompts, ask)
-        answers = on_all_ranks(lambda i: task.look(read_image(files[i]), i), range(len(files)), "questions")
-    if get_rank():
-        return
-    result = {"questions": dsg_table(prompts, answers)}        # DSG and each category
-    print(report(result))
-    dsg = f"{args.dsg}, sha256 {file_hash(args.dsg)}"
-    card = make_card({"vqa": (None, about)}, device, n=len(prompts), dsg=dsg, about=args.run[0])  # who answered
-    answers = {p["item"]: words for p, words in zip(prompts, answers)}             # as a file of answers has them
-    write_result(card, {"run": args.run[0], "n": len(prompts), "metrics": result, "answers": answers}, args.json)
-
-
-def score_people(args):
-    """Win rates, neutral share and agreement of the raters' answer files."""
-    result, key = score_ratings(args.sheet, args.ratings, args.run)
-    answers = {file: f"sha256 {file_hash(file)}" for file in args.ratings}
-    card = {"sheet": key["sheet"], "answers": answers, "interval": "95 %, bootstrap over pairs, seed 0"}
-    write_result(card, {"runs": key["runs"], "raters": len(args.ratings), "metrics": result}, args.json)
 
 
 def make_sheet(args, task, device):
@@ -544,7 +494,7 @@ def choose_program(args, device):
     """One of the five, told apart by the flags."""
     prompts = read_dsg(args.dsg)[:args.n] if args.dsg else None                    # with their questions
     if args.dsg and (args.answers or not is_run(args.run[0])): # pictures, or even answers, from elsewhere
-        return score_answers(args, prompts, device)
+        return score_answers(args.run, prompts, args.dsg, args.answers, args.vqa, device, args.json)
     asked_elsewhere = (args.keep or args.sheet) and not args.vqa
     vqa = open_vqa(args.vqa, device) if args.dsg and not asked_elsewhere else None
     task = dsg_task(prompts, vqa and vqa[0]) if args.dsg else prompts_task(args.prompts) if args.prompts else None
@@ -561,7 +511,7 @@ def choose_program(args, device):
 def main():
     args = parse()
     if args.ratings:
-        score_people(args)
+        score_people(args.sheet, args.ratings, args.run, args.json)
         return
     rank, world, device = join(timeout=24 * 3600)              # seconds: a chunk of images may take long
     if rank:

@@ -12,6 +12,7 @@ at any batch size, and is the same up to rounding, on the same kind of device.
     ddim       1                      1/steps    deterministic; 50 steps are nearly as good
     dpm        1                      1/steps^2  DPM-Solver++(2M): deterministic, 20 steps (PixArt-Sigma, Table 4)
     exp_heun   2                      1/steps^2  deterministic, needs no memory of the step before; to check the others
+    lcm        1                      -          new noise at every level; for students of --stage distill, 1 to 4 steps
 
 Every sampler is a function (denoise, z, logsnrs, noise_sampler) -> x, with denoise(z, logsnr) -> x, the levels
 logsnrs (steps,) from noise to image, and noise_sampler(step) -> noise like z. x is the clean image that the network
@@ -30,7 +31,8 @@ from lib.encoders import open_autoencoder
 from lib.files import free_name
 from lib.pictures import make_grid, to_uint8, write_png
 from lib.settings import Parser, UserError
-from model import alpha_sigma, get_logsnr, image_shape, load, read_checkpoint, token_grid, token_size
+from model import (WEIGHTINGS, alpha_sigma, diffusion_loss, get_logsnr, image_shape, load, read_checkpoint, token_grid,
+                   token_size)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Samplers
@@ -100,9 +102,18 @@ def exp_heun(denoise, z, logsnrs, noise_sampler):
     return denoise(z, logsnrs[-1])
 
 
+def lcm(denoise, z, logsnrs, noise_sampler):
+    """The image that the network predicts, noised anew to the next level (consistency models, Song et al. 2023)."""
+    for step, (logsnr, logsnr_next) in enumerate(zip(logsnrs[:-1], logsnrs[1:])):
+        alpha_next, sigma_next = alpha_sigma(logsnr_next)
+        z = alpha_next * denoise(z, logsnr) + sigma_next * noise_sampler(step + 1)           # (B, C, H, W)
+    return denoise(z, logsnrs[-1])
+
+
 # name -> function, error of which order, evaluations of the network for so many steps
 SAMPLERS = {"ddpm": (ddpm, 1, lambda steps: steps), "ddim": (ddim, 1, lambda steps: steps),
-            "dpm": (dpm, 2, lambda steps: steps), "exp_heun": (exp_heun, 2, lambda steps: 2 * steps - 1)}
+            "dpm": (dpm, 2, lambda steps: steps), "exp_heun": (exp_heun, 2, lambda steps: 2 * steps - 1),
+            "lcm": (lcm, 1, lambda steps: steps)}
 
 
 def get_logsnrs(config, steps, sampler, device="cpu"):
@@ -110,7 +121,11 @@ def get_logsnrs(config, steps, sampler, device="cpu"):
     (steps,) levels from noise to image. First-order samplers take even steps in t, as in training. Of 20 such levels
     the last two lie 7 apart in logsnr, which would decide the error of a second-order sampler; levels even in logsnr,
     1.3 apart, are too sparse in the middle, where pictures take shape. Second-order samplers get the mean of both.
+    A student knows the noisy ends of its segments alone, so the clean end t = 0 is no level of its own.
     """
+    if is_student(config):
+        ends = torch.arange(steps, 0, -1, device=device) / steps                   # 1 ... 1 / steps
+        return get_logsnr(ends * (config["start_time"] if config["objective"] == "dmd" else 1), config)
     logsnrs = get_logsnr(torch.linspace(1, 0, steps, device=device), config)
     if SAMPLERS[sampler][1] == 2:                              # of second order
         even = logsnrs[0] + (logsnrs[-1] - logsnrs[0]) * torch.linspace(0, 1, steps, device=device)    # in logsnr
@@ -132,14 +147,15 @@ def guided(model, text, guidance, size=None, limit=1.0):
     both = torch.cat([text, null])                             # one pass through the network for both
     captions = {0: null, 1: text}.get(guidance, both)          # (B or 2 B, L) or (B or 2 B, L, E)
     copies = len(captions) // len(text)                        # 1 or 2
-    sizes = None if size is None else size.to(text.device).expand(len(captions), 6)
+    sizes = None if size is None else size.to(text.device).expand(len(text), 6).repeat(copies, 1)
 
-    def denoise(z, logsnr):
-        v = model(z.repeat(copies, 1, 1, 1), logsnr.expand(len(captions)), captions, sizes)        # (B or 2 B, C, H, W)
+    def denoise(z, logsnr):                                    # one level for all images, or one for each
+        logsnrs = logsnr.expand(len(text)).repeat(copies)                          # (B or 2 B,)
+        v = model(z.repeat(copies, 1, 1, 1), logsnrs, captions, sizes).float()     # (B or 2 B, C, H, W)
         if copies == 2:
             v_caption, v_null = v.chunk(2)                                         # (B, C, H, W)
             v = v_null + guidance * (v_caption - v_null)
-        alpha, sigma = alpha_sigma(logsnr)
+        alpha, sigma = alpha_sigma(logsnr)                                         # (1 or B, 1, 1, 1)
         return (alpha * z - sigma * v).clamp(-limit, limit)                        # x from z and v
     return denoise
 
@@ -153,7 +169,7 @@ def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, 
     width in pixels) default to the config's. `poll`, if given, is called at every evaluation and may raise.
     """
     steps, sampler = steps or config["sample_steps"], sampler or config["sampler"]
-    guidance = config["guidance"] if guidance is None else guidance
+    guidance = 1 if is_student(config) else config["guidance"] if guidance is None else guidance
     height, width = size or [config["resolution"]] * 2
     device = next(model.parameters()).device
     autoencoder, (channels, side, _) = open_autoencoder(config, device), image_shape(config)
@@ -181,6 +197,104 @@ def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, 
         images.append(autoencoder.decode(z).cpu())                                 # (b, 3, H, W)
     progress.close()
     return torch.cat(images)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Few steps: what a student of --stage distill learns. Each objective gives a loss per image, (B,), of networks
+# (z, logsnr, text, size) -> v; the teacher, which a student starts as, is (z, logsnr, text, size) -> x, with guidance.
+
+
+def is_student(config):                                        # a run of --stage distill: guidance is inside it
+    return config["objective"] != "diffusion"
+
+
+STUDENTS = {                                                   # objective -> sampler; can it take n steps? In words
+    "consistency": ("ddim", lambda c, n: n == c["sample_steps"] and c["teacher_steps"] % n == 0,
+                    "as many steps as it was trained for, a divisor of teacher_steps"),
+    "lcm": ("lcm", lambda c, n: c["teacher_steps"] % n + c["teacher_steps_end"] == 0, "a divisor of constant ones"),
+    "dmd": ("lcm", lambda c, n: n == 1, "1 step: --sample_steps 1")}
+
+
+def check_student(config, steps=None, guidance=None, sampler=None):
+    """UserError where a student's keys, or flags that were given, ask for what it is not trained for."""
+    if not is_student(config):
+        return
+    own_sampler, fits, words = STUDENTS[config["objective"]]
+    steps = steps or config["sample_steps"]
+    if guidance is not None:
+        raise UserError("--guidance: it is inside this student, which learned from its guided teacher: leave it out")
+    if sampler not in (None, own_sampler):
+        raise UserError(f"--sampler {sampler}: a student of {config['objective']} takes {own_sampler}: leave it out")
+    if not fits(config, steps):
+        raise UserError(f"{steps} steps: with teacher_steps = {config['teacher_steps']} a student of "
+                        f"{config['objective']} takes {words}")
+
+
+def predict_x(net, z, logsnr, text, size):
+    """x = alpha z - sigma v, (B, C, H, W), float32; logsnr (B,)."""
+    alpha, sigma = alpha_sigma(logsnr)                                             # (B, 1, 1, 1)
+    return alpha * z - sigma * net(z, logsnr, text, size).float()
+
+
+def consistency_loss(net, target, teacher, x, text, t, eps, size, config, step=0):
+    """
+    Multistep consistency distillation (Heek et al. 2024, Algorithm 1). [0, 1] is cut into sample_steps segments; from
+    anywhere in one, the student learns to see the image with which one step of DDIM lands at its clean end. The teacher
+    takes one of its teacher_steps, then the student itself (`target`, without gradient) sees further. LCM (Luo et al.
+    2023) is the same with one segment that ends where no noise is left, and an average of the student as its target.
+    """
+    segments = config["sample_steps"] if config["objective"] == "consistency" else 1
+    rise = (config["teacher_steps_end"] or config["teacher_steps"]) / config["teacher_steps"]
+    inside = max(1, round(config["teacher_steps"] * rise ** (step / config["steps"]) / segments))    # in a segment
+    place = (t * inside * segments).floor().clamp(max=inside * segments - 1)       # (B,), of the teacher's step
+    logsnr, logsnr_next, logsnr_end = (get_logsnr(k / (inside * segments), config)
+                                       for k in (place + 1, place, place // inside * inside))      # (B,) each
+    (alpha, sigma), (alpha_next, sigma_next) = alpha_sigma(logsnr), alpha_sigma(logsnr_next)       # (B, 1, 1, 1) each
+    snr_root, end_root = (torch.exp(level / 2)[:, None, None, None] for level in (logsnr, logsnr_end))     # alpha/sigma
+    z = alpha * x + sigma * eps                                                    # (B, C, H, W)
+    with torch.no_grad():
+        x_teacher = teacher(z, logsnr, text, size)
+        eps_teacher = (z - alpha * x_teacher) / sigma
+        # the share of the way to the end of the segment that the teacher's step makes: 1 for the last step in it
+        share = torch.expm1((logsnr_next - logsnr) / 2) / torch.expm1((logsnr_end - logsnr) / 2)
+        share = share[:, None, None, None]                     # of lcm near 0 in all steps but the last
+        spread = sigma_next
+        if config["objective"] == "consistency":               # aDDIM (ibid., Algorithm 3): few steps of DDIM blur
+            c = alpha_next - alpha * sigma_next / sigma
+            variance = 0.1 / (2 + snr_root ** 2)               # of x given z, as they found it
+            spread = (sigma_next ** 2 + c ** 2 * variance / eps_teacher.square().mean((1, 2, 3), True)).sqrt()
+        z_next = alpha_next * x_teacher + spread * eps_teacher
+        x_next = predict_x(target, z_next, logsnr_next, text, size)
+        x_end = torch.lerp(x_next, x_teacher, share)           # DDIM to the end, inverse DDIM back to z: in one line
+        x_end = x_end + (spread - sigma_next) / sigma_next / (end_root - snr_root) * eps_teacher
+    error = (predict_x(net, z, logsnr, text, size) - x_end).square().mean((1, 2, 3))         # e_x^2 = sigma^2 e_v^2
+    weighting = WEIGHTINGS["x" if config["objective"] == "lcm" else config["weighting"]]
+    return weighting(logsnr) / torch.sigmoid(-logsnr) * error
+
+
+def dmd_loss(net, fake, teacher, text, t, noises, size, config):
+    """
+    Distribution matching (Yin et al. 2024, eq. 7-8): the student makes an image of pure noise in one step; at a random
+    level the teacher sees what real images would be there, and `fake`, a network trained on the student's images, what
+    the student's would be, both as x. Their difference says where the image should move. noises (B, 2, C, H, W).
+    """
+    start, eps = noises.unbind(1)
+    x = predict_x(net, start, get_logsnr(torch.full_like(t, config["start_time"]), config), text, size)
+    logsnr = get_logsnr(0.02 + 0.96 * t, config)                                   # (B,)
+    alpha, sigma = alpha_sigma(logsnr)
+    with torch.no_grad():
+        z = alpha * x + sigma * eps
+        real = teacher(z, logsnr, text, size)
+        pull = (fake(z, logsnr, text, size) - real) / (x - real).abs().mean((1, 2, 3), True).clamp(min=1e-6)
+    return 0.5 * (x - (x - pull).detach()).square().mean((1, 2, 3))                # its gradient at x is along `pull`
+
+
+def fake_loss(fake, student, text, t, noises, size, config):
+    """Plain diffusion on images that the student makes (Yin et al. 2024, eq. 6). noises (B, 2, C, H, W)."""
+    start, eps = noises.unbind(1)
+    with torch.no_grad():
+        x = predict_x(student, start, get_logsnr(torch.full_like(t, config["start_time"]), config), text, size)
+    return diffusion_loss(fake, x, text, t, eps, config, size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -228,9 +342,9 @@ def parse():
     parser.add_argument("run", help="run folder, such as out/toy/grow")
     parser.add_argument("captions", nargs="*", help="one or more captions in quotes; '' is the null caption")
     parser.add_argument("--n", type=int, default=4, help="images per caption; default 4")
-    parser.add_argument("--steps", type=int, default=256, help="of the sampler; default 256, as in the paper")
+    parser.add_argument("--steps", type=int, help="of the sampler; default 256, as in the paper; of a student its own")
     parser.add_argument("--guidance", type=float, help="default: the run's own; 1 is none")
-    parser.add_argument("--sampler", default="ddpm", choices=list(SAMPLERS), help="default ddpm")
+    parser.add_argument("--sampler", choices=list(SAMPLERS), help="default ddpm; of a student its own")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=64, help="images at a time; does not change the images")
     parser.add_argument("--size", help="HxW in pixels: another shape of about the area that the run was trained at")
@@ -239,7 +353,7 @@ def parse():
     args, keys = parser.parse_keys()
     if not args.describe and not args.captions:
         raise UserError('no caption: python sample.py RUN "a large red circle on a white background"')
-    if min(args.n, args.steps, args.batch) < 1:
+    if min(args.n, args.steps or 1, args.batch) < 1 or args.steps == 0:
         raise UserError("--n, --steps and --batch count things: give at least 1")
     if not args.to.lower().endswith(".png"):
         raise UserError(f"--to {args.to}: pictures are written as PNG: give a name that ends in .png")
@@ -256,6 +370,9 @@ def main():
     torch.set_flush_denormal(True)                             # as lib/processes.py: join, where it says why
     model, config = load(args.run, "cuda" if torch.cuda.is_available() else "cpu")
     config |= keys
+    check_student(config, args.steps, args.guidance, args.sampler)
+    if not is_student(config):                                 # which has its own
+        args.steps, args.sampler = args.steps or 256, args.sampler or "ddpm"
     size = parse_size(args.size, config)
     captions = [caption for caption in args.captions for _ in range(args.n)]
     x = sample(model, config, captions, args.seed, steps=args.steps, guidance=args.guidance, sampler=args.sampler,

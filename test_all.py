@@ -1360,6 +1360,94 @@ def test_guidance_is_linear_in_v_on_all_channels():
         assert torch.allclose(null, sampling.guided(net, tokens * 0, 1)(z, logsnr))
 
 
+# ---- few steps: what a student learns
+
+def student(objective, **keys):
+    """The settings of a student of a tiny model."""
+    return tiny(objective=objective, sample_steps=keys.pop("sample_steps", 4), **keys)
+
+
+def batch_of(n=6, noises=None, seed=0):
+    """x, text, t, eps of n images of 16 px."""
+    draw = lambda *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    eps = draw(n, noises, 3, 16, 16) if noises else draw(n, 3, 16, 16)
+    return 0.3 * draw(n, 3, 16, 16), torch.ones(n, 18, dtype=torch.long), (torch.arange(n) + 0.4) / n, eps
+
+
+def shows(x):
+    """A network that sees the image x wherever it looks, and that as a teacher."""
+    def net(z, logsnr, text, size):
+        alpha, sigma = models.alpha_sigma(logsnr)
+        return (alpha * z - x) / sigma
+    return net, lambda z, logsnr, text, size: x
+
+
+def test_the_target_of_consistency_is_ddim_to_the_end_of_the_segment_and_back():
+    """Algorithm 1 of Heek et al. (2024) step by step, in float64; nine teacher's steps in each of four segments."""
+    config = student("consistency", teacher_steps=36, weighting="x")
+    x, text, t, eps = (v.double() if v.is_floating_point() else v for v in batch_of())
+    ahead, taught = torch.randn_like(x), torch.randn_like(x)   # what the student sees from z_next, the teacher from z
+    place = (t * 36).floor()
+    level = lambda k: models.get_logsnr(k / 36, config)
+    now, after, end = level(place + 1), level(place), level((place / 9).floor() * 9)
+    (alpha, sigma), (alpha_s, sigma_s), (alpha_u, sigma_u) = map(models.alpha_sigma, (now, after, end))
+    z = alpha * x + sigma * eps
+    noise = (z - alpha * taught) / sigma
+    spread = 0.1 / (2 + (alpha / sigma) ** 2) / noise.square().mean((1, 2, 3), True)
+    c = alpha_s - alpha * sigma_s / sigma
+    z_s = alpha_s * taught + (sigma_s ** 2 + c ** 2 * spread).sqrt() * noise       # aDDIM
+    z_u = alpha_u * ahead + sigma_u * (z_s - alpha_s * ahead) / sigma_s            # DDIM to the end of the segment
+    goal = (z_u / sigma_u - z / sigma) / (alpha_u / sigma_u - alpha / sigma)       # from there, inverse DDIM to z
+
+    def loss(image):
+        return sampling.consistency_loss(shows(image)[0], shows(ahead)[0], shows(taught)[1], x, text, t, eps, None,
+                                         config)
+    assert loss(goal).max() < 1e-9
+    assert torch.allclose(loss(goal + 0.1), torch.full((6,), 0.01).double(), rtol=1e-3)
+
+
+def test_in_the_last_step_of_a_segment_the_teacher_alone_is_the_target():
+    config = student("consistency", teacher_steps=4)           # one step in each segment
+    x, text, t, eps = batch_of()
+    (net, teacher), (one, _), (two, _) = shows(x), shows(x + 1), shows(x - 1)
+    losses = [sampling.consistency_loss(net, target, teacher, x, text, t, eps, None, config)
+              for target in (one, two)]
+    assert torch.equal(*losses)
+
+
+def test_a_network_that_always_sees_one_image_is_consistent():
+    x, text, t, eps = batch_of()
+    net, teacher = shows(x)
+    loss = sampling.consistency_loss(net, net, teacher, x, text, t, eps, None, student("lcm"))
+    assert loss.max() < 1e-6
+
+
+def test_matching_stands_still_where_fake_and_teacher_agree_and_images_do_not_mix():
+    config, (_, text, t, noises) = student("dmd", sample_steps=1), batch_of(noises=2)
+    net, fake = shaken(models.build(config)), shaken(models.build(config), seed=1)
+    of = lambda net: lambda z, logsnr, text, size: sampling.predict_x(net, z, logsnr, text, size)
+    sampling.dmd_loss(net, of(fake), of(fake), text, t, noises, None, config).sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in net.parameters())       # exactly
+
+    def gradient(rows):
+        net.zero_grad()
+        loss = sampling.dmd_loss(net, of(fake), of(net), text[rows], t[rows], noises[rows], None, config)
+        loss.sum().backward()
+        return torch.cat([p.grad.flatten() for p in net.parameters()])
+    alone = sum(gradient(slice(k, k + 1)) for k in range(6))
+    assert alone.any() and torch.allclose(gradient(slice(0, 6)), alone, atol=1e-4 * float(alone.abs().max()))
+
+
+def test_a_student_takes_its_own_levels_without_guidance():
+    config = student("lcm", sample_steps=4)
+    net = shaken(models.build(config))
+    ends = models.get_logsnr(torch.tensor([1, 0.75, 0.5, 0.25]), config)
+    assert torch.allclose(sampling.get_logsnrs(config, 4, "lcm"), ends)
+    draw = lambda **keys: sampling.sample(net, config, ["a red circle"] * 2, sampler=keys.pop("sampler", "lcm"), **keys)
+    assert torch.equal(draw(guidance=3.0), draw(guidance=1.0)) and not torch.equal(draw(), draw(seed=1))
+    assert torch.equal(draw(steps=1), draw(steps=1, sampler="ddim"))               # one step needs no new noise
+
+
 def test_sampling_from_the_command_line(runs, tmp_path):
     out, to = runs[0] / "toy/grow", tmp_path / "g.png"
     words = [out, "a red circle", "a blue square", "--n", 2, "--steps", 3, "--to", to]
@@ -1659,7 +1747,7 @@ def test_the_range_of_guidance_lies_between_the_two_optima():
 
 def test_perfect_pictures_score_1_also_where_the_world_is_smaller_than_the_exam():
     config = tiny("grow", scene_count=20)
-    world, task = evaluation.held_out(config), evaluation.held_out_task(config, 50)
+    world, task = data.open_data(config).held_out(), evaluation.held_out_task(config, 50)
     looks = [task.look(world.image(i % 20, 64), i) for i in range(50)]
     assert task.metrics["questions"](looks)["dsg"] > 0.98 and task.metrics["fidelity"](looks)["psnr"] > 40
     again = evaluation.held_out_task(config, 50, noises=8)     # seven captions eight times
@@ -1837,6 +1925,81 @@ def test_kill_9_at_random_moments_loses_nothing(runs, stage, kills, tmp_path):
     assert_same_run(whole, broken, stage)
 
 
+@pytest.fixture(scope="session")
+def students(runs):
+    """A student of each objective, {objective: folder for runs}, and what was printed; the teacher is grown."""
+    made, said = {}, {}
+    for objective, steps in (("consistency", 4), ("lcm", 2), ("dmd", 1)):
+        made[objective] = with_parents(runs, runs[0] / objective, "defrost")
+        words = changed(TINY, sample_steps=steps, objective=objective, teacher_steps=8, fake_updates=2)
+        said[objective] = run("train.py", "--stage", "distill", "--out", made[objective], *words)
+    return made, said
+
+
+@pytest.mark.parametrize("objective", ["consistency", "lcm", "dmd"])
+def test_a_student_is_a_run_like_any_other_and_names_its_teacher(students, objective, tmp_path):
+    out, said = students[0][objective], students[1][objective]
+    state, teacher = checkpoint_of(out, "distill"), folder(out, "grow") / "last.pt"
+    assert "tensors inherited, 0 new" in said
+    assert state["teacher"] == [str(teacher), hashlib.sha256(teacher.read_bytes()).hexdigest()]
+    grown = models.ema_weights(checkpoint_of(out, "grow"))
+    assert all(not torch.equal(grown[k], v) for k, v in state["model"].items() if k.endswith("mlp.0.weight"))
+    assert ("fake_model" in state) == (objective == "dmd")     # the teacher itself is in no checkpoint
+    if objective == "dmd":                                     # 6 steps: every second one moves the student
+        assert {name: counted for name, (counted, _) in state["turns"].items()} == {"": 3, "fake": 6}
+        assert "loss_fake" in log_of(out, "distill")[-1]
+    run_folder = folder(out, "distill")
+    assert "2 images of" in run("sample.py", run_folder, "a red circle", "--n", "2", "--to", tmp_path / "x.png")
+    for words, message in ((["--guidance", "2"], "inside this student"),
+                           (["--steps", "3"], "3 steps: with teacher_steps = 8 a student"),
+                           (["--sampler", "dpm"], "--sampler dpm: a student of")):
+        assert message in run("sample.py", run_folder, "a red circle", "--to", tmp_path / "y.png", *words, code=2)
+        assert message in run("eval.py", run_folder, "--n", "2", *words, code=2)
+
+
+@pytest.mark.parametrize("objective, steps", [("consistency", 4), ("dmd", 1)])
+def test_a_stopped_student_goes_on_to_the_bit_between_any_two_turns(runs, objective, steps, tmp_path):
+    whole, broken = (with_parents(runs, tmp_path / name, "defrost") for name in ("whole", "broken"))
+    words = ["--stage", "distill", *changed(TINY, steps=20, sample_steps=steps, objective=objective, teacher_steps=8,
+                                            sample_every=0, teacher_steps_end=16)]
+    run("train.py", *words, "--out", whole)
+    process, said = start("train.py", *words, "--out", broken)
+    until(said, "\nstep", process)
+    process.terminate(), process.join()
+    assert process.exitcode == 143 and 2 <= checkpoint_of(broken, "distill")["step"] < 20
+    run("train.py", *words, "--out", broken)
+    assert_same_run(whole, broken, "distill")
+    one, two = checkpoint_of(whole, "distill"), checkpoint_of(broken, "distill")
+    assert one["turns"] == two["turns"]
+    for part in ("fake_model", "fake_moments") if objective == "dmd" else ():
+        assert tensors_hash(one[part]) == tensors_hash(two[part])
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--objective diffusion", "distill takes --objective consistency"),
+    ("--sample_steps 5", "5 steps: with teacher_steps = 64 a student of consistency takes as many"),
+    ("--objective dmd --sample_steps 4", "a student of dmd takes 1 step"),
+    ("--objective other", "take one of diffusion"),
+    ("--teacher {tmp}/none", "no checkpoint"),
+    ("--out {tmp}/empty", "no finished run to learn from: train {tmp}/empty/toy/grow first, or give --teacher RUN"),
+    ("--teacher {runs}/toy/pretrain", "does not fit"),
+    ("--stage grow --teacher {runs}/toy/grow", "all other stages take diffusion"),
+    ("--objective consistency", "is no more the teacher of this run")])
+def test_what_a_student_cannot_learn_from_is_refused(words, message, runs, tmp_path):
+    out = with_parents(runs, tmp_path, "defrost")
+    keys = changed(TINY, steps=2, sample_every=0)
+    if "no more" in message:                                # a teacher that is another one by now
+        os.remove(folder(out, "grow")), shutil.copytree(folder(runs[0], "grow"), folder(out, "grow"))
+        run("train.py", "--stage", "distill", "--out", out, *keys)
+        shutil.copy(folder(runs[0], "pretrain") / "last.pt", folder(out, "grow") / "last.pt")
+        keys = changed(TINY, steps=3, sample_every=0)
+    words = words.format(tmp=tmp_path, runs=runs[0]).split()
+    keys = [w for flag, value in zip(keys[::2], keys[1::2]) if flag not in words for w in (flag, value)]
+    stage = [] if "--stage" in words else ["--stage", "distill"]
+    to = [] if "--out" in words else ["--out", out]
+    assert message.format(tmp=tmp_path) in run("train.py", *stage, *to, *keys, *words, code=2)
+
+
 def test_the_first_command_goes_on_also_when_stopped_in_the_stage_that_it_runs_first(tmp_path):
     """And --fresh is about the run that was named, not about the one that it needs."""
     words = ["--stage", "grow", "--out", tmp_path, *changed(TINY, steps=20)]
@@ -1958,6 +2121,26 @@ def test_gradients_are_the_same_however_a_batch_is_spread(tmp_path):
         assert sum((grads[k] - g).square().sum() for k, g in one.items()).sqrt() < 1e-6 * norm, other
 
 
+@pytest.mark.parametrize("objective, steps", [("consistency", 4), ("lcm", 2), ("dmd", 1)])
+def test_a_student_learns_the_same_on_two_devices(runs, objective, steps, tmp_path):
+    """Copies, and shards but for lcm, whose target is an average: the gradients of its first step, of both networks."""
+    words = ["--stage", "distill", *changed(TINY, steps=1, clip=0, muon_lr=0, sample_every=0, teacher_steps=8,
+                                            objective=objective, sample_steps=steps)]
+    out = {name: with_parents(runs, tmp_path / name, "defrost") for name in ("one", "ddp", "fsdp")}
+    run("train.py", "--out", out["one"], *words)
+    run_ranks(2, "--out", out["ddp"], *words)
+    said = run_ranks(2, "--out", out["fsdp"], *words, "--fsdp", code=2 if objective == "lcm" else 0)
+    assert ("lcm with fsdp is not supported" in said) == (objective == "lcm")
+    one = checkpoint_of(out["one"], "distill")
+    for other in ("ddp", "fsdp") if objective != "lcm" else ("ddp",):
+        two = checkpoint_of(out[other], "distill")
+        for part in ("moments", "fake_moments") if objective == "dmd" else ("moments",):
+            first = {k: v for k, v in one[part].items() if k.endswith("exp_avg")}  # a tenth of the gradient
+            norm = sum(v.square().sum() for v in first.values()).sqrt()
+            apart = sum((two[part][k] - v).square().sum() for k, v in first.items()).sqrt()
+            assert norm > 0 and apart < 1e-5 * norm, (other, part)
+
+
 def test_a_run_goes_on_with_another_number_of_devices_in_the_same_order(tmp_path):
     """2, then 1, then 3 processes see the batches of an unbroken run; the step after each change has the same loss."""
     keys = dict(steps=6, save_every=2, log_every=1, sample_every=0, num_checkpoints=9)
@@ -2049,7 +2232,7 @@ def test_half_precision_skips_a_step_without_counting_it(tmp_path):
     said = run("train.py", "--out", tmp_path / "fp16", *words, "--dtype", "fp16", fault=overflow_first)
     state, log = checkpoint_of(tmp_path / "fp16"), log_of(tmp_path / "fp16")
     assert "gradient overflowed at scale 65536, skipped (1 in a row)" in said
-    assert state["step"] == 6 and state["data_step"] == 7 and state["scaler"]["scale"] == 2 ** 15
+    assert state["step"] == 6 and state["data_step"] == 7 and state["turns"][""][1]["scale"] == 2 ** 15
     assert all(v.dtype == torch.float32 for part in ("model", "ema", "moments") for v in state[part].values())
     assert log[-1]["skipped"] == 1 and log[0]["lr"] == pytest.approx(0.003 * 2 / 50)       # of the second step taken
     assert "bfloat16" in run("train.py", "--out", tmp_path / "bf16", *words, "--dtype", "bf16")

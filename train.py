@@ -4,6 +4,7 @@ Train one stage. Each leaves a run folder out/CONFIG/STAGE: last.pt, config.txt,
     python train.py --stage grow                       pretrain a core at 32 px, then grow it to 64 px: minutes on a CPU
     python train.py --stage pretrain                   phase 1 alone: a Shallow-UViT at low resolution on all images
     python train.py --stage defrost                    phase 3, optional: go on with every weight in motion
+    python train.py --stage distill                    a student of the grown model that takes 16 steps, no guidance
     python train.py --stage scratch                    baseline: the grown model from random weights, large images only
     python train.py --stage finetune                   baseline: growing without freezing
     python train.py --stage grow --data my/photos      your own images, each with a .txt beside it
@@ -33,18 +34,19 @@ from eval import evaluate, report
 from lib import checkpoint
 from lib.draws import normals, uniforms
 from lib.encoders import open_autoencoder
+from lib.files import file_hash
 from lib.pictures import draw_curves, make_grid, to_uint8, write_png
 from lib.plan import (choose_dtype, measure_step, peak_memory, peak_rate, plan_training, print_plan, sgemm_rate,
                       split_batch, state_bytes)
 from lib.processes import (all_gather, all_gather_rows, all_reduce_max, catch_signals, exit_with, fail,
                            install_excepthook, join, print0, sync_gradients)
-from lib.runs import (RUN_FIRST, Log, check_room, check_settings, finish_first, first_fault, lock_run, prepare_run,
-                      read_log)
+from lib.runs import (RUN_FIRST, Log, check_room, check_settings, finish_first, first_fault, is_finished, lock_run,
+                      loss_figures, prepare_run, read_log)
 from lib.settings import Parser, UserError, closest, default_config, load_config
 from lib.tables import DTYPES
 from model import (build, check_sizes, checkpointed_modules, diffusion_loss, enable_activation_checkpointing, example,
-                   freeze_core, init_from, read_checkpoint)
-from sample import sample
+                   freeze_core, init_from, load, read_checkpoint)
+from sample import STUDENTS, check_student, consistency_loss, dmd_loss, fake_loss, guided, is_student, sample
 
 # A stage is a row (Greedy Growing, Sec. 3.3 and 4): the stage that it starts from; which weights of that it keeps, by a
 # prefix of their names; whether the core is frozen; whether images smaller than the target are left out.
@@ -55,7 +57,11 @@ STAGES = {
     "defrost":  Stage("grow",     "",      False, True),
     "scratch":  Stage(None,       None,    False, True),       # baseline 1
     "finetune": Stage("pretrain", "core.", False, True),       # baseline 2
+    "distill":  Stage("grow",     "",      False, True),       # or from defrost, where that is finished
 }
+# A turn is one update within a step: who is trained, by which loss per image, loss(net, step, *batch), of how many
+# noises, at every how many steps. Plain training is a list of one; distribution matching trains two networks.
+Turn = namedtuple("Turn", "name model net trained optimizers ema_params scaler every noises loss")
 # settings that weights depend on: of the core, and of the shell
 CORE_KEYS = ("width", "depth", "heads", "mlp_ratio", "text_vocab", "encoder_id")
 SHELL_KEYS = ("shell", "channels", "residual_blocks", "entry_channels", "patch", "image_skip",
@@ -126,7 +132,7 @@ def ema_decay(step, config):
 
 def draw_noise(rows, shape, key, config, device):
     """
-    t (b,) and eps (b, C, H, W) for these rows of a batch, a range. They depend on the key (stage, seed, data_step) and
+    t (b,) and eps (b, *shape) for these rows of a batch, a range. They depend on the key (stage, seed, data_step) and
     the row alone, so a run is the same on any number of devices, and resuming needs no state of a generator.
     """
     # stratified: one t in each of batch equal parts of [0, 1], with a common offset (VDM, Kingma et al. 2021, App. I.1)
@@ -135,39 +141,47 @@ def draw_noise(rows, shape, key, config, device):
     return t, normals([("noise", *key, row) for row in rows], shape, device)
 
 
-def forward_backward(net, batch, micro, world, scaler, dtype, config):
+def in_half(net, dtype):
+    """The network with its products in dtype. Autocast ends with each call, as does its cache of rounded weights."""
+    def call(z, *args):
+        with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32):
+            return net(z, *args)
+    return call
+
+
+def forward_backward(turn, step, batch, micro, world, dtype, config):
     """
     Loss of each image, (b,), and its gradients, over micro-batches: they add up to those of the whole batch. batch is
-    x (b, C, H, W), text (b, L) or (b, L, E), t (b,), eps (b, C, H, W), size (b, 6).
+    x (b, C, H, W), text (b, L) or (b, L, E), t (b,), eps (b, C, H, W), or (b, 2, C, H, W) for two noises, size (b, 6).
     """
     losses, parts = [], list(zip(*(part.split(micro) for part in batch)))          # parts: micro-batches
-    for k, (x, text, t, eps, size) in enumerate(parts):
-        with sync_gradients(net, last=k + 1 == len(parts)):    # between processes, once
-            with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-                loss = diffusion_loss(net, x, text, t, eps, config, size)                    # (micro,)
+    for k, part in enumerate(parts):
+        with sync_gradients(turn.net, last=k + 1 == len(parts)):                   # between processes, once
+            loss = turn.loss(in_half(turn.net, dtype), step, *part)                # (micro,)
             # the exchange takes the mean over processes; fp16 scales small gradients up
-            scaler.scale(loss.sum() * world / config["batch"]).backward()
+            turn.scaler.scale(loss.sum() * world / config["batch"]).backward()
         losses.append(loss.detach())                           # without its graph, which holds all activations
     return torch.cat(losses)                                                                 # (b,)
 
 
-def clip_gradients(trained, optimizers, scaler, clip):
+def clip_gradients(turn, clip):
     """The norm of the whole gradient, the same in all processes, before it is clipped."""
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer)                             # so that the norm is that of the gradient itself
-    norm = torch.nn.utils.clip_grad_norm_(trained.values(), clip or math.inf)      # float32
+    for optimizer in turn.optimizers:
+        turn.scaler.unscale_(optimizer)                        # so that the norm is that of the gradient itself
+    norm = torch.nn.utils.clip_grad_norm_(turn.trained.values(), clip or math.inf) # float32
     return float(checkpoint.whole(norm))                       # under FSDP it lies in parts
 
 
-def update(trained, ema_params, optimizers, scaler, step, config):
+def update(turn, step, config):
     """A step of the optimizers, then of the average. A frozen tensor has neither moments nor average."""
-    for optimizer in optimizers:
+    for optimizer in turn.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = optimizer.defaults["lr"] * lr_factor(step, config)       # one schedule scales all peaks
-        scaler.step(optimizer)                                 # float32 weights, whatever the products were
-    # swa_utils' AveragedModel would copy frozen weights too, and cannot copy a model under FSDP
-    average = get_ema_multi_avg_fn(ema_decay(step, config))    # mean <- decay mean + (1 - decay) weight
-    average(list(ema_params.values()), [p.detach() for p in trained.values()], None)
+        turn.scaler.step(optimizer)                            # float32 weights, whatever the products were
+    if turn.ema_params:                                        # a critic needs none
+        # swa_utils' AveragedModel would copy frozen weights too, and cannot copy a model under FSDP
+        average = get_ema_multi_avg_fn(ema_decay(step // turn.every, config))      # mean <- decay mean + (1 - decay) w
+        average(list(turn.ema_params.values()), [p.detach() for p in turn.trained.values()], None)
 
 
 # ---- settings: [DEFAULT], the config, the stage, then flags; later wins ----------------------------------------------
@@ -176,6 +190,7 @@ parser.add_argument("--config", default="toy", help="a section of configs.txt")
 parser.add_argument("--stage", default="grow", help="one of " + ", ".join(STAGES))
 parser.add_argument("--out", default="out", help="folder for the runs")
 parser.add_argument("--core", metavar="RUN", help="run or file to start from, in place of the one under --out")
+parser.add_argument("--teacher", metavar="RUN", help="distill: the run or file that the student learns from")
 parser.add_argument("--fresh", action="store_true", help="move the old run aside and start anew")
 parser.add_argument("--plan", action="store_true", help="print what the stage would take, and train nothing:")
 parser.add_argument("--devices", type=int, help="    on so many devices")
@@ -190,6 +205,14 @@ config = load_config(args.config, args.stage, flags)           # {key: value}, e
 check_sizes(config)                                            # before any file is opened
 if args.core and not stage.source:
     raise UserError(f"--core says where to start, and {args.stage} starts from nothing: leave it out")
+distills = args.stage == "distill"
+if distills != is_student(config) or args.teacher and not distills:
+    raise UserError(f"--stage {args.stage}, objective = {config['objective']}: distill takes --objective consistency, "
+                    "lcm or dmd, and --teacher RUN; all other stages take diffusion")
+if distills:
+    args.core = args.teacher or args.core                      # a student starts as its teacher
+    config["sampler"] = STUDENTS[config["objective"]][0]
+    check_student(config)
 plan_flags = {flag: value for flag in ("devices", "kind", "mfu", "json") if (value := getattr(args, flag)) is not None}
 if plan_flags and not args.plan:
     raise UserError(f"--{next(iter(plan_flags))} belongs to --plan: add it, or leave --{next(iter(plan_flags))} out")
@@ -214,11 +237,8 @@ if args.plan:
         dtype=DTYPES.get(config["dtype"], auto), tf32=config["tf32"], moments=count_moments,
         blocks=checkpointed_modules if config["checkpointing"] else None,
         units=lambda model: (model.shell, *model.core.blocks), **plan_flags)
-    print(f"{args.stage} of config {args.config}:")
-    print_plan(plan)
-    if json_file:
-        with open(json_file, "w") as f:
-            json.dump(plan, f, indent=1)
+    print(f"{args.stage} of config {args.config}" + ", without its teacher and fake network" * distills + ":")
+    print_plan(plan, json_file)
     sys.exit(0)
 
 # ---- processes: one, or those that torchrun started ------------------------------------------------------------------
@@ -249,8 +269,13 @@ all_reduce_max(0)                                              # a barrier
 saved, saved_file = (None, None) if args.fresh else checkpoint.newest_checkpoint(run, default_config())
 parent = None                                                  # the run that this one starts from
 if saved:
-    changes = check_settings(run, saved, about, FREE_KEYS)     # refuses another run's
+    free = set(FREE_KEYS) - ({"guidance", "sample_steps"} if distills else set())  # a student has learned with these
+    changes = check_settings(run, saved, about, free)          # refuses another run's
     about["parents"] = saved["parents"]                        # all runs before this one, and their steps
+    if distills:
+        path, was = about["teacher"] = saved["teacher"]
+        if not os.path.exists(path) or file_hash(path) != was:
+            raise UserError(f"{path} is no more the teacher of this run: bring that back, or start anew with --fresh")
     if args.core and not saved["parents"][-1].startswith(f"{args.core} ("):
         raise UserError(f"{run} was grown from {saved['parents'][-1]}, not from {args.core}: leave --core out, or "
                         "start anew with --fresh")
@@ -262,6 +287,11 @@ elif stage.source:                                             # new, from anoth
     source_run = f"{args.config}/{stage.source}"               # CONFIG/STAGE
     if stage.init_prefix == "" and config["starts"]:           # weak to strong: all weights of another config's run
         source_run = config["starts"]
+    if distills and not args.core:                             # its flags are not its teacher's, so it trains none
+        made = [os.path.join(args.out, args.config, name) for name in ("defrost", "grow")]
+        args.core = next(filter(is_finished, made), "")
+        if not args.core:
+            raise UserError(f"no finished run to learn from: train {made[1]} first, or give --teacher RUN")
     parent = args.core or os.path.join(args.out, source_run)
     if not args.core:
         # a new shell, or another config, has its own resolution and shell; all other flags are the same for both runs
@@ -278,11 +308,18 @@ elif stage.source:                                             # new, from anoth
     keys = CORE_KEYS if stage.init_prefix else CORE_KEYS + SHELL_KEYS              # which must be the same
     if config["shell"] == "nested":                            # the old shell comes along
         keys += ("prediction",)
+    if distills:                                               # what is taught must be what is learned
+        keys += ("resolution", "encoder", "data_id", "autoencoder")
+        if is_student(origin["config"]):
+            raise UserError(f"{parent} is a student itself: give --teacher the run that it learned from")
     if differ := [key for key in keys if origin["config"][key] != config[key]]:
         differences = ", ".join(f"{key} {origin['config'][key]} there, {config[key]} here" for key in differ[:3])
         raise UserError(f"{parent} does not fit ({differences}): use its settings, or train another")
     parent_weights, report_of_init = init_from(origin, config, stage.init_prefix)
     about["parents"] = [*origin["parents"], f"{parent} ({origin['stage']}, step {origin['step']})"]
+    if distills:                                               # named, not copied
+        path = next(filter(os.path.isfile, (os.path.join(parent, "last.pt"), parent)), parent)
+        about["teacher"] = [path, file_hash(path)]
 if rank == 0:
     lock = prepare_run(run, lock, args.fresh, f"{args.config}.{args.stage}", config)
 settings = f"{args.stage} of config {args.config}: " + " ".join(f"{key}={value}" for key, value in config.items())
@@ -307,52 +344,113 @@ model = make_model(config, stage.freeze)                       # first: wrappers
 if parent:
     model.load_state_dict({**model.state_dict(), **parent_weights})                # the rest stays as it was drawn
     print0(f"from {parent}: {report_of_init}")                 # how many tensors were kept, how many are new
-if config["checkpointing"]:
-    enable_activation_checkpointing(model)                     # less memory, a third more time
-if config["fsdp"]:                                             # shards of weights, gradients and moments
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-    mesh = torch.distributed.init_device_mesh(device.split(":")[0], (world,))
-    for unit in (*model.core.blocks, model.core, model):       # before the optimizers, which must see the shards
-        fully_shard(unit, mesh=mesh)                           # gathers a unit's weights where it is used
-    register_fsdp_forward_method(model.core, "embed")          # called from outside the core's forward
-model.to(device)                                               # under FSDP each process's shards
+
+
+def prepare(model):
+    """Put a model on the device, in shards under FSDP. -> the network that training calls, with the same weights."""
+    if config["checkpointing"]:
+        enable_activation_checkpointing(model)                 # less memory, a third more time
+    if config["fsdp"]:                                         # shards of weights, gradients and moments
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+        mesh = torch.distributed.init_device_mesh(device.split(":")[0], (world,))
+        for unit in (*model.core.blocks, model.core, model):   # before the optimizers, which must see the shards
+            # gathers a unit's weights where it is used; the outermost would keep them after a pass without gradient
+            fully_shard(unit, mesh=mesh, **{"reshard_after_forward": True} if distills else {})
+        register_fsdp_forward_method(model.core, "embed")      # called from outside the core's forward
+    model.to(device)                                           # under FSDP each process's shards
+    net = torch.compile(model) if config["compile"] else model # names are those of `model`
+    if world > 1 and not config["fsdp"]:
+        net = torch.nn.parallel.DistributedDataParallel(net)   # frozen weights take no part in the exchange
+    return net
+
+
+def distill_turns(own, path):
+    """`own`, the turn of other stages, with the loss of distill; and for dmd that of a network for its own images."""
+    # passes without gradient go through bare models: autocast and DDP mind what a pass is for
+    master, _ = load(path, device)
+    limit = math.inf if config["autoencoder"] else 1.0
+
+    def sees(model, guidance):                                 # (z, logsnr, text, size) -> x
+        return lambda z, logsnr, text, size: guided(in_half(model, dtype), text, guidance, size, limit)(z, logsnr)
+    teacher = sees(master, config["guidance"])
+
+    def averaged(z, *batch):                                   # the student with its EMA weights
+        return torch.func.functional_call(model, ema_params, (z, *batch))
+
+    def of_consistency(net, step, x, text, t, eps, size):
+        target = in_half(averaged if config["objective"] == "lcm" else model, dtype)
+        return consistency_loss(net, target, teacher, x, text, t, eps, size, config, step)
+    if config["objective"] == "lcm" and config["fsdp"]:
+        raise UserError("objective = lcm with fsdp is not supported, for its target is an average: take another one")
+    if config["objective"] != "dmd":
+        return [own._replace(loss=of_consistency)]
+    fake = build(config)
+    fake.load_state_dict(master.state_dict())                  # starts as the teacher
+    fake_net = prepare(fake)
+    fake_trained = dict(fake.named_parameters())
+
+    def of_student(net, step, x, text, t, noises, size):
+        return dmd_loss(net, sees(fake, 1), teacher, text, t, noises, size, config)
+
+    def of_fake(net, step, x, text, t, noises, size):
+        return fake_loss(net, in_half(model, dtype), text, t, noises, size, config)
+    fake_scaler = torch.amp.GradScaler(device.split(":")[0], enabled=dtype == torch.float16)
+    return [own._replace(every=config["fake_updates"], noises=2, loss=of_student),
+            Turn("fake", fake, fake_net, fake_trained, make_optimizers(fake_trained, config), {}, fake_scaler, 1, 2,
+                 of_fake)]
+
+
+net = prepare(model)
 autoencoder = open_autoencoder(config, device)                 # the identity for pixels
-net = torch.compile(model) if config["compile"] else model     # the same weights; names are those of `model`
-if world > 1 and not config["fsdp"]:
-    net = torch.nn.parallel.DistributedDataParallel(net)       # frozen weights take no part in the exchange
 trained = {name: p for name, p in model.named_parameters() if p.requires_grad}     # what a step changes
 optimizers = make_optimizers(trained, config)                  # AdamW, and Muon
 ema_params = {name: p.detach().clone() for name, p in trained.items()}             # their average, in float32
 groups = model.core.parameters(), model.shell.parameters(), trained.values()
 counts = ["{:,}".format(sum(p.numel() for p in group)) for group in groups]
+turns = [Turn("", model, net, trained, optimizers, ema_params, scaler, 1, 1,
+              lambda net, step, x, text, t, eps, size: diffusion_loss(net, x, text, t, eps, config, size))]
+if distills:
+    turns = distill_turns(turns[0], about["teacher"][0])
 print0(f"model: {counts[0]} parameters in the core, {counts[1]} in the {config['shell']} shell, {counts[2]} trained, "
        f"on {device} in {str(dtype).split('.')[1]}")
 
 # ---- where the run stands --------------------------------------------------------------------------------------------
 step, data_step = 0, 0                                         # optimizer steps; batches, those of skipped steps too
+counted = {turn.name: 0 for turn in turns}                     # updates of each: not all are due in every step
+
+
+def training_state():
+    """{part: {name: tensor}} of all turns; a second network's parts are named after it, as in fake_model."""
+    return {f"{turn.name}_{part}".lstrip("_"): tensors for turn in turns for part, tensors in
+            checkpoint.training_state(turn.model, turn.ema_params, turn.optimizers).items()}
+
+
 if saved:
     step, data_step = saved["step"], saved["data_step"]
-    checkpoint.make_moments(model, optimizers, step)           # tensors to copy into
-    checkpoint.restore(saved, saved_file, checkpoint.training_state(model, ema_params, optimizers))
-    scaler.load_state_dict(saved["scaler"])
+    for turn in turns:
+        updates, scaler_state = saved["turns"][turn.name]
+        checkpoint.make_moments(turn.model, turn.optimizers, updates)              # tensors to copy into
+        turn.scaler.load_state_dict(scaler_state)
+        counted[turn.name] = updates
+    checkpoint.restore(saved, saved_file, training_state())
     saved = None                                               # its memory
-state_size = state_bytes(model, count_moments)
 if rank == 0:
-    checkpoint_size = sum(state_size[part] for part in ("weights", "optimizer", "ema"))
+    sizes = state_bytes(model, count_moments)
+    checkpoint_size = sum(sizes[part] for part in ("weights", "optimizer", "ema")) * len(turns)
     check_room(run, (config["num_checkpoints"] + 1) * checkpoint_size)
 # on shapes alone: counting inside a real step would change how attention is carried out
-flops = config["batch"] * measure_step(lambda: make_model(config, stage.freeze), example_loss)[1]          # per step
+flops = 0 if distills else config["batch"] * measure_step(lambda: make_model(config, stage.freeze), example_loss)[1]
 peak = peak_rate(torch.cuda.get_device_name(), dtype, config["tf32"]) if device != "cpu" else None         # FLOP/s
-first, bad, skipped = step, 0, 0                               # bad: steps in a row that were not finite
+first, bad, skipped = step, dict.fromkeys(counted, 0), 0       # bad: updates in a row that were not finite
 log = Log(run, config["tensorboard"]) if rank == 0 else None   # log(dict)
 signals = catch_signals()                                      # heard after a step, and between the steps of a sampler
 
 
 def save(step, data_step):
     """All state, replaced as a whole."""
-    parts = checkpoint.training_state(model, ema_params, optimizers)               # {part: {name: tensor}}
+    state = {turn.name: (counted[turn.name], turn.scaler.state_dict()) for turn in turns}
     try:
-        checkpoint.save(file, about | {"step": step, "data_step": data_step, "scaler": scaler.state_dict()}, parts,
+        checkpoint.save(file, about | {"step": step, "data_step": data_step, "turns": state}, training_state(),
                         config["sharded"], config["num_checkpoints"])
     except FloatingPointError as e:
         fail(f"{e} is not finite and is not saved: start anew with a lower --lr and --fresh, or go on from {file}", 3)
@@ -380,9 +478,8 @@ def preview(step):
 def score(step):
     """Metrics of the EMA weights for the captions of held_out_task: a dict, the same in all processes."""
     # at high resolution it takes longer than many steps of training
-    words = f"scoring {config['eval_n']} images of {config['sample_steps']} steps each"
-    again = ", and as many for diversity" * (config["data"] == "scenes")
-    print0(f"{words}{again}: --eval_n 0 leaves this out")
+    print0(f"scoring {config['eval_n']} images of {config['sample_steps']} steps each"
+           + ", and as many for diversity" * (config["data"] == "scenes") + ": --eval_n 0 leaves this out")
     with checkpoint.ema_weights_in_place(model, trained, ema_params):
         result = evaluate(model, config, config["eval_n"], poll=poll)
     if rank == 0:
@@ -390,34 +487,29 @@ def score(step):
     return result
 
 
-def describe_fault(losses, data_step, batch):
-    """What made a step not finite, and where: samples of the batch by number, and the first module."""
+def describe_fault(turn, losses, data_step, batch):
+    """What made an update not finite, and where: samples of the batch by number, and the first module."""
     bad_rows = [row for row, loss in enumerate(all_gather_rows(losses)) if not math.isfinite(loss)]
-    if dtype == torch.float16 and not bad_rows and scaler.get_scale() > 1:
-        return f"gradient overflowed at scale {scaler.get_scale():g}", ""
+    if dtype == torch.float16 and not bad_rows and turn.scaler.get_scale() > 1:
+        return f"gradient overflowed at scale {turn.scaler.get_scale():g}", ""
 
     def forward():
-        x, text, t, eps, size = batch
-        with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-            diffusion_loss(model, x, text, t, eps, config, size)
+        turn.loss(in_half(turn.model, dtype), step, *batch)
     samples = [batches.pairs(data_step)[row][1] for row in bad_rows]               # numbers of images
-    modules = [name for name in all_gather(first_fault(model, forward)) if name]   # of each process
+    modules = [name for name in all_gather(first_fault(turn.model, forward)) if name]   # of each process
     return "gradient is not finite", (f"; loss of samples {samples or 'finite for all'}; "
                                       f"first module {modules[0] if modules else 'none: only the backward overflowed'}")
 
 
 def describe_step(step, skipped, losses, seconds, waited, norm):
     """A line of the log, {key: number}: losses since the last one, rates, seconds, memory (GiB), time to the end."""
-    per_image = torch.tensor(all_gather_rows(torch.stack(losses).mean(0)))         # (B,), from clean to noisy
     spent, middle = sum(seconds) / len(seconds), sorted(seconds)[len(seconds) // 2]          # mean, median
-    line = {"step": step, "loss": round(float(per_image.mean()), 5),
-            "bins": [round(float(part.mean()), 4) for part in per_image.tensor_split(4) if len(part)],
-            "lr": config["lr"] * lr_factor(step - 1, config), "norm": round(norm, 3),
-            "img_s": round(config["batch"] / spent, 1), "data_ms": round(1000 * waited / len(seconds), 1),
-            "gib": round(peak_memory(device) / 2 ** 30, 2), "skipped": skipped}
-    if peak:
+    line = {"step": step, **loss_figures(losses), "lr": config["lr"] * lr_factor(step - 1, config),
+            "norm": round(norm, 3), "img_s": round(config["batch"] / spent, 1), "skipped": skipped,
+            "data_ms": round(1000 * waited / len(seconds), 1), "gib": round(peak_memory(device) / 2 ** 30, 2)}
+    if peak and flops:                                         # per step; those of a student are not counted
         line["mfu"] = round(flops / spent / world / peak, 3)   # model FLOPs utilisation
-    elif device == "cpu" and step - first <= config["log_every"]:                  # once: of what this machine can do
+    elif device == "cpu" and flops and step - first <= config["log_every"]:        # once: of what this machine can do
         line["efficiency"] = round(flops / world / middle / sgemm_rate(), 2)
         print0(f"a step takes {flops / 1e9:.1f} GFLOP in {1000 * middle:.0f} ms: {line['efficiency']} of the rate of a "
                "1024 sgemm here")
@@ -428,7 +520,7 @@ if step == 0:
     save(0, 0)                                                 # a folder that cannot be written is found out now
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
-losses, seconds, waited = [], [], 0.0                          # of steps since the last log line, looking left out
+losses, seconds, waited = {name: [] for name in counted}, [], 0.0                # since the last log line
 loader = iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(data_step, sys.maxsize),
                                           num_workers=config["workers"],
                                           multiprocessing_context="fork" if config["workers"] else None))
@@ -439,28 +531,34 @@ while step < config["steps"]:
     x, text, size = (part.to(device, non_blocking=True) for part in next(loader))
     waited += time.perf_counter() - tick                       # for data; near 0 with enough workers
     x = x if batches.latents else autoencoder.encode(x)        # (b, C, H, W)
-    t, eps = draw_noise(rows, x.shape[1:], (args.stage, config["seed"], data_step), config, device)
-    batch = x, text, t, eps, size                              # all of this process's rows
-    loss = forward_backward(net, batch, micro, world, scaler, dtype, config)       # (b,)
-    norm = clip_gradients(trained, optimizers, scaler, config["clip"])             # of the whole gradient
+    moved = True
+    for turn in turns:
+        if step % turn.every:                                  # not due
+            continue
+        shape = (turn.noises,) * (turn.noises > 1) + x.shape[1:]                   # (C, H, W), or (2, C, H, W)
+        t, eps = draw_noise(rows, shape, (args.stage, config["seed"], data_step, *turn.name.split()), config, device)
+        batch = x, text, t, eps, size                          # all of this process's rows
+        loss = forward_backward(turn, step, batch, micro, world, dtype, config)    # (b,)
+        norm = clip_gradients(turn, config["clip"])            # of the whole gradient
 
-    # a step that is not finite moves nothing: neither weights nor step, learning rate, EMA; many in a row end the run
-    if moved := math.isfinite(norm):
-        update(trained, ema_params, optimizers, scaler, step, config)
-        step, bad = step + 1, 0                                # the schedule goes by such steps
-        losses.append(loss)
-        bar.update()
-    else:
-        bad, skipped = bad + 1, skipped + 1
-        what, where = describe_fault(loss, data_step, batch)
-        print0(f"step {step}: {what}, skipped ({bad} in a row){where}")
-        if bad == 20:
-            remedy = "--dtype bf16 or a lower --lr" if dtype == torch.float16 else "a lower --lr"
-            fail(f"20 steps in a row were not finite: start anew with {remedy} and --fresh; {file} holds the last good "
-                 "state", 3)
+        # an update that is not finite moves nothing of its turn, and the step does not count; 20 in a row end the run
+        if math.isfinite(norm):
+            update(turn, step, config)
+            counted[turn.name], bad[turn.name] = counted[turn.name] + 1, 0
+            losses[turn.name].append(loss)
+        else:
+            moved, bad[turn.name], skipped = False, bad[turn.name] + 1, skipped + 1
+            what, where = describe_fault(turn, loss, data_step, batch)
+            print0(f"step {step}{turn.name and ' of '}{turn.name}: {what}, skipped ({bad[turn.name]} in a row){where}")
+            if bad[turn.name] == 20:
+                remedy = "--dtype bf16 or a lower --lr" if dtype == torch.float16 else "a lower --lr"
+                fail(f"20 steps in a row were not finite: start anew with {remedy} and --fresh; {file} holds the last "
+                     "good state", 3)
+        turn.scaler.update()                                   # halves after an overflow, doubles after 2000 good steps
+        turn.model.zero_grad()                                 # to None: no memory between steps
+    step += moved                                              # the schedule goes by steps whose turns all moved
+    bar.update(moved)
     data_step += 1                                             # the next batch, also after a step that moved nothing
-    scaler.update()                                            # halves after an overflow, doubles after 2000 good steps
-    model.zero_grad()                                          # to None: no memory between steps
     seconds.append(time.perf_counter() - tick)
 
     # log, look, save, stop
@@ -468,7 +566,7 @@ while step < config["steps"]:
     last = moved and step == config["steps"]                   # of the run
     if "log_every" in due or last:
         line = describe_step(step, skipped, losses, seconds, waited, norm)
-        losses, seconds, waited = [], [], 0.0                  # anew for the next line
+        losses, seconds, waited = {name: [] for name in counted}, [], 0.0          # anew for the next line
         if rank == 0:
             log(line)
     try:
@@ -498,6 +596,7 @@ except InterruptedError:                                       # all is saved
 if rank == 0 and result:
     with open(os.path.join(run, "metrics.json"), "w") as f:
         settings = {key: config[key] for key in ("guidance", "sampler", "sample_steps")}
+        settings |= {"guidance": 1.0} if distills else {}      # the teacher's is inside
         json.dump({"run": run, "step": step, "n": config["eval_n"], **settings, "metrics": result}, f)
 if rank == 0:
     draw_curves(read_log(run), os.path.join(run, "curve.png"))                     # of all sessions

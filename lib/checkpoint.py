@@ -5,8 +5,8 @@ Checkpoints: all that a training needs to go on, in a file, or in a folder of sh
     step_N.pt       what last.pt was before (of shards, a kill between two renames leaves these alone)
 
 A state holds "format", "step", "config" and the caller's other plain values, and tensors by name: "model", "ema" (of
-what is trained) and "moments" (of the optimizers). Nothing in a file is executed, and no tensor
-that is read here may hold a NaN or an infinity.
+what is trained) and "moments" (of the optimizers); those of a second network are NAME_model and so on. Nothing in a
+file is executed, and no tensor that is read here may hold a NaN or an infinity.
 
 torch.distributed.checkpoint.state_dict is not used: it knows no EMA, so a loop as in `restore` is needed all the same,
 and the parameter groups that it adds do not go into safetensors.
@@ -21,7 +21,7 @@ import torch
 from lib.processes import all_gather, get_rank, get_world_size, print0
 from lib.settings import UserError
 
-FORMAT = 4                                                     # of what `save` writes
+FORMAT = 5                                                     # of what `save` writes
 
 
 # ---- the state of a training -----------------------------------------------------------------------------------------
@@ -29,7 +29,7 @@ FORMAT = 4                                                     # of what `save` 
 def training_state(model, ema_params, optimizers):
     """{part: {name: tensor}} of all that training changes: the very tensors, by the names of the model's parameters."""
     name_of = {p: name for name, p in model.named_parameters()}
-    # the only scalar among the moments is the count of steps, which the state's "step" tells
+    # the only scalar among the moments is the count of updates, which the caller keeps
     moments = {f"{name_of[p]}/{key}": v for o in optimizers for p in o.state for key, v in o.state[p].items() if v.ndim}
     return {"model": model.state_dict(), "ema": ema_params, "moments": moments}
 
@@ -112,7 +112,8 @@ def open_checkpoint(file, defaults=None, shards=True):
                 part, name = key.split("/", 1)
                 state.setdefault(part, {})[name] = value
         parts = () if os.path.isdir(file) and not shards else ("model", "ema", "moments")
-        tensors = flatten({part: state[part] for part in parts})
+        others = [part for part in state if part.endswith(("_model", "_ema", "_moments"))]     # of a second network
+        tensors = flatten({part: state[part] for part in (*parts, *others)})
     except Exception as e:                                     # of many kinds: cut off, no checkpoint, not allowed
         return None, f"{file!r} is no complete checkpoint ({type(e).__name__}): take another, or train it again"
     for name, value in tensors.items():

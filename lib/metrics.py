@@ -161,3 +161,20 @@ def inception_score(logits, splits=10):
         marginal = log_p.logsumexp(0) - np.log(len(log_p))     # (classes,): log of the mean p
         scores.append((log_p.exp() * (log_p - marginal)).sum(1).mean().exp().item())       # exp of the mean KL
     return float(np.mean(scores)), float(np.std(scores))
+
+
+# ---- as the table of eval.py takes them ------------------------------------------------------------------------------
+
+def fd(real, fake):
+    """Frechet distance of two sets of features (n, D), (m, D): of Inception's FID, of DINOv2's FD-DINO."""
+    return frechet_distance(*feature_stats(real), *feature_stats(fake))
+
+
+def shuffled_inception_score(logits):
+    """Of rows in random order, as torch-fidelity has it: splits must not follow the order of files."""
+    return inception_score(logits[torch.from_numpy(np.random.RandomState(2020).permutation(len(logits)))])
+
+
+def named(function, *names):
+    """The function, with {name: value} in place of a tuple."""
+    return lambda *sets: dict(zip(names, function(*sets)))

@@ -6,6 +6,7 @@ What a training takes, before anything is rented: parameters, memory, FLOPs and 
 
 make_model() gives the model, frozen parameters without requires_grad; loss(model, images) a number.
 """
+import json
 import resource
 import time
 
@@ -158,8 +159,11 @@ def plan_training(make_model, loss, steps, batch, micro, devices=1, kind="h100",
             "steps": steps, "days": steps * batch / speed / 86400}
 
 
-def print_plan(p):
-    """The plan as a table for people."""
+def print_plan(p, json_file=None):
+    """The plan as a table for people, and where a file is named as JSON for programs."""
+    if json_file:
+        with open(json_file, "w") as f:
+            json.dump(p, f, indent=1)
     counts, plural = p["parameters"], "s" * (p["devices"] > 1)
     print(f"{counts['total']:,} parameters, {counts['trainable']:,} trained; {p['steps']} steps of {p['batch']} images")
     print(f"{p['devices']} x {p['kind']} ({p['device_gib']} GiB), {p['dtype']}: "

@@ -55,14 +55,20 @@ def find_images(folder, names):
     return files
 
 
-def list_classes(folder):
-    """{class: image files} of the folders in a folder; {} where there is none."""
+def labelled_images(folder, n):
+    """
+    ([class], [(file, class)]) of about n images of folder/CLASS/*, as many of each class, the first by name. Raises
+    UserError unless there are two classes and each has an image.
+    """
     classes = {}
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*"))):
         if os.path.isdir(path):
             files = sorted(glob.glob(os.path.join(glob.escape(path), "*")))
             classes[os.path.basename(path)] = [f for f in files if f.lower().endswith(IMAGES)]
-    return classes
+    if len(classes) < 2 or not all(classes.values()):
+        raise UserError(f"{folder!r} holds classes {list(classes)}: give FOLDER/CLASS/*.png for two classes or more")
+    share = -(-n // len(classes))                              # rounded up
+    return list(classes), [(file, name) for name, files in classes.items() for file in files[:share]]
 
 
 def read_image(file):

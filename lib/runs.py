@@ -20,7 +20,7 @@ import torch
 
 from lib.checkpoint import older_checkpoints, read_about
 from lib.pictures import leaves
-from lib.processes import fail, get_world_size, print0
+from lib.processes import all_gather_rows, fail, get_world_size, print0
 from lib.settings import UserError
 
 RUN_FIRST = "RUN_FIRST"                                        # set in the environment of a run that another one starts
@@ -101,17 +101,28 @@ def check_settings(run, saved, about, free_keys):
     return "".join(f", {key} {before.get(key)} -> {now[key]}" for key in differ)
 
 
+def newest_about(run):
+    """What the newest checkpoint of a run says of itself, or None: a broken one is for the run itself to mend."""
+    file = os.path.join(run, "last.pt")
+    try:
+        return read_about(file) if os.path.exists(file) else None
+    except Exception:
+        return None
+
+
+def is_finished(run):
+    """Has this run taken all its steps?"""
+    state = newest_about(run)
+    return state is not None and state["step"] >= state["config"]["steps"]
+
+
 def finish_first(run, words):
     """
     Train the run that another one starts from to its end, by this script with these words, unless it is finished. It is
     a process of its own: it saves, resumes and stops like any run, and leaves its memory behind.
     """
-    file = os.path.join(run, "last.pt")
-    try:
-        state = read_about(file) if os.path.exists(file) else None
-    except Exception:
-        state = None                                           # broken: that run itself falls back to an older one
-    if state and state["step"] >= state["config"]["steps"]:
+    state = newest_about(run)
+    if is_finished(run):
         return
     if get_world_size() > 1:
         raise UserError(f"{run} is not there or not finished: run it first, by torchrun with {' '.join(words)}")
@@ -158,6 +169,17 @@ def as_text(value):
 def read_log(run):
     """The lines of a run's log, as dicts."""
     return [json.loads(line) for line in open(os.path.join(run, "log.jsonl"))]
+
+
+def loss_figures(losses):
+    """
+    {name: [loss per image, (b,), of each step]} -> {"loss_NAME": mean over steps and processes}; the name "" gives
+    "loss", and "bins", which are quarters of the batch, from clean to noisy.
+    """
+    means = {name: torch.tensor(all_gather_rows(torch.stack(rows).mean(0))) for name, rows in losses.items() if rows}
+    figures = {f"loss_{name}".rstrip("_"): round(float(rows.mean()), 5) for name, rows in means.items()}
+    quarters = means[""].tensor_split(4) if "" in means else ()                    # else no update of it was due
+    return figures | {"bins": [round(float(part.mean()), 4) for part in quarters if len(part)]}
 
 
 def first_fault(model, forward):
