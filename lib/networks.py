@@ -139,7 +139,8 @@ def open_logits(weights, device):
 
     def logits(images):
         pixels = torch.tensor(images).permute(0, 3, 1, 2).to(device)               # (n, 3, H, W) uint8
-        return net(pixels, no_output_bias=True).clamp(min=1e-38).log()             # (n, 1008); p may underflow to 0
+        least = torch.finfo(torch.float32).tiny                  # p may underflow to 0
+        return net(pixels, no_output_bias=True).clamp(min=least).log()             # (n, 1008)
     return logits, about
 
 
