@@ -137,8 +137,8 @@ class Malice:
 
 @pytest.mark.parametrize("change, words", [
     (lambda state: {**state, "config": Malice()}, "no complete checkpoint"),
-    (lambda state: {**state, "format": 99}, "format 99 and this code reads format 4: update the code"),
-    (lambda state: {**state, "format": 2}, "format 2 and this code reads format 4: train it again"),
+    (lambda state: {**state, "format": 99}, "format 99 and this code reads format 5: update the code"),
+    (lambda state: {**state, "format": 2}, "format 2 and this code reads format 5: train it again"),
     (lambda state: {key: value for key, value in state.items() if key != "ema"}, "no complete checkpoint (KeyError)"),
     (lambda state: {**state, "ema": {key: v / 0 for key, v in state["ema"].items()}}, "not finite in ema/0.weight"),
 ])
