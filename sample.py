@@ -211,7 +211,8 @@ def is_student(config):                                        # a run of --stag
 STUDENTS = {                                                   # objective -> sampler; can it take n steps? In words
     "consistency": ("ddim", lambda c, n: n == c["sample_steps"] and c["teacher_steps"] % n == 0,
                     "as many steps as it was trained for, a divisor of teacher_steps"),
-    "lcm": ("lcm", lambda c, n: c["teacher_steps"] % n + c["teacher_steps_end"] == 0, "a divisor of constant ones"),
+    "lcm": ("lcm", lambda c, n: c["teacher_steps"] % n == 0 and not c["teacher_steps_end"],
+            "a divisor of them, and wants teacher_steps_end = 0"),
     "dmd": ("lcm", lambda c, n: n == 1, "1 step: --sample_steps 1")}
 
 
