@@ -138,6 +138,8 @@ def zeroshot_folder(model, config, folder, template, n, seed=0, draws=16):
 
 def zeroshot_of_run(model, config, n, seed, classes):
     """Zero-shot accuracy on `classes` = (folder, template), else on held-out scenes."""
+    if is_student(config):
+        raise UserError("--metrics zeroshot: a student of few steps is no denoiser: ask the run that it learned from")
     if classes:
         return zeroshot_folder(model, config, *classes, n, seed)
     if config["data"] != "scenes":

@@ -30,6 +30,7 @@ from lib.draws import normals
 from lib.encoders import open_autoencoder
 from lib.files import free_name
 from lib.pictures import make_grid, to_uint8, write_png
+from lib.processes import prepare_cpu
 from lib.settings import Parser, UserError
 from model import (WEIGHTINGS, alpha_sigma, diffusion_loss, get_logsnr, image_shape, load, read_checkpoint, token_grid,
                    token_size)
@@ -144,8 +145,7 @@ def guided(model, text, guidance, size=None, limit=1.0):
     caption is the one of training. x is clipped to [-limit, limit]: pixels have a limit, latents have none.
     """
     null = torch.zeros_like(text)                              # padding alone
-    both = torch.cat([text, null])                             # one pass through the network for both
-    captions = {0: null, 1: text}.get(guidance, both)          # (B or 2 B, L) or (B or 2 B, L, E)
+    captions = {0: null, 1: text}.get(guidance, torch.cat([text, null]))           # (B or 2 B, L...): one pass for both
     copies = len(captions) // len(text)                        # 1 or 2
     sizes = None if size is None else size.to(text.device).expand(len(text), 6).repeat(copies, 1)
 
@@ -161,7 +161,7 @@ def guided(model, text, guidance, size=None, limit=1.0):
 
 
 @torch.no_grad()
-def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, sampler=None, batch=64, bar=False,
+def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, sampler=None, batch=None, bar=False,
            poll=None, size=None):
     """
     One image per caption, x (B, 3, H, W) in [-1, 1] on the CPU; latents are decoded. Image i draws from (seed,
@@ -172,6 +172,7 @@ def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, 
     guidance = 1 if is_student(config) else config["guidance"] if guidance is None else guidance
     height, width = size or [config["resolution"]] * 2
     device = next(model.parameters()).device
+    batch = batch or (16 if device.type == "cpu" else 64)      # the caches of a CPU hold no more
     autoencoder, (channels, side, _) = open_autoencoder(config, device), image_shape(config)
     shape = channels, height * side // config["resolution"], width * side // config["resolution"]  # of z
     uncropped = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
@@ -256,9 +257,8 @@ def consistency_loss(net, target, teacher, x, text, t, eps, size, config, step=0
     with torch.no_grad():
         x_teacher = teacher(z, logsnr, text, size)
         eps_teacher = (z - alpha * x_teacher) / sigma
-        # the share of the way to the end of the segment that the teacher's step makes: 1 for the last step in it
+        # of the way to the end of the segment, what the teacher's step makes: all in the last, of lcm else nearly none
         share = torch.expm1((logsnr_next - logsnr) / 2) / torch.expm1((logsnr_end - logsnr) / 2)
-        share = share[:, None, None, None]                     # of lcm near 0 in all steps but the last
         spread = sigma_next
         if config["objective"] == "consistency":               # aDDIM (ibid., Algorithm 3): few steps of DDIM blur
             c = alpha_next - alpha * sigma_next / sigma
@@ -266,7 +266,7 @@ def consistency_loss(net, target, teacher, x, text, t, eps, size, config, step=0
             spread = (sigma_next ** 2 + c ** 2 * variance / eps_teacher.square().mean((1, 2, 3), True)).sqrt()
         z_next = alpha_next * x_teacher + spread * eps_teacher
         x_next = predict_x(target, z_next, logsnr_next, text, size)
-        x_end = torch.lerp(x_next, x_teacher, share)           # DDIM to the end, inverse DDIM back to z: in one line
+        x_end = torch.lerp(x_next, x_teacher, share[:, None, None, None])          # DDIM to the end and inverse DDIM
         x_end = x_end + (spread - sigma_next) / sigma_next / (end_root - snr_root) * eps_teacher
     error = (predict_x(net, z, logsnr, text, size) - x_end).square().mean((1, 2, 3))         # e_x^2 = sigma^2 e_v^2
     weighting = WEIGHTINGS["x" if config["objective"] == "lcm" else config["weighting"]]
@@ -347,14 +347,14 @@ def parse():
     parser.add_argument("--guidance", type=float, help="default: the run's own; 1 is none")
     parser.add_argument("--sampler", choices=list(SAMPLERS), help="default ddpm; of a student its own")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=64, help="images at a time; does not change the images")
+    parser.add_argument("--batch", type=int, help="images at a time, 16 on a CPU; does not change the images")
     parser.add_argument("--size", help="HxW in pixels: another shape of about the area that the run was trained at")
     parser.add_argument("--to", default="grid.png", help="PNG file, default grid.png; numbered where it exists")
     parser.add_argument("--describe", action="store_true", help="print what the run is, and stop")
     args, keys = parser.parse_keys()
     if not args.describe and not args.captions:
         raise UserError('no caption: python sample.py RUN "a large red circle on a white background"')
-    if min(args.n, args.steps or 1, args.batch) < 1 or args.steps == 0:
+    if args.n < 1 or any(value is not None and value < 1 for value in (args.steps, args.batch)):
         raise UserError("--n, --steps and --batch count things: give at least 1")
     if not args.to.lower().endswith(".png"):
         raise UserError(f"--to {args.to}: pictures are written as PNG: give a name that ends in .png")
@@ -368,7 +368,7 @@ def main():
     if args.describe:
         print(describe_run(args.run))
         return
-    torch.set_flush_denormal(True)                             # as lib/processes.py: join, where it says why
+    prepare_cpu()
     model, config = load(args.run, "cuda" if torch.cuda.is_available() else "cpu")
     config |= keys
     check_student(config, args.steps, args.guidance, args.sampler)

@@ -1438,6 +1438,46 @@ def test_matching_stands_still_where_fake_and_teacher_agree_and_images_do_not_mi
     assert alone.any() and torch.allclose(gradient(slice(0, 6)), alone, atol=1e-4 * float(alone.abs().max()))
 
 
+def test_matching_finds_both_modes_of_a_mixture_in_two_dimensions():
+    """Where a regression would give their mean. The teacher is exact: a posterior over two round Gaussians."""
+    config = student("dmd", sample_steps=1, weighting="x-eps", noise_base_resolution=16, resolution=16)
+    modes, width = torch.tensor([[-1.0, 0.5], [1.0, -0.5]]), 0.3
+
+    def teacher(z, logsnr, text, size):
+        alpha, sigma = (v.view(-1, 1, 1) for v in models.alpha_sigma(logsnr))
+        away, variance = z.flatten(1)[:, None] - alpha * modes, alpha ** 2 * width ** 2 + sigma ** 2     # (B, 2, 2)
+        share = torch.softmax(-away.square().sum(-1, True) / (2 * variance), 1)    # (B, 2, 1), of each mode
+        return (share * (modes + alpha * width ** 2 / variance * away)).sum(1).view_as(z)
+
+    def network():
+        layers = torch.nn.Sequential(torch.nn.Linear(3, 64), torch.nn.SiLU(), torch.nn.Linear(64, 64), torch.nn.SiLU(),
+                                     torch.nn.Linear(64, 2))
+
+        def net(z, logsnr, text, size):
+            x = layers(torch.cat([z.flatten(1), logsnr[:, None] / 5], 1)).view_as(z)
+            return shows(x)[0](z, logsnr, text, size)
+        return net, layers
+    torch.manual_seed(0)
+    (net, layers), (fake, fake_layers) = network(), network()
+    of_net, of_fake = torch.optim.Adam(layers.parameters(), 2e-3), torch.optim.Adam(fake_layers.parameters(), 5e-3)
+    sees = lambda *batch: sampling.predict_x(fake, *batch)
+    for step in range(1500):
+        t, noises = torch.rand(128), torch.randn(128, 2, 2, 1, 1)
+        turns = [(of_fake, sampling.fake_loss(fake, net, None, t, noises, None, config))]
+        turns += [(of_net, sampling.dmd_loss(net, sees, teacher, None, t, noises, None, config))] * (step % 5 == 0)
+        for optimizer, loss in turns:
+            optimizer.zero_grad()
+            loss.mean().backward(inputs=optimizer.param_groups[0]["params"])
+            optimizer.step()
+    with torch.no_grad():
+        top = models.get_logsnr(torch.ones(2000), config)
+        x = sampling.predict_x(net, torch.randn(2000, 2, 1, 1), top, None, None).flatten(1)
+    nearest = (x[:, None] - modes).norm(dim=-1).argmin(1)      # (2000,)
+    for mode in (0, 1):
+        assert 0.35 < (nearest == mode).float().mean() < 0.65
+        assert (x[nearest == mode].mean(0) - modes[mode]).norm() < 0.3             # 1.1 were they all between the two
+
+
 def test_a_student_takes_its_own_levels_without_guidance():
     config = student("lcm", sample_steps=4)
     net = shaken(models.build(config))

@@ -375,10 +375,10 @@ def distill_turns(own, path):
     teacher = sees(master, config["guidance"])
 
     def averaged(z, *batch):                                   # the student with its EMA weights
-        return torch.func.functional_call(model, ema_params, (z, *batch))
+        return torch.func.functional_call(own.model, own.ema_params, (z, *batch))
 
     def of_consistency(net, step, x, text, t, eps, size):
-        target = in_half(averaged if config["objective"] == "lcm" else model, dtype)
+        target = in_half(averaged if config["objective"] == "lcm" else own.model, dtype)
         return consistency_loss(net, target, teacher, x, text, t, eps, size, config, step)
     if config["objective"] == "lcm" and config["fsdp"]:
         raise UserError("objective = lcm with fsdp is not supported, for its target is an average: take another one")
@@ -393,7 +393,7 @@ def distill_turns(own, path):
         return dmd_loss(net, sees(fake, 1), teacher, text, t, noises, size, config)
 
     def of_fake(net, step, x, text, t, noises, size):
-        return fake_loss(net, in_half(model, dtype), text, t, noises, size, config)
+        return fake_loss(net, in_half(own.model, dtype), text, t, noises, size, config)
     fake_scaler = torch.amp.GradScaler(device.split(":")[0], enabled=dtype == torch.float16)
     return [own._replace(every=config["fake_updates"], noises=2, loss=of_student),
             Turn("fake", fake, fake_net, fake_trained, make_optimizers(fake_trained, config), {}, fake_scaler, 1, 2,
@@ -492,27 +492,25 @@ def describe_fault(turn, losses, data_step, batch):
     bad_rows = [row for row, loss in enumerate(all_gather_rows(losses)) if not math.isfinite(loss)]
     if dtype == torch.float16 and not bad_rows and turn.scaler.get_scale() > 1:
         return f"gradient overflowed at scale {turn.scaler.get_scale():g}", ""
-
-    def forward():
-        turn.loss(in_half(turn.model, dtype), step, *batch)
     samples = [batches.pairs(data_step)[row][1] for row in bad_rows]               # numbers of images
-    modules = [name for name in all_gather(first_fault(turn.model, forward)) if name]   # of each process
+    fault = first_fault(turn.model, lambda: turn.loss(in_half(turn.model, dtype), step, *batch))
+    modules = [name for name in all_gather(fault) if name]     # of each process
     return "gradient is not finite", (f"; loss of samples {samples or 'finite for all'}; "
                                       f"first module {modules[0] if modules else 'none: only the backward overflowed'}")
 
 
-def describe_step(step, skipped, losses, seconds, waited, norm):
+def describe_step(step, skipped, losses, seconds, waited, norms):
     """A line of the log, {key: number}: losses since the last one, rates, seconds, memory (GiB), time to the end."""
     spent, middle = sum(seconds) / len(seconds), sorted(seconds)[len(seconds) // 2]          # mean, median
     line = {"step": step, **loss_figures(losses), "lr": config["lr"] * lr_factor(step - 1, config),
-            "norm": round(norm, 3), "img_s": round(config["batch"] / spent, 1), "skipped": skipped,
-            "data_ms": round(1000 * waited / len(seconds), 1), "gib": round(peak_memory(device) / 2 ** 30, 2)}
+            **{f"norm_{name}".rstrip("_"): round(norm, 3) for name, norm in norms.items()}, "skipped": skipped,
+            "img_s": round(config["batch"] / spent, 1), "data_ms": round(1000 * waited / len(seconds), 1),
+            "gib": round(peak_memory(device) / 2 ** 30, 2)}
     if peak and flops:                                         # per step; those of a student are not counted
         line["mfu"] = round(flops / spent / world / peak, 3)   # model FLOPs utilisation
     elif device == "cpu" and flops and step - first <= config["log_every"]:        # once: of what this machine can do
         line["efficiency"] = round(flops / world / middle / sgemm_rate(), 2)
-        print0(f"a step takes {flops / 1e9:.1f} GFLOP in {1000 * middle:.0f} ms: {line['efficiency']} of the rate of a "
-               "1024 sgemm here")
+        print0(f"{flops / 1e9:.1f} GFLOP a step in {1000 * middle:.0f} ms: {line['efficiency']} of a 1024 sgemm's rate")
     return line | {"eta_s": round((config["steps"] - step) * spent)}
 
 
@@ -520,7 +518,7 @@ if step == 0:
     save(0, 0)                                                 # a folder that cannot be written is found out now
 
 # ---- the loop --------------------------------------------------------------------------------------------------------
-losses, seconds, waited = {name: [] for name in counted}, [], 0.0                # since the last log line
+losses, seconds, waited, norms = {name: [] for name in counted}, [], 0.0, {}     # since the last log line
 loader = iter(torch.utils.data.DataLoader(batches, batch_size=None, sampler=range(data_step, sys.maxsize),
                                           num_workers=config["workers"],
                                           multiprocessing_context="fork" if config["workers"] else None))
@@ -539,7 +537,7 @@ while step < config["steps"]:
         t, eps = draw_noise(rows, shape, (args.stage, config["seed"], data_step, *turn.name.split()), config, device)
         batch = x, text, t, eps, size                          # all of this process's rows
         loss = forward_backward(turn, step, batch, micro, world, dtype, config)    # (b,)
-        norm = clip_gradients(turn, config["clip"])            # of the whole gradient
+        norm = norms[turn.name] = clip_gradients(turn, config["clip"])             # of the whole gradient
 
         # an update that is not finite moves nothing of its turn, and the step does not count; 20 in a row end the run
         if math.isfinite(norm):
@@ -565,7 +563,7 @@ while step < config["steps"]:
     due = {key for key in config if key.endswith("_every") and moved and config[key] and step % config[key] == 0}
     last = moved and step == config["steps"]                   # of the run
     if "log_every" in due or last:
-        line = describe_step(step, skipped, losses, seconds, waited, norm)
+        line = describe_step(step, skipped, losses, seconds, waited, norms)
         losses, seconds, waited = {name: [] for name in counted}, [], 0.0          # anew for the next line
         if rank == 0:
             log(line)

@@ -1,0 +1,161 @@
+"""
+Few steps: students of `toy` beside their teacher, as PixArt-Sigma's Table 4 and Vermeer's 16 steps (Greedy Growing,
+Sec. 6).
+
+    python -m experiments.few_steps                    three seeds: trains what is missing, scores it, prints the table
+    python -m experiments.few_steps --seeds 0 --n 40   a look at one
+
+OUT/SEED/toy/grow is a teacher, OUT/SEED/STUDENT/toy/distill a student of it, OUT/SEED/METHOD.json a score. What is
+there is not made again, so the same command goes on after a stop, and commands for other seeds may run beside it.
+pictures.png has a caption a row, a method a column; table.md is the table. Every method draws the same captions from
+the same noise.
+"""
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import namedtuple
+
+import torch
+
+from eval import evaluate, held_out_task
+from lib.files import atomic_write, file_hash
+from lib.pictures import contact_sheet, to_uint8, write_png
+from lib.processes import join
+from lib.settings import Parser, UserError, parse_numbers
+from model import load
+from sample import SAMPLERS, sample
+
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+STUDENTS = {                                                   # name -> flags of train.py
+    "consistency-16": "--objective consistency --sample_steps 16",
+    "consistency-4": "--objective consistency --sample_steps 4",
+    "lcm": "--objective lcm --sample_steps 4",
+    "dmd": "--objective dmd --sample_steps 1"}
+# a row of the table: whose pictures (a student's, or "" for the teacher's), by which sampler, in how many steps
+Method = namedtuple("Method", "student sampler steps")
+METHODS = ([Method("", sampler, steps) for sampler, steps in (
+    ("ddpm", 256), ("ddim", 50), ("dpm", 20), ("ddim", 16), ("ddim", 4), ("ddim", 2), ("ddim", 1))]
+    + [Method("consistency-16", "ddim", 16), Method("consistency-4", "ddim", 4)]
+    + [Method("lcm", "lcm", steps) for steps in (4, 2, 1)] + [Method("dmd", "lcm", 1)])
+METRICS = ("questions", "fidelity", "diversity")
+
+
+def run_of(method, folder):
+    """The run folder that a method samples from."""
+    return os.path.join(folder, method.student, "toy", "distill" if method.student else "grow")
+
+
+def train(folder, seed, flags):
+    """The teacher and its students, each by train.py, which leaves a finished run as it is."""
+    def run(*words):
+        command = [sys.executable, os.path.join(HERE, "train.py"), *map(str, words), "--eval_n", 0, *flags]
+        if subprocess.run([*map(str, command)]).returncode:
+            raise UserError(f"{' '.join(map(str, command))} failed: the same command goes on where it stopped")
+    teacher = run_of(Method("", "", 0), folder)
+    run("--stage", "grow", "--seed", seed, "--out", folder)
+    for name, words in STUDENTS.items():
+        run("--stage", "distill", "--seed", seed, "--out", os.path.join(folder, name), "--teacher", teacher,
+            *words.split())
+
+
+def open_method(method, folder):
+    """(model, config) that samples as the method does; it needs no guidance of its own as a student."""
+    model, config = load(run_of(method, folder), "cuda" if torch.cuda.is_available() else "cpu")
+    return model, config | {"sampler": method.sampler, "sample_steps": method.steps}
+
+
+def title(method):
+    """As in `lcm, 4 steps`."""
+    name = method.student.partition("-")[0] or f"teacher, {method.sampler}"
+    return f"{name}, {method.steps} step{'s' * (method.steps > 1)}"
+
+
+def evaluations(method, config):
+    """Of the network for a picture: the teacher's guidance takes two at a time."""
+    return SAMPLERS[method.sampler][2](method.steps) * (1 if method.student or config["guidance"] == 1 else 2)
+
+
+def score(method, folder, n):
+    """Metrics of n held-out captions, from METHOD.json if that was made of these very weights at this n."""
+    file = os.path.join(folder, f"{title(method).replace(', ', '-').replace(' ', '-')}.json")
+    about = {"weights": file_hash(os.path.join(run_of(method, folder), "last.pt")), "n": n}
+    if os.path.exists(file):
+        with open(file) as f:
+            result = json.load(f)
+        if {key: result[key] for key in about} == about:
+            return result["metrics"]
+    print(f"{folder}: {title(method)}")
+    metrics = evaluate(*open_method(method, folder), n, metrics=METRICS)
+    atomic_write(file, lambda f: f.write(json.dumps(about | {"metrics": metrics}).encode()))
+    return metrics
+
+
+def seconds_per_picture(methods, folder, n=8, rounds=3):
+    """[seconds] for one of n pictures made together: median of rounds, in each of which all methods take their turn."""
+    spent = [[] for _ in methods]
+    opened = [open_method(method, folder) for method in methods]
+    for _ in range(rounds):
+        for (model, config), times in zip(opened, spent):
+            start = time.perf_counter()
+            sample(model, config, held_out_task(config, n).captions)               # ends on the CPU
+            times.append((time.perf_counter() - start) / n)
+    return [statistics.median(times) for times in spent]
+
+
+def mean_and_spread(values, digits):
+    """As in 0.861 ± 0.007: the standard deviation of several."""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def table(scores, seconds, config):
+    """Markdown, a row for each method; scores: {method: [metrics of each seed]}."""
+    lines = ["| method | steps | evaluations | s / picture | dsg | fidelity, dB | diversity of places |",
+             "|---|---|---|---|---|---|---|"]
+    for (method, results), spent in zip(scores.items(), seconds):
+        figures = [mean_and_spread([r["questions"]["dsg"] for r in results], 3),
+                   mean_and_spread([r["fidelity"]["psnr"] for r in results], 1),
+                   mean_and_spread([r["diversity"]["places"] for r in results], 2)]
+        name, evaluated = title(method).rpartition(",")[0], evaluations(method, config)
+        lines.append(f"| {name} | {method.steps} | {evaluated} | {spent:.3f} | {' | '.join(figures)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(methods, folder, file, captions=6):
+    """A caption a row, a method a column, from the same noise."""
+    columns = []                                               # (captions, H, W, 3) each
+    for method in methods:
+        model, config = open_method(method, folder)
+        columns.append(to_uint8(sample(model, config, held_out_task(config, captions).captions)))
+    images = [column[row] for row in range(captions) for column in columns]
+    write_png(file, contact_sheet(images, [title(method) for method in methods] * captions, len(methods), most=128))
+    print(file, *held_out_task(config, captions).captions, sep="\n  ")
+
+
+def main():
+    parser = Parser(__doc__)                                   # takes any key of configs.txt too, for all trainings
+    parser.add_argument("--seeds", default="0,1,2", help="of the trainings")
+    parser.add_argument("--n", type=int, default=300, help="pictures for a score, and nearly as many for diversity")
+    parser.add_argument("--out", default="out/few", help="folder")
+    args, keys = parser.parse_keys()
+    if args.n < 2:
+        raise UserError(f"--n {args.n}: a spread needs at least 2")
+    join(600)
+    flags = [f"--{key}={value}" for key, value in keys]
+    scores = {method: [] for method in METHODS}
+    for seed in map(int, parse_numbers(args.seeds, "--seeds")):
+        folder = os.path.join(args.out, str(seed))
+        train(folder, seed, flags)
+        for method in METHODS:
+            scores[method].append(score(method, folder, args.n))
+    draw(METHODS, folder, os.path.join(args.out, "pictures.png"))
+    text = table(scores, seconds_per_picture(METHODS, folder), load(run_of(METHODS[0], folder), "cpu")[1])
+    atomic_write(os.path.join(args.out, "table.md"), lambda f: f.write(text.encode()))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
