@@ -221,9 +221,8 @@ def evaluate(model, config, n, seed=0, metrics=USUAL, networks=RANDOM, task=None
              poll=None):
     """
     {metric: value} of n images, for the captions of `task` (default: held-out ones), against the features `reference`
-    {network: (m, D)} (default: of n real images). The config says guidance, sample_steps and sampler. With CLIP among
-    the networks the CLIP score comes too. `shared`: several processes do their part each, and rank 0 alone gets the
-    result, the others {}. `poll`, if given, is called at every evaluation of the model and may raise.
+    {network: (m, D)} (default: of n real images). With CLIP among the networks the CLIP score comes too. `shared`:
+    several processes do their part each, and rank 0 alone gets the result, the others {}. `poll` is as in `sample`.
     """
     task = task or held_out_task(config, n)
     if reference is None:
@@ -243,8 +242,7 @@ def evaluate(model, config, n, seed=0, metrics=USUAL, networks=RANDOM, task=None
 def draw_and_look(model, config, task, n, networks, seed, shared, poll):
     """
     (what the task's `look` returned for each of its first n pictures, {network: features (n, D)}, CLIP's embeddings of
-    the captions or None). Each chunk is generated, looked at, turned into features and forgotten: memory does not bound
-    n. All empty in a process that only helps.
+    the captions or None). No chunk of pictures outlives its turn. All empty in a process that only helps.
     """
     captions = task.captions[:n]                               # fewer than n: all
 

@@ -209,24 +209,24 @@ def is_student(config):                                        # a run of --stag
     return config["objective"] != "diffusion"
 
 
-STUDENTS = {                                                   # objective -> sampler; can it take n steps? In words
-    "consistency": ("ddim", lambda c, n: n == c["sample_steps"] and c["teacher_steps"] % n == 0,
+STUDENTS = {                                                   # objective -> samplers; can it take n steps? In words
+    "consistency": (("ddim", "ddpm", "lcm"), lambda c, n: n == c["sample_steps"] and c["teacher_steps"] % n == 0,
                     "as many steps as it was trained for, a divisor of teacher_steps"),
-    "lcm": ("lcm", lambda c, n: c["teacher_steps"] % n == 0 and not c["teacher_steps_end"],
+    "lcm": (("lcm",), lambda c, n: c["teacher_steps"] % n == 0 and not c["teacher_steps_end"],
             "a divisor of them, and wants teacher_steps_end = 0"),
-    "dmd": ("lcm", lambda c, n: n == 1, "1 step: --sample_steps 1")}
+    "dmd": (("lcm",), lambda c, n: n == 1, "1 step: --sample_steps 1")}
 
 
 def check_student(config, steps=None, guidance=None, sampler=None):
     """UserError where a student's keys, or flags that were given, ask for what it is not trained for."""
     if not is_student(config):
         return
-    own_sampler, fits, words = STUDENTS[config["objective"]]
+    samplers, fits, words = STUDENTS[config["objective"]]
     steps = steps or config["sample_steps"]
     if guidance is not None:
         raise UserError("--guidance: it is inside this student, which learned from its guided teacher: leave it out")
-    if sampler not in (None, own_sampler):
-        raise UserError(f"--sampler {sampler}: a student of {config['objective']} takes {own_sampler}: leave it out")
+    if sampler not in (None, *samplers):
+        raise UserError(f"--sampler {sampler}: a student of {config['objective']} takes {' or '.join(samplers)}")
     if not fits(config, steps):
         raise UserError(f"{steps} steps: with teacher_steps = {config['teacher_steps']} a student of "
                         f"{config['objective']} takes {words}")

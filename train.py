@@ -211,7 +211,8 @@ if distills != is_student(config) or args.teacher and not distills:
                     "lcm or dmd, and --teacher RUN; all other stages take diffusion")
 if distills:
     args.core = args.teacher or args.core                      # a student starts as its teacher
-    config["sampler"] = STUDENTS[config["objective"]][0]
+    if config["sampler"] not in (samplers := STUDENTS[config["objective"]][0]):
+        config["sampler"] = samplers[0]
     check_student(config)
 plan_flags = {flag: value for flag in ("devices", "kind", "mfu", "json") if (value := getattr(args, flag)) is not None}
 if plan_flags and not args.plan:

@@ -24,6 +24,7 @@ from eval import evaluate, held_out_task
 from lib.files import atomic_write, file_hash
 from lib.pictures import contact_sheet, to_uint8, write_png
 from lib.processes import join
+from lib.runs import is_finished
 from lib.settings import Parser, UserError, parse_numbers
 from model import load
 from sample import SAMPLERS, sample
@@ -36,10 +37,11 @@ STUDENTS = {                                                   # name -> flags o
     "dmd": "--objective dmd --sample_steps 1"}
 # a row of the table: whose pictures (a student's, or "" for the teacher's), by which sampler, in how many steps
 Method = namedtuple("Method", "student sampler steps")
-METHODS = ([Method("", sampler, steps) for sampler, steps in (
-    ("ddpm", 256), ("ddim", 50), ("dpm", 20), ("ddim", 16), ("ddim", 4), ("ddim", 2), ("ddim", 1))]
-    + [Method("consistency-16", "ddim", 16), Method("consistency-4", "ddim", 4)]
-    + [Method("lcm", "lcm", steps) for steps in (4, 2, 1)] + [Method("dmd", "lcm", 1)])
+METHODS = [Method(*row) for row in (
+    ("", "ddpm", 256), ("", "ddim", 50), ("", "dpm", 20), ("", "ddim", 16), ("", "lcm", 16), ("", "ddim", 4),
+    ("", "lcm", 4), ("consistency-16", "ddim", 16), ("consistency-16", "ddpm", 16), ("consistency-16", "lcm", 16),
+    ("consistency-4", "ddim", 4), ("consistency-4", "lcm", 4), ("lcm", "lcm", 4), ("lcm", "lcm", 2), ("lcm", "lcm", 1),
+    ("dmd", "lcm", 1))]
 METRICS = ("questions", "fidelity", "diversity")
 
 
@@ -49,15 +51,16 @@ def run_of(method, folder):
 
 
 def train(folder, seed, flags):
-    """The teacher and its students, each by train.py, which leaves a finished run as it is."""
-    def run(*words):
-        command = [sys.executable, os.path.join(HERE, "train.py"), *map(str, words), "--eval_n", 0, *flags]
-        if subprocess.run([*map(str, command)]).returncode:
-            raise UserError(f"{' '.join(map(str, command))} failed: the same command goes on where it stopped")
-    teacher = run_of(Method("", "", 0), folder)
-    run("--stage", "grow", "--seed", seed, "--out", folder)
+    """The teacher and its students, each by train.py, which goes on with a run that was stopped."""
+    def run(out, *words):
+        if is_finished(os.path.join(out, "toy", words[1])):
+            return
+        command = [sys.executable, os.path.join(HERE, "train.py"), *words, "--out", out, "--seed", str(seed), *flags]
+        if subprocess.run([*command, "--eval_n", "0"]).returncode:
+            raise UserError(f"{' '.join(command)} failed: the same command goes on where it stopped")
+    run(folder, "--stage", "grow")
     for name, words in STUDENTS.items():
-        run("--stage", "distill", "--seed", seed, "--out", os.path.join(folder, name), "--teacher", teacher,
+        run(os.path.join(folder, name), "--stage", "distill", "--teacher", os.path.join(folder, "toy", "grow"),
             *words.split())
 
 
@@ -68,9 +71,9 @@ def open_method(method, folder):
 
 
 def title(method):
-    """As in `lcm, 4 steps`."""
-    name = method.student.partition("-")[0] or f"teacher, {method.sampler}"
-    return f"{name}, {method.steps} step{'s' * (method.steps > 1)}"
+    """As in `consistency by ddim, 4 steps`."""
+    who = method.student.partition("-")[0] or "teacher"
+    return f"{who} by {method.sampler}, {method.steps} step{'s' * (method.steps > 1)}"
 
 
 def evaluations(method, config):
@@ -80,7 +83,7 @@ def evaluations(method, config):
 
 def score(method, folder, n):
     """Metrics of n held-out captions, from METHOD.json if that was made of these very weights at this n."""
-    file = os.path.join(folder, f"{title(method).replace(', ', '-').replace(' ', '-')}.json")
+    file = os.path.join(folder, f"{title(method)}.json")
     about = {"weights": file_hash(os.path.join(run_of(method, folder), "last.pt")), "n": n}
     if os.path.exists(file):
         with open(file) as f:
@@ -113,14 +116,12 @@ def mean_and_spread(values, digits):
 
 def table(scores, seconds, config):
     """Markdown, a row for each method; scores: {method: [metrics of each seed]}."""
-    lines = ["| method | steps | evaluations | s / picture | dsg | fidelity, dB | diversity of places |",
-             "|---|---|---|---|---|---|---|"]
+    lines = ["| method | evaluations | s / picture | dsg | fidelity, dB | diversity of places |", "|---|" + 5 * "---|"]
     for (method, results), spent in zip(scores.items(), seconds):
         figures = [mean_and_spread([r["questions"]["dsg"] for r in results], 3),
                    mean_and_spread([r["fidelity"]["psnr"] for r in results], 1),
                    mean_and_spread([r["diversity"]["places"] for r in results], 2)]
-        name, evaluated = title(method).rpartition(",")[0], evaluations(method, config)
-        lines.append(f"| {name} | {method.steps} | {evaluated} | {spent:.3f} | {' | '.join(figures)} |")
+        lines.append(f"| {title(method)} | {evaluations(method, config)} | {spent:.3f} | {' | '.join(figures)} |")
     return "\n".join(lines) + "\n"
 
 
