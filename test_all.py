@@ -1506,12 +1506,12 @@ def test_sampling_from_the_command_line(runs, tmp_path):
 
 def test_distances_rank_real_pictures_before_spoilt_ones():
     world = Scenes(tiny())
-    real, other = (np.stack([world.image(i, 32) for i in range(k, k + 400)]) for k in (0, 400))
-    spoilt = np.clip(other + np.random.default_rng(0).normal(0, 80, other.shape), 0, 255).astype(np.uint8)
+    real, other = (np.stack([world.image(i, 32) for i in range(k, k + 500)]) for k in (0, 500))
+    spoilt = np.clip(other + np.random.default_rng(0).normal(0, 40, other.shape), 0, 255).astype(np.uint8)
     f = random_features
-    assert torch.equal(f(real), f(real)) and f(real).shape == (400, 64)
+    assert torch.equal(f(real), f(real)) and f(real).shape == (500, 64)
     for distance in (fd, evaluation.mmd):
-        assert abs(distance(f(real), f(other))) * 4 < distance(f(real), f(spoilt))
+        assert abs(distance(f(real), f(other))) * 5 < distance(f(real), f(spoilt))
 
 
 # ---- questions about real images -------------------------------------------------------------------------------------
@@ -2518,8 +2518,9 @@ def test_a_core_of_a_shallow_shell_grows_in_patches_and_back(runs, tmp_path):
 def test_twins_go_through_every_stage_each_in_twenty_seconds(name, tmp_path):
     for stage in STAGES:
         out, spent = tmp_path / name / stage, []
+        steps = [] if stage == "distill" else ["--steps", 3]   # a student has its own
         for words in (["train.py", "--config", name, "--stage", stage, "--out", tmp_path], ["eval.py", out, "--n", 8],
-                      ["sample.py", out, "a red circle", "--steps", 3, "--to", tmp_path / f"{stage}.png"]):
+                      ["sample.py", out, "a red circle", *steps, "--to", tmp_path / f"{stage}.png"]):
             begin = time.time()
             said = run(*words)
             spent.append((time.time() - begin) / (1 + said.count("running it first")))

@@ -7,8 +7,8 @@ Sec. 6).
 
 OUT/SEED/toy/grow is a teacher, OUT/SEED/STUDENT/toy/distill a student of it, OUT/SEED/METHOD.json a score. What is
 there is not made again, so the same command goes on after a stop, and commands for other seeds may run beside it.
-pictures.png has a caption a row, a method a column; table.md is the table. Every method draws the same captions from
-the same noise.
+OUT/pictures.png has a caption a row and some of the methods as columns; OUT/table.md is the table. Every method draws
+the same captions from the same noise.
 """
 import json
 import os
@@ -30,11 +30,12 @@ from model import load
 from sample import SAMPLERS, sample
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-STUDENTS = {                                                   # name -> flags of train.py
-    "consistency-16": "--objective consistency --sample_steps 16",
-    "consistency-4": "--objective consistency --sample_steps 4",
-    "lcm": "--objective lcm --sample_steps 4",
-    "dmd": "--objective dmd --sample_steps 1"}
+FASTER = dict(lr=0.001, muon_lr=0.006)                         # for students that are further from their teacher
+STUDENTS = {                                                   # name -> keys of its training, beside [toy.distill]
+    "consistency-16": dict(objective="consistency", sample_steps=16),
+    "consistency-4": dict(objective="consistency", sample_steps=4, teacher_steps=32, steps=800, **FASTER),
+    "lcm": dict(objective="lcm", sample_steps=4, teacher_steps=8, **FASTER),
+    "dmd": dict(objective="dmd", sample_steps=1, fake_updates=2, steps=600, **FASTER)}
 # a row of the table: whose pictures (a student's, or "" for the teacher's), by which sampler, in how many steps
 Method = namedtuple("Method", "student sampler steps")
 METHODS = [Method(*row) for row in (
@@ -42,6 +43,7 @@ METHODS = [Method(*row) for row in (
     ("", "lcm", 4), ("consistency-16", "ddim", 16), ("consistency-16", "ddpm", 16), ("consistency-16", "lcm", 16),
     ("consistency-4", "ddim", 4), ("consistency-4", "lcm", 4), ("lcm", "lcm", 4), ("lcm", "lcm", 2), ("lcm", "lcm", 1),
     ("dmd", "lcm", 1))]
+DRAWN = [METHODS[k] for k in (0, 3, 5, 9, 11, 12, 14, 15)]      # columns of pictures.png
 METRICS = ("questions", "fidelity", "diversity")
 
 
@@ -50,18 +52,18 @@ def run_of(method, folder):
     return os.path.join(folder, method.student, "toy", "distill" if method.student else "grow")
 
 
-def train(folder, seed, flags):
-    """The teacher and its students, each by train.py, which goes on with a run that was stopped."""
-    def run(out, *words):
-        if is_finished(os.path.join(out, "toy", words[1])):
+def train(folder, seed, keys):
+    """The teacher and its students, each by train.py, which goes on with a run that was stopped; `keys` are for all."""
+    def run(out, stage, **own):
+        if is_finished(os.path.join(out, "toy", stage)):
             return
-        command = [sys.executable, os.path.join(HERE, "train.py"), *words, "--out", out, "--seed", str(seed), *flags]
-        if subprocess.run([*command, "--eval_n", "0"]).returncode:
+        flags = {**own, **keys, "stage": stage, "out": out, "seed": seed, "eval_n": 0}
+        command = [sys.executable, os.path.join(HERE, "train.py"), *(f"--{key}={flags[key]}" for key in flags)]
+        if subprocess.run(command).returncode:
             raise UserError(f"{' '.join(command)} failed: the same command goes on where it stopped")
-    run(folder, "--stage", "grow")
-    for name, words in STUDENTS.items():
-        run(os.path.join(folder, name), "--stage", "distill", "--teacher", os.path.join(folder, "toy", "grow"),
-            *words.split())
+    run(folder, "grow")
+    for name, own in STUDENTS.items():
+        run(os.path.join(folder, name), "distill", teacher=os.path.join(folder, "toy", "grow"), **own)
 
 
 def open_method(method, folder):
@@ -139,21 +141,21 @@ def draw(methods, folder, file, captions=6):
 def main():
     parser = Parser(__doc__)                                   # takes any key of configs.txt too, for all trainings
     parser.add_argument("--seeds", default="0,1,2", help="of the trainings")
-    parser.add_argument("--n", type=int, default=300, help="pictures for a score, and nearly as many for diversity")
+    parser.add_argument("--n", type=int, default=200, help="pictures for a score, and nearly as many for diversity")
     parser.add_argument("--out", default="out/few", help="folder")
     args, keys = parser.parse_keys()
     if args.n < 2:
         raise UserError(f"--n {args.n}: a spread needs at least 2")
     join(600)
-    flags = [f"--{key}={value}" for key, value in keys]
     scores = {method: [] for method in METHODS}
-    for seed in map(int, parse_numbers(args.seeds, "--seeds")):
-        folder = os.path.join(args.out, str(seed))
-        train(folder, seed, flags)
+    seeds = [int(seed) for seed in parse_numbers(args.seeds, "--seeds")]
+    folders = [os.path.join(args.out, str(seed)) for seed in seeds]
+    for seed, folder in zip(seeds, folders):
+        train(folder, seed, dict(keys))
         for method in METHODS:
             scores[method].append(score(method, folder, args.n))
-    draw(METHODS, folder, os.path.join(args.out, "pictures.png"))
-    text = table(scores, seconds_per_picture(METHODS, folder), load(run_of(METHODS[0], folder), "cpu")[1])
+    draw(DRAWN, folders[0], os.path.join(args.out, "pictures.png"))
+    text = table(scores, seconds_per_picture(METHODS, folders[0]), open_method(METHODS[0], folders[0])[1])
     atomic_write(os.path.join(args.out, "table.md"), lambda f: f.write(text.encode()))
     print(text)
 
