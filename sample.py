@@ -3,6 +3,7 @@ From noise to image.
 
     python sample.py out/toy/grow "a large red circle left of a small blue square on a white background" --to grid.png
     python sample.py out/toy/grow --describe                   what the run is: stage, size, steps, data, parents
+    python sample.py FOLDER "a caption" --size 1024x1024       a published pipeline: PixArt-Sigma, SDXL (GUIDE.md)
 
 A run folder is all that is needed: the checkpoint holds its own settings. Image i of seed s starts from the same noise
 at any batch size, and is the same up to rounding, on the same kind of device.

@@ -25,7 +25,6 @@ import sys
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from lib.files import atomic_write, complete, from_folder, import_extra, local_weights, weights_hash
 from lib.images import Unfit, covering

@@ -117,10 +117,11 @@ def in_dtype(model, config, dtype):
 
 
 def fill(model, weights, path):
-    """Copy weights by name into a model. UserError where one is missing or has another shape."""
+    """Copy weights by name into a model. UserError where one is missing, has another shape, or is not finite."""
     there = {name: value.shape for name, value in model.state_dict().items()}
     wrong = [f"{name} is {'missing' if name not in weights else tuple(weights[name].shape)}, not {tuple(shape)}"
              for name, shape in there.items() if name not in weights or weights[name].shape != shape]
+    wrong = wrong or [f"{name} is not finite" for name in there if not weights[name].isfinite().all()]
     if wrong:
         raise UserError(f"the weights in {path!r} do not fit ({', '.join(wrong[:3])}): bring them whole, of this model")
     model.load_state_dict({name: weights[name] for name in there})
@@ -202,15 +203,21 @@ class PipelineEncoder:
             raise UserError(f"{part} of {self.folder!r} is a {kind}: take a pipeline with T5 or CLIP")
 
         def load():
-            words = os.path.join(self.folder, part.replace("text_encoder", "tokenizer"))
             net = getattr(library, kind).from_pretrained(folder, dtype=DTYPES[self.dtype], **local_weights(folder))
-            return (library.AutoTokenizer.from_pretrained(words, local_files_only=True),
-                    complete(*net).eval().requires_grad_(False).to(self.device))
+            return self.tokenizer(part), complete(*net).eval().requires_grad_(False).to(self.device)
         return from_folder(part, folder, "bring the whole pipeline, its weights as .safetensors", load)
+
+    def tokenizer(self, part):
+        folder = os.path.join(self.folder, part.replace("text_encoder", "tokenizer"))
+        kind = import_extra("transformers", f"{part} of {self.folder!r}").AutoTokenizer
+        return kind.from_pretrained(folder, local_files_only=True)
 
     def mean_tokens(self, captions):
         """Mean number of rows that these captions take."""
-        return float(np.mean([len(row) for row in self(captions)]))
+        if len(self.parts) == 2:                               # padding too
+            return float(self.tokens)
+        ids = self.tokenizer(self.parts[0])(captions, truncation=True, max_length=self.tokens).input_ids
+        return float(np.mean([len(row) for row in ids]))
 
 
 def encoder_dtype(config):
