@@ -42,9 +42,7 @@ def pipeline_index(folder):
 
 
 def noise_levels(folder):
-    """
-    (logsnr of each of the scheduler's timesteps (T,), float64, from clean to noisy; does the network predict v?)
-    """
+    """(logsnr (T,) of its scheduler's timesteps, float64, from clean to noisy; whether its network predicts v)."""
     about = read_json(folder, "scheduler", "scheduler_config.json")
     schedule, prediction = about.get("beta_schedule"), about.get("prediction_type", "epsilon")
     power = {"linear": 1, "scaled_linear": 2}.get(schedule)
@@ -141,7 +139,8 @@ class PipelineEncoder:
     name = "pipeline"
 
     def __init__(self, tokens, folder, dtype):
-        self.tokens, self.folder, self.dtype, self.opened, self.empty = tokens, folder, dtype, {}, None
+        self.tokens, self.folder, self.dtype = tokens, folder, dtype
+        self.opened, self.empty = {}, None                     # {part: (tokenizer, network)}; "" as they read it
         self.index = pipeline_index(folder)
         self.parts = [part for part in ("text_encoder", "text_encoder_2") if part in self.index]
         about = [read_json(folder, part, "config.json") for part in self.parts]
@@ -256,8 +255,8 @@ def read_pipeline(folder):
     """A pipeline as the state of a run that took no steps, weights mapped into memory and read where they are used."""
     name = pipeline_index(folder)["_class_name"]
     part, _, tokens, advice = PIPELINES[name]
-    about, vae, encoder = read_json(folder, part, "config.json"), read_json(folder, "vae", "config.json"), \
-        PipelineEncoder(tokens, folder, "fp32")
+    about, vae = read_json(folder, part, "config.json"), read_json(folder, "vae", "config.json")
+    encoder = PipelineEncoder(tokens, folder, "fp32")          # which opens nothing yet
     files = weight_files(os.path.join(folder, part))[1]
     if not files:
         raise UserError(f"no .safetensors in {os.path.join(folder, part)!r}: bring them, since pickled weights (.bin) "

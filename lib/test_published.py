@@ -66,7 +66,8 @@ def tiny_sdxl(library, diffusers, vae):
         addition_time_embed_dim=8, transformer_layers_per_block=(1, 2), projection_class_embeddings_input_dim=68,
         cross_attention_dim=56, norm_num_groups=8)
     return diffusers.StableDiffusionXLPipeline(
-        vae, tiny_text_encoder(library, "CLIPTextModel", 24), tiny_text_encoder(library, "CLIPTextModelWithProjection", 32),
+        vae, tiny_text_encoder(library, "CLIPTextModel", 24),
+        tiny_text_encoder(library, "CLIPTextModelWithProjection", 32),
         tiny_tokenizer(library, 77), tiny_tokenizer(library, 77), shaken_weights(net),
         diffusers.DPMSolverMultistepScheduler(**BETAS["scaled"]), add_watermarker=False)
 
