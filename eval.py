@@ -41,8 +41,7 @@ from lib.people import write_page
 from lib.pictures import draw_tuning, to_tensor, to_uint8
 from lib.processes import chunks, exit_with, get_rank, get_world_size, join, on_all_ranks
 from lib.questions import read_dsg
-from lib.references import (check_same_size, image_features, labelled_images, list_images, open_reference,
-                            read_image)
+from lib.references import check_same_size, image_features, labelled_images, list_images, open_reference, read_image
 from lib.results import accuracy, best_point, make_card, over_seeds, report, tuning, write_result
 from lib.scenes import describe, world_name
 from lib.settings import Parser, UserError, parse_numbers, parse_words
@@ -94,10 +93,7 @@ def best_caption(model, config, image, text, number, seed=0, draws=16):
 
 
 def zeroshot(model, config, world, n, seed=0, draws=16):
-    """
-    On n scenes of a single group, among captions that differ in one word: {"shape": {class: accuracy, "mean",
-    "chance"}, "colour": ...}.
-    """
+    """On n scenes of one group, by captions that differ in a word: {"shape": {class: accuracy, "mean", ...}, ...}."""
     device, options = next(model.parameters()).device, {"shape": world.shapes, "colour": world.colours}  # classes
     single = (i for i in itertools.count() if len(world.scene(i)["groups"]) == 1)  # endless: islice takes n
 

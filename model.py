@@ -38,6 +38,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels import MERGE_EPS, attention, kv_merge
 from lib.checkpoint import older_checkpoints, open_checkpoint
 from lib.encoders import encoder_parts, has_pretrained_encoder
+from lib.published import Published, fill, read_published
 from lib.settings import UserError, default_config
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -74,10 +75,7 @@ WEIGHTINGS = {
 
 
 def diffusion_loss(model, x, text, t, eps, config, size=None):
-    """
-    Weighted squared error per image, (B,). x and eps (B, C, H, W), text (B, L) or (B, L, E), t (B,), size (B, 6) or
-    None.
-    """
+    """Weighted squared error per image, (B,). x and eps (B, C, H, W), text (B, L[, E]), t (B,), size (B, 6) or None."""
     logsnr = get_logsnr(t, config)                                                 # (B,)
     alpha, sigma = alpha_sigma(logsnr)                                             # (B, 1, 1, 1)
     v = model(alpha * x + sigma * eps, logsnr, text, size)                         # (B, C, H, W)
@@ -510,6 +508,8 @@ def build(config):
     """A freshly initialised model for this config."""
     c = config
     check_sizes(c)
+    if c["pipeline"]:
+        return Published(c)
     width, spans, merged = c["width"], encoder_spans(c), merged_layers(c)
     text = PretrainedEncoding(spans, width) if spans else WordEncoding(c["text_vocab"], c["text_length"], width)
     ratios = [c["kv_merge"] if i in merged else 1 for i in range(c["depth"])]
@@ -716,7 +716,9 @@ def example(config, batch=1, device=None):
 
 
 def read_checkpoint(path):
-    """The state in a run's last.pt, or in a file (lib.checkpoint.open_checkpoint). UserError if it cannot be read."""
+    """The state in a run's last.pt, in a file, or in a folder that was published. UserError if it cannot be read."""
+    if state := read_published(path):
+        return state
     is_run = os.path.isdir(path) and not os.path.exists(os.path.join(path, "about.pt"))    # a sharded one has it
     last = os.path.join(path, "last.pt")
     file = next(filter(os.path.exists, (last, *older_checkpoints(path))), last) if is_run else path
@@ -735,8 +737,8 @@ def ema_weights(state):
 
 
 def load(path, device="cpu"):
-    """(model, config) of a run folder or checkpoint file, with its EMA weights, in eval mode."""
+    """(model, config) of a run, checkpoint file or published folder, with its EMA weights, in eval mode."""
     state = read_checkpoint(path)
     model = build(state["config"])
-    model.load_state_dict(ema_weights(state))
+    fill(model, ema_weights(state), path)
     return model.eval().to(device), state["config"]

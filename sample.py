@@ -3,6 +3,7 @@ From noise to image.
 
     python sample.py out/toy/grow "a large red circle left of a small blue square on a white background" --to grid.png
     python sample.py out/toy/grow --describe                   what the run is: stage, size, steps, data, parents
+    python sample.py FOLDER "a caption" --size 1024x1024       a published pipeline: PixArt-Sigma, SDXL (GUIDE.md)
 
 A run folder is all that is needed: the checkpoint holds its own settings. Image i of seed s starts from the same noise
 at any batch size, and is the same up to rounding, on the same kind of device.
@@ -31,6 +32,7 @@ from lib.encoders import open_autoencoder
 from lib.files import free_name
 from lib.pictures import make_grid, to_uint8, write_png
 from lib.processes import prepare_cpu
+from lib.published import describe_published, export, in_dtype
 from lib.settings import Parser, UserError
 from model import (WEIGHTINGS, alpha_sigma, diffusion_loss, get_logsnr, image_shape, load, read_checkpoint, token_grid,
                    token_size)
@@ -66,10 +68,7 @@ def ddim(denoise, z, logsnrs, noise_sampler):
 
 
 def exponential_step(z, x, logsnr, logsnr_next):
-    """
-    The ODE of the image from one level to the next, exact for a constant x (DPM-Solver++, arXiv 2211.01095, with
-    lambda = logsnr / 2).
-    """
+    """The ODE of the image over a step, exact for constant x (DPM-Solver++, arXiv 2211.01095; lambda = logsnr / 2)."""
     (_, sigma), (alpha_next, sigma_next) = alpha_sigma(logsnr), alpha_sigma(logsnr_next)
     return sigma_next / sigma * z - alpha_next * torch.expm1(-(logsnr_next - logsnr) / 2) * x
 
@@ -77,14 +76,14 @@ def exponential_step(z, x, logsnr, logsnr_next):
 def dpm(denoise, z, logsnrs, noise_sampler):
     """
     DPM-Solver++(2M), Lu et al. 2022, Algorithm 2: x is taken as a line through this prediction and the previous
-    one, extrapolated to the middle of the step. There is no line in the first step; and none is used in the final
-    one, which is so wide that extrapolation would overshoot.
+    one, extrapolated to the middle of the step. There is no line in the first step; and none is used in a final one
+    more than twice as wide as that before it (ours are), where extrapolation would overshoot.
     """
     x_prev, h_prev = None, None                                # prediction and width of the previous step
     for step, (logsnr, logsnr_next) in enumerate(zip(logsnrs[:-1], logsnrs[1:])):
         x, h = denoise(z, logsnr), (logsnr_next - logsnr) / 2                      # (B, C, H, W), in lambda
-        final = step == len(logsnrs) - 2
-        x_middle = x if x_prev is None or final else x + h / (2 * h_prev) * (x - x_prev)
+        flat = x_prev is None or step == len(logsnrs) - 2 and h > 2 * h_prev
+        x_middle = x if flat else x + h / (2 * h_prev) * (x - x_prev)
         z, x_prev, h_prev = exponential_step(z, x_middle, logsnr, logsnr_next), x, h
     return denoise(z, logsnrs[-1])
 
@@ -316,14 +315,16 @@ def parse_size(text, config):
         tall = max(1, round(1.5 ** 0.5 * side / unit)) * unit                      # one size that would do
         wide = max(1, round(side * side / tall / unit)) * unit
         raise UserError(f"--size {text}: this run makes {side}x{side}, or sides that are multiples of {unit} with "
-                        f"about that area, such as {tall}x{wide}; for another size grow its core into another --out "
-                        "(train.py --help)")
+                        f"about that area, such as {tall}x{wide}" + (not config["pipeline"]) *
+                        "; for another size grow its core into another --out (train.py --help)")
     return height, width
 
 
 def describe_run(path):
     """What a checkpoint is, as lines of text."""
     state = read_checkpoint(path)
+    if state["stage"] == "published":
+        return describe_published(state)
     c = state["config"]
     counts = {"core": 0, "shell": 0}
     for name, value in state["model"].items():
@@ -350,9 +351,11 @@ def parse():
     parser.add_argument("--batch", type=int, help="images at a time, 16 on a CPU; does not change the images")
     parser.add_argument("--size", help="HxW in pixels: another shape of about the area that the run was trained at")
     parser.add_argument("--to", default="grid.png", help="PNG file, default grid.png; numbered where it exists")
+    parser.add_argument("--dtype", choices=["bf16", "fp16"], help="of a published model and its encoders; default fp32")
     parser.add_argument("--describe", action="store_true", help="print what the run is, and stop")
+    parser.add_argument("--export", metavar="FOLDER", help="write its EMA weights there as safetensors, and stop")
     args, keys = parser.parse_keys()
-    if not args.describe and not args.captions:
+    if not (args.describe or args.export or args.captions):
         raise UserError('no caption: python sample.py RUN "a large red circle on a white background"')
     if args.n < 1 or any(value is not None and value < 1 for value in (args.steps, args.batch)):
         raise UserError("--n, --steps and --batch count things: give at least 1")
@@ -365,14 +368,16 @@ def parse():
 
 def main():
     args, keys = parse()
-    if args.describe:
-        print(describe_run(args.run))
+    if args.describe or args.export:
+        print(export(read_checkpoint(args.run), args.export) if args.export else describe_run(args.run))
         return
     prepare_cpu()
     model, config = load(args.run, "cuda" if torch.cuda.is_available() else "cpu")
     config |= keys
+    if args.dtype:
+        in_dtype(model, config, args.dtype)
     check_student(config, args.steps, args.guidance, args.sampler)
-    if not is_student(config):                                 # which has its own
+    if not is_student(config) and not config["pipeline"]:      # which have their own
         args.steps, args.sampler = args.steps or 256, args.sampler or "ddpm"
     size = parse_size(args.size, config)
     captions = [caption for caption in args.captions for _ in range(args.n)]

@@ -2683,6 +2683,7 @@ from lib.test_people import *  # noqa
 from lib.test_pictures import *  # noqa
 from lib.test_plan import *  # noqa
 from lib.test_processes import *  # noqa
+from lib.test_published import *  # noqa
 from lib.test_questions import *  # noqa
 from lib.test_runs import *  # noqa
 from lib.test_scan import *  # noqa

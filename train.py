@@ -121,10 +121,7 @@ def lr_factor(step, config):
 
 
 def ema_decay(step, config):
-    """
-    Warmed up to a constant; or with ema_power a power function, (1 - 1 / n)^(power + 1), whose window grows with the
-    run (EDM2, eq. 127).
-    """
+    """Warmed up to a constant; or with ema_power a power function, whose window grows with the run (EDM2, eq. 127)."""
     if config["ema_power"]:
         return (1 - 1 / (step + 1)) ** (config["ema_power"] + 1)                   # 0 at first: the weights themselves
     return min(config["ema"], (1 + step) / (10 + step))        # 0.1, 0.18, 0.25 ...: first weights fade soon

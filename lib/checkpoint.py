@@ -139,8 +139,9 @@ def read_shards(folder):
 
 
 def is_run(path):
-    """Is it a checkpoint or a run folder? A sharded checkpoint is a folder with about.pt."""
-    return os.path.isfile(path) or any(os.path.exists(os.path.join(path, name)) for name in ("last.pt", "about.pt"))
+    """Is it a checkpoint, a run folder, or a published one? A sharded checkpoint is a folder with about.pt."""
+    names = "last.pt", "about.pt", "model_index.json", "model.safetensors"
+    return os.path.isfile(path) or any(os.path.exists(os.path.join(path, name)) for name in names)
 
 
 def older_checkpoints(run):

@@ -5,6 +5,7 @@ unpickled.
 
 `encoder` in configs.txt names what reads a caption:
     "t5-xxl:128,clip-h:77"      frozen encoders of the transformers library, how many tokens of each, span after span
+    "pipeline:300"              those of a published pipeline, as that pipeline uses them (lib/published.py)
     "sentencepiece:FILE"        the tokens of a SentencePiece model, which the model embeds by itself
     anything else               is not ours: tokens that need no network, such as hashed words
 
@@ -24,11 +25,11 @@ import sys
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from lib.files import atomic_write, import_extra
+from lib.files import atomic_write, complete, from_folder, import_extra, local_weights, weights_hash
 from lib.images import Unfit, covering
 from lib.pictures import to_tensor
+from lib.published import encoder_dtype, open_pipeline
 from lib.settings import UserError, closest
 from lib.tables import DTYPES, Table, print_room, write_table
 
@@ -39,6 +40,7 @@ ENCODERS = {
     "clip-h":     ("CLIPTextModel",       -1, "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"),
     "clip-l":     ("CLIPTextModel",       -2, "openai/clip-vit-large-patch14"),    # SDXL takes the last but one
     "openclip-g": ("CLIPTextModel",       -2, "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"),
+    "pipeline":   ("PipelineEncoder",      0, "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS"),       # the whole folder
 }
 
 
@@ -109,7 +111,8 @@ def open_encoders(encoder, weights, dtype):
     if len(parts) != len(folders):
         raise UserError(f"{len(parts)} encoders ({encoder}) and {len(folders)} folders of weights ({weights}): "
                         "give each its own, comma-separated")
-    return [Encoder(name, tokens, folder.strip(), dtype) for (name, tokens), folder in zip(parts, folders)]
+    return [open_pipeline(tokens, folder, dtype) if name == "pipeline" else Encoder(name, tokens, folder.strip(), dtype)
+            for (name, tokens), folder in zip(parts, folders)]
 
 
 def concat_spans(parts, tokens):
@@ -130,10 +133,8 @@ def embed_now(captions, config):
     model knows.
     """
     known = config["encoder_id"]                               # such as "t5-xxl fp32 0123456789abcdef, ..."
-    dtype = known.split(" ")[1] if known else "fp32"
-    encoders = open_encoders(config["encoder"], config["encoder_weights"], dtype)
-    here = ", ".join(e.id for e in encoders)
-    if known not in ("", here):
+    encoders = open_encoders(config["encoder"], config["encoder_weights"], encoder_dtype(config))
+    if known and known != (here := ", ".join(e.id for e in encoders)):
         raise UserError(f"this model reads captions embedded by {known}, and encoder_weights holds {here}: "
                         "give it the weights of the former")
     return concat_spans([e(captions) for e in encoders], [e.tokens for e in encoders])
@@ -243,8 +244,8 @@ def read_autoencoder(folder, device):
     """The AutoencoderKL in a local folder, as diffusers' save_pretrained leaves it."""
     def load():
         kind = import_extra("diffusers", "an autoencoder").AutoencoderKL
-        options = {"local_files_only": True, "use_safetensors": True, "low_cpu_mem_usage": False}  # it needs accelerate
-        return kind.from_pretrained(folder, **options)
+        options = local_weights(folder) | {"low_cpu_mem_usage": False}             # it needs accelerate
+        return complete(*kind.from_pretrained(folder, **options))
     hint = "put a diffusers AutoencoderKL there, its weights as .safetensors, or set autoencoder = \"\""
     return from_folder("autoencoder", folder, hint, load).float().eval().requires_grad_(False).to(device)
 
@@ -400,28 +401,3 @@ def embed_images(data, config, sizes, dtype):
         return [latents(i) for i in numbers]
     about = about_latents(data, config) | {"dtype": dtype}
     write_table(latents_path(data, config), about, 3, len(data), make, config["batch"], "latents")
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Local folders
-
-
-@functools.lru_cache(8)                                        # reading 20 GB takes a while
-def weights_hash(folder):
-    """sha256 of all weights and vocabularies in a folder, 16 digits: the identity of a network."""
-    digest, kinds = hashlib.sha256(), (".safetensors", ".json", ".model", ".txt")
-    files = sorted(f for f in os.listdir(folder) if f.endswith(kinds))
-    for name in tqdm(files, f"sha256 of {folder}", leave=False, disable=None):
-        with open(os.path.join(folder, name), "rb") as file:
-            digest.update(name.encode() + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
-def from_folder(what, folder, hint, load):
-    """load(), which opens a frozen network from a local folder; UserError where that fails."""
-    if not os.path.isfile(os.path.join(folder, "config.json")):
-        raise UserError(f"no {what} in {folder!r}: {hint}")
-    try:
-        return load()
-    except Exception as e:                    # transformers and diffusers raise many kinds; a UserError is no Exception
-        raise UserError(f"{folder!r} does not open as {what} ({type(e).__name__}: {str(e)[:200]}): {hint}")

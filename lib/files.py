@@ -1,8 +1,16 @@
-"""Files written whole or not at all, their hashes and free names; and packages that only some need."""
+"""
+Files written whole or not at all, their hashes and free names; packages that only some need; and local folders with
+the networks of others, from which nothing is downloaded and nothing unpickled.
+"""
+import functools
 import glob
 import hashlib
 import importlib
+import json
 import os
+import re
+
+from tqdm import tqdm
 
 from lib.settings import UserError
 
@@ -21,7 +29,8 @@ def file_hash(path):
     folder = glob.escape(path)
     files = [path] if os.path.isfile(path) else []
     if os.path.isdir(path):                                    # weights alone: notes beside them may change
-        files = sorted(glob.glob(f"{folder}/*.safetensors")) or sorted(glob.glob(f"{folder}/*.bin"))
+        found = (sorted(glob.glob(f"{folder}/{kind}")) for kind in ("*.safetensors", "*/*.safetensors", "*.bin"))
+        files = next(filter(None, found), [])                  # a pipeline has them in its subfolders
     digest = hashlib.sha256()
     for name in files:
         with open(name, "rb") as file:
@@ -45,3 +54,62 @@ def import_extra(module, purpose, package=None):
         return importlib.import_module(module)
     except ImportError:
         raise UserError(f"{purpose} needs {package or module}: pip install {package or module}")
+
+
+# ---- local folders ---------------------------------------------------------------------------------------------------
+
+def read_json(*path):
+    """The dict in a JSON file of a local folder. UserError where it is missing or broken."""
+    path = os.path.join(*path)
+    try:
+        with open(path, encoding="utf-8") as f:
+            return dict(json.load(f))
+    except (OSError, ValueError, TypeError) as e:
+        raise UserError(f"{path!r} cannot be read ({type(e).__name__}): bring the whole folder, as it was published")
+
+
+def weight_files(folder):
+    """
+    (variant, paths): the safetensors of a folder, whole or in shards, as diffusers and transformers name them. Variants
+    such as fp16 (model.fp16.safetensors) count only where there are no plain weights, whose variant is None.
+    """
+    pattern, found = r"(diffusion_pytorch_)?model(-\d+-of-\d+)?(\.(\w+))?(-\d+-of-\d+)?\.safetensors", {}
+    for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
+        if match := re.fullmatch(pattern, name):
+            found.setdefault(match[4], []).append(os.path.join(folder, name))
+    variant = min(found, key=lambda name: name or "", default=None)
+    return variant, found.get(variant, [])
+
+
+def local_weights(folder):
+    """Options of from_pretrained that keep it to this folder and to safetensors, and let it tell what is missing."""
+    return {"local_files_only": True, "use_safetensors": True, "output_loading_info": True,
+            "variant": weight_files(folder)[0]}
+
+
+def complete(net, info):
+    """The network, unless weights are missing: these libraries would draw them at random."""
+    if info["missing_keys"]:
+        raise ValueError(f"{sorted(info['missing_keys'])[0]} is missing")
+    return net
+
+
+@functools.lru_cache(8)                                        # reading 20 GB takes a while
+def weights_hash(folder):
+    """sha256 of all weights and vocabularies in a folder, 16 digits: the identity of a network."""
+    digest, kinds = hashlib.sha256(), (".safetensors", ".json", ".model", ".txt")
+    files = sorted(f for f in os.listdir(folder) if f.endswith(kinds))
+    for name in tqdm(files, f"sha256 of {folder}", leave=False, disable=None):
+        with open(os.path.join(folder, name), "rb") as file:
+            digest.update(name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+def from_folder(what, folder, hint, load):
+    """load(), which opens a frozen network from a local folder; UserError where that fails."""
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        raise UserError(f"no {what} in {folder!r}: {hint}")
+    try:
+        return load()
+    except Exception as e:                    # transformers and diffusers raise many kinds; a UserError is no Exception
+        raise UserError(f"{folder!r} does not open as {what} ({type(e).__name__}: {str(e)[:200]}): {hint}")

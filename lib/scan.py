@@ -350,6 +350,9 @@ def open_images(path, allow=()):
     Indexed, from an index, or from a folder or .tar: by the index beside it or, where it has none, scanned into memory
     now. Raises UserError as require does, and for an index that is broken or out of date.
     """
+    if not path:
+        raise UserError("a published pipeline brings no images: give --reference FOLDER and --prompts FILE, or other "
+                        "--metrics; or --data PATH to train on")
     for folder in (path, index_folder(path)):
         if os.path.exists(os.path.join(folder, "index.arrow")):
             return read_index(folder)

@@ -1,0 +1,323 @@
+"""
+Published models, and ours in the form in which models are published: folders of safetensors and JSON.
+
+    PixArt-Sigma, SDXL    a pipeline's folder as diffusers' save_pretrained leaves it. Its own network predicts v of
+                          (z, logsnr, text, size), its own encoders read captions, and samplers need not know
+    an export             the EMA weights of a run and config.json, which says what they are
+
+Letters: B images, c h w channels and sides of latents, n tokens of a caption, L at most, E width of an embedding.
+"""
+import functools
+import json
+import os
+import sys
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from lib.checkpoint import FORMAT
+from lib.files import (atomic_write, complete, from_folder, import_extra, local_weights, read_json, weight_files,
+                       weights_hash)
+from lib.settings import UserError, default_config
+from lib.tables import DTYPES
+
+# pipeline -> the network's subfolder and class; tokens of a caption; the sampler's settings that its makers advise
+PIPELINES = {
+    "PixArtSigmaPipeline": ("transformer", "PixArtTransformer2DModel", 300, {"guidance": 4.5, "sample_steps": 20}),
+    "StableDiffusionXLPipeline": ("unet", "UNet2DConditionModel", 77 + 1, {"guidance": 5.0, "sample_steps": 30})}
+
+
+def pipeline_index(folder):
+    """What model_index.json says: the subfolders and their classes. UserError for a pipeline of another kind."""
+    index = read_json(folder, "model_index.json")
+    if index.get("_class_name") not in PIPELINES:
+        raise UserError(f"{folder!r} is a {index.get('_class_name')}: take a {' or '.join(PIPELINES)}")
+    return index
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The network
+
+
+def noise_levels(folder):
+    """(logsnr (T,) of its scheduler's timesteps, float64, from clean to noisy; whether its network predicts v)."""
+    about = read_json(folder, "scheduler", "scheduler_config.json")
+    schedule, prediction = about.get("beta_schedule"), about.get("prediction_type", "epsilon")
+    power = {"linear": 1, "scaled_linear": 2}.get(schedule)
+    if not power or about.get("trained_betas") is not None or about.get("rescale_betas_zero_snr") \
+            or prediction not in ("epsilon", "v_prediction"):
+        raise UserError(f"the scheduler of {folder!r} has beta_schedule {schedule} and predicts {prediction}: take a "
+                        "model of linear or scaled_linear betas, not rescaled, that predicts epsilon or v_prediction")
+    first, last = about["beta_start"] ** (1 / power), about["beta_end"] ** (1 / power)
+    betas = torch.linspace(first, last, about["num_train_timesteps"]) ** power     # float32, and so to their rounding
+    return torch.logit(torch.cumprod(1 - betas, 0).double()), prediction == "v_prediction"
+
+
+class Published(nn.Module):
+    """
+    The network of config["pipeline"]: z (B, c, h, w), logsnr (B,), text (B, L, E), size (B, 6) in pixels or None -> v
+    (B, c, h, w). Zeros in place of a caption are the null caption here as everywhere; the network gets its own.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, folder = config, config["pipeline"]
+        part, kind, _, _ = PIPELINES[pipeline_index(folder)["_class_name"]]
+        network = getattr(import_extra("diffusers", "a published pipeline"), kind)
+        self.core, self.shell = network.from_config(read_json(folder, part, "config.json")), nn.Identity()
+        self.logsnrs, self.predicts_v = noise_levels(folder)   # no buffer: it stays in float64
+        self.null = None                                       # its null caption, (L, E), where one is needed
+
+    def forward(self, z, logsnr, text, size=None):
+        dtype, t, text = self.core.dtype, self.timestep(logsnr), self.with_null(text)
+        if self.config["size_condition"]:                      # SDXL
+            side = self.config["latent_stride"]
+            h, w = side * z.shape[2], side * z.shape[3]        # pixels
+            size = torch.tensor([[h, w, 0, 0, h, w]] * len(z), device=z.device) if size is None else size
+            about = self.core.config                           # the pooled text's width, and six of an embedded size
+            pooled = about.projection_class_embeddings_input_dim - 6 * about.addition_time_embed_dim
+            added = {"text_embeds": text[:, -1, :pooled].to(dtype), "time_ids": size}
+            out = self.core(z.to(dtype), t, text[:, :-1].to(dtype), added_cond_kwargs=added).sample
+        else:
+            added = {"resolution": None, "aspect_ratio": None}
+            out = self.core(z.to(dtype), text.to(dtype), t, added, encoder_attention_mask=text.any(-1)).sample
+            out = out[:, :z.shape[1]]                          # behind it the learned variance, which no sampler takes
+        if self.predicts_v:
+            return out
+        level = logsnr.view(-1, 1, 1, 1)
+        return (out.float() - torch.sigmoid(-level).sqrt() * z) / torch.sigmoid(level).sqrt()      # from eps
+
+    def timestep(self, logsnr):
+        """(B,) -> (B,) float: where on the scheduler's scale there is so much noise, between whole numbers too."""
+        table, logsnr = self.logsnrs.to(logsnr.device), logsnr.double()
+        after = torch.searchsorted(-table, -logsnr).clamp(1, len(table) - 1)       # the table falls
+        share = (table[after - 1] - logsnr) / (table[after - 1] - table[after])
+        return (after - 1 + share.clamp(0, 1)).float()
+
+    def with_null(self, text):
+        """The text with the pipeline's null caption where there is none."""
+        blank = ~text.any(-1).any(-1)                          # (B,)
+        if not blank.any():
+            return text
+        if self.null is None:
+            self.null = open_pipeline(text.shape[1], self.config["encoder_weights"], encoder_dtype(self.config)).null
+        return torch.where(blank[:, None, None], self.null.to(text), text)
+
+
+def in_dtype(model, config, dtype):
+    """A published model in half precision, and its encoders. Its autoencoder stays in float32: SDXL's overflows."""
+    if not config["pipeline"]:
+        raise UserError(f"--dtype {dtype}: that is for published pipelines, a run is sampled in float32: leave it out")
+    config["dtype"] = dtype
+    model.to(DTYPES[dtype])
+
+
+def fill(model, weights, path):
+    """Copy weights by name into a model. UserError where one is missing, has another shape, or is not finite."""
+    there = {name: value.shape for name, value in model.state_dict().items()}
+    wrong = [f"{name} is {'missing' if name not in weights else tuple(weights[name].shape)}, not {tuple(shape)}"
+             for name, shape in there.items() if name not in weights or weights[name].shape != shape]
+    wrong = wrong or [f"{name} is not finite" for name in there if not weights[name].isfinite().all()]
+    if wrong:
+        raise UserError(f"the weights in {path!r} do not fit ({', '.join(wrong[:3])}): bring them whole, of this model")
+    model.load_state_dict({name: weights[name] for name in there})
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Captions
+
+
+class PipelineEncoder:
+    """
+    The text encoders of a pipeline, as it uses them: captions -> a list of (n, E), n <= tokens. PixArt-Sigma: the real
+    tokens of T5. SDXL: 77 tokens, padding too, of two CLIPs side by side, and the pooled text of the second as one row
+    more. Each is opened where it is needed, after the one before, and let go where memory is short. The null caption ""
+    gives n = 0.
+    """
+    name = "pipeline"
+
+    def __init__(self, tokens, folder, dtype):
+        self.tokens, self.folder, self.dtype = tokens, folder, dtype
+        self.opened, self.empty = {}, None                     # {part: (tokenizer, network)}; "" as they read it
+        self.index = pipeline_index(folder)
+        self.parts = [part for part in ("text_encoder", "text_encoder_2") if part in self.index]
+        about = [read_json(folder, part, "config.json") for part in self.parts]
+        self.width = sum(c.get("d_model") or c["hidden_size"] for c in about)      # d_model is T5's word
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    @functools.cached_property
+    def id(self):
+        hashes = (weights_hash(os.path.join(self.folder, part)) for part in self.parts)
+        return f"pipeline {self.dtype} {' '.join(hashes)}"
+
+    @torch.no_grad()
+    def __call__(self, captions):
+        texts = list(dict.fromkeys(["", *captions]))           # each once, and "" while the networks are open
+        spans = [self.embed(part, texts) for part in self.parts]                   # [[(rows, pooled)]]
+        rows = [torch.cat([hidden for hidden, _ in parts], 1) for parts in zip(*spans)]
+        if len(self.parts) == 2:
+            pooled = [F.pad(text, (0, self.width - len(text)))[None] for _, text in spans[1]]
+            rows = [torch.cat(pair) for pair in zip(rows, pooled)]                 # (n, E)
+        self.empty, by_text = rows[0], dict(zip(texts, rows))
+        return [by_text[c] if c else rows[0][:0] for c in captions]
+
+    @property
+    def null(self):
+        """(tokens, E): "" as the encoders read it, or zeros, where the pipeline asks for them (SDXL)."""
+        if self.index.get("force_zeros_for_empty_prompt"):
+            return torch.zeros(self.tokens, self.width)
+        if self.empty is None:
+            self([])
+        return F.pad(self.empty, (0, 0, 0, self.tokens - len(self.empty)))
+
+    def embed(self, part, texts):
+        """[(rows (n, E) of one encoder, its pooled text (P,) or None)]."""
+        tokenizer, net = self.opened.pop(part, None) or self.open(part)
+        t5, rows = self.index[part][1].startswith("T5"), []
+        limit = self.tokens if t5 else self.tokens - 1         # one row is for the pooled text
+        texts = [text.lower().strip() for text in texts] if t5 else texts          # as PixArt's pipeline does
+        for text, ids in zip(texts, tokenizer(texts).input_ids):
+            if len(ids) > limit:
+                print(f"{part} reads {limit} of {len(ids)} tokens, the rest is cut: {text[:60]!r}", file=sys.stderr)
+        for start in range(0, len(texts), 16):                 # the activations of T5-XXL are large
+            tokens = tokenizer(texts[start:start + 16], padding=True if t5 else "max_length", truncation=True,
+                               max_length=limit, return_tensors="pt").to(self.device)
+            if t5:
+                hidden = net(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+                rows += [(h[m].cpu(), None) for h, m in zip(hidden, tokens.attention_mask.bool())]
+            else:                                              # SDXL takes the last layer but one, padding too
+                out = net(input_ids=tokens.input_ids, output_hidden_states=True)
+                rows += zip(out.hidden_states[-2].cpu(), out[0].cpu())             # out[0]: pooled, of the second one
+        if free_memory(self.device) > 2 * sum(p.nbytes for p in net.parameters()):
+            self.opened[part] = tokenizer, net                 # for the next captions
+        return rows
+
+    def open(self, part):
+        """(tokenizer, network) from their own subfolders."""
+        library, kind = import_extra("transformers", f"{part} of {self.folder!r}"), self.index[part][1]
+        folder = os.path.join(self.folder, part)
+        if kind not in ("T5EncoderModel", "CLIPTextModel", "CLIPTextModelWithProjection"):
+            raise UserError(f"{part} of {self.folder!r} is a {kind}: take a pipeline with T5 or CLIP")
+
+        def load():
+            net = getattr(library, kind).from_pretrained(folder, dtype=DTYPES[self.dtype], **local_weights(folder))
+            return self.tokenizer(part), complete(*net).eval().requires_grad_(False).to(self.device)
+        return from_folder(part, folder, "bring the whole pipeline, its weights as .safetensors", load)
+
+    def tokenizer(self, part):
+        folder = os.path.join(self.folder, part.replace("text_encoder", "tokenizer"))
+        kind = import_extra("transformers", f"{part} of {self.folder!r}").AutoTokenizer
+        return kind.from_pretrained(folder, local_files_only=True)
+
+    def mean_tokens(self, captions):
+        """Mean number of rows that these captions take."""
+        if len(self.parts) == 2:                               # padding too
+            return float(self.tokens)
+        ids = self.tokenizer(self.parts[0])(captions, truncation=True, max_length=self.tokens).input_ids
+        return float(np.mean([len(row) for row in ids]))
+
+
+def encoder_dtype(config):
+    """That of encoder_id, the encoders that a model knows; else that in which a pipeline is used."""
+    known = config["encoder_id"]                               # such as "t5-xxl fp32 0123456789abcdef, ..."
+    return known.split(" ")[1] if known else config["dtype"] if config.get("pipeline") else "fp32"
+
+
+@functools.lru_cache(1)                                        # the same one serves captions and the null caption
+def open_pipeline(tokens, folder, dtype):
+    return PipelineEncoder(tokens, folder, dtype)
+
+
+def free_memory(device):
+    """Bytes that can be had; 0 where that is not told."""
+    if device != "cpu":
+        return torch.cuda.mem_get_info()[0]
+    if not os.path.exists("/proc/meminfo"):
+        return 0
+    with open("/proc/meminfo") as f:
+        return 1024 * int(dict(line.split(":") for line in f)["MemAvailable"].split()[0])      # it tells kB
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Folders as checkpoints: "stage", "name", "step", "config", "parents" and weights by name, as model.py reads them
+
+
+def read_published(folder):
+    """The state in a pipeline's folder or in an export; None where it is neither."""
+    if os.path.exists(os.path.join(folder, "model_index.json")):
+        return read_pipeline(folder)
+    return read_export(folder) if os.path.exists(os.path.join(folder, "config.json")) else None
+
+
+def read_pipeline(folder):
+    """A pipeline as the state of a run that took no steps, weights mapped into memory and read where they are used."""
+    name = pipeline_index(folder)["_class_name"]
+    part, _, tokens, advice = PIPELINES[name]
+    about, vae = read_json(folder, part, "config.json"), read_json(folder, "vae", "config.json")
+    encoder = PipelineEncoder(tokens, folder, "fp32")          # which opens nothing yet
+    files = weight_files(os.path.join(folder, part))[1]
+    if not files:
+        raise UserError(f"no .safetensors in {os.path.join(folder, part)!r}: bring them, since pickled weights (.bin) "
+                        "could run code")
+    if vae.get("latents_mean") or vae.get("shift_factor"):
+        raise UserError(f"the latents of {folder!r} are shifted: take a pipeline whose autoencoder scales them alone")
+    load_file = import_extra("safetensors.torch", "a published pipeline", "safetensors").load_file
+    weights = {f"core.{key}": value for file in files for key, value in load_file(file).items()}
+    stride, side, logsnrs = 2 ** (len(vae["block_out_channels"]) - 1), about["sample_size"], noise_levels(folder)[0]
+    unet = part == "unet"
+    patch = 2 ** (len(about["block_out_channels"]) - 1) if unet else about["patch_size"]   # a token's, in latents
+    config = default_config() | advice | {
+        "pipeline": folder, "shell": "published", "data": "", "sampler": "dpm", "dtype": "fp32", "weighting": "eps",
+        "encoder": f"pipeline:{tokens}", "encoder_width": (encoder.width,), "encoder_weights": folder,
+        "text_length": tokens, "autoencoder": os.path.join(folder, "vae"), "latent_channels": vae["latent_channels"],
+        "latent_stride": stride, "latent_scale": vae["scaling_factor"], "size_condition": unet,
+        "resolution": side * stride, "noise_base_resolution": side * stride, "grid": side // patch,
+        "logsnr_max": float(logsnrs[0]), "logsnr_min": float(logsnrs[-1]), "steps": 0}
+    return {"name": name, "stage": "published", "step": 0, "config": config, "parents": [], "model": weights, "ema": {}}
+
+
+def describe_published(state):
+    """What a pipeline's folder holds, as lines of text."""
+    c, index = state["config"], pipeline_index(state["config"]["pipeline"])
+    part, kind, _, _ = PIPELINES[state["name"]]
+    count, (levels, predicts_v) = sum(value.numel() for value in state["model"].values()), noise_levels(c["pipeline"])
+    encoders = " and ".join(f"{key} ({index[key][1]})" for key in ("text_encoder", "text_encoder_2") if index.get(key))
+    return "\n".join([
+        f"published {state['name']} in {c['pipeline']}, {c['resolution']} px",
+        f"{part:12s} {count:>12,} parameters: {kind}, of latents of {c['latent_channels']} channels, 1 for "
+        f"{c['latent_stride']} x {c['latent_stride']} px; predicts {'v' if predicts_v else 'eps'}",
+        f"noise        {len(levels)} timesteps, logsnr {c['logsnr_max']:.2f} to {c['logsnr_min']:.2f}",
+        f"captions     {c['text_length']} rows of {encoders}",
+        f"advice       --sampler {c['sampler']} --steps {c['sample_steps']} --guidance {c['guidance']}"])
+
+
+def export(state, folder):
+    """
+    The EMA weights of a run as model.safetensors, and config.json, which says what they are, into a new folder. -> a
+    line about it.
+    """
+    save_file = import_extra("safetensors.torch", "--export", "safetensors").save_file
+    if os.path.exists(folder) and os.listdir(folder):
+        raise UserError(f"--export {folder}: it is not empty: name a new folder")
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, "model.safetensors")
+    weights = {name: value.contiguous() for name, value in {**state["model"], **state["ema"]}.items()}
+    save_file(weights, path + ".part")
+    os.replace(path + ".part", path)
+    about = {"format": FORMAT} | {key: state[key] for key in ("name", "stage", "step", "parents", "config")}
+    text = json.dumps({"what": "EMA weights of nanoVermeer, v of (z, logsnr, text, size): model.load(FOLDER)"} | about,
+                      indent=1)
+    atomic_write(os.path.join(folder, "config.json"), lambda f: f.write(text.encode()))        # last: now it is whole
+    return f"{folder}: {len(weights)} tensors of {state['stage']}, step {state['step']}: python sample.py {folder}"
+
+
+def read_export(folder):
+    """The state that `export` wrote."""
+    state, path = read_json(folder, "config.json"), os.path.join(folder, "model.safetensors")
+    if state.get("format") != FORMAT or not os.path.exists(path):
+        raise UserError(f"{folder!r} is no export of format {FORMAT}: python sample.py RUN --export FOLDER makes one")
+    config = {key: tuple(value) if isinstance(value, list) else value for key, value in state["config"].items()}
+    load_file = import_extra("safetensors.torch", "an export", "safetensors").load_file
+    return state | {"config": default_config() | config, "model": load_file(path), "ema": {}}
