@@ -261,7 +261,7 @@ def consistency_loss(net, target, teacher, x, text, t, eps, size, config, step=0
         spread = sigma_next
         if config["objective"] == "consistency":               # aDDIM (ibid., Algorithm 3): few steps of DDIM blur
             c = alpha_next - alpha * sigma_next / sigma
-            variance = 0.1 / (2 + snr_root ** 2)               # of x given z, as they found it
+            variance = config["addim"] / (2 + snr_root ** 2)   # of x given z, as they found it
             spread = (sigma_next ** 2 + c ** 2 * variance / eps_teacher.square().mean((1, 2, 3), True)).sqrt()
         z_next = alpha_next * x_teacher + spread * eps_teacher
         x_next = predict_x(target, z_next, logsnr_next, text, size)

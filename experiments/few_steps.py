@@ -33,7 +33,7 @@ HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FASTER = dict(lr=0.001, muon_lr=0.006)                         # for students that are further from their teacher
 STUDENTS = {                                                   # name -> keys of its training, beside [toy.distill]
     "consistency-16": dict(objective="consistency", sample_steps=16),
-    "consistency-4": dict(objective="consistency", sample_steps=4, teacher_steps=32, steps=800, **FASTER),
+    "consistency-4": dict(objective="consistency", sample_steps=4, teacher_steps=32, addim=0.0, **FASTER),
     "lcm": dict(objective="lcm", sample_steps=4, teacher_steps=8, **FASTER),
     "dmd": dict(objective="dmd", sample_steps=1, fake_updates=2, steps=600, **FASTER)}
 # a row of the table: whose pictures (a student's, or "" for the teacher's), by which sampler, in how many steps
