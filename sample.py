@@ -213,7 +213,7 @@ STUDENTS = {                                                   # objective -> sa
                     "as many steps as it was trained for, a divisor of teacher_steps"),
     "lcm": (("lcm",), lambda c, n: c["teacher_steps"] % n == 0 and not c["teacher_steps_end"],
             "a divisor of them, and wants teacher_steps_end = 0"),
-    "dmd": (("lcm",), lambda c, n: n == 1, "1 step: --sample_steps 1")}
+    "dmd": (("lcm",), lambda c, n: n == 1, "1 step alone")}
 
 
 def check_student(config, steps=None, guidance=None, sampler=None):
@@ -227,8 +227,8 @@ def check_student(config, steps=None, guidance=None, sampler=None):
     if sampler not in (None, *samplers):
         raise UserError(f"--sampler {sampler}: a student of {config['objective']} takes {' or '.join(samplers)}")
     if not fits(config, steps):
-        raise UserError(f"{steps} steps: with teacher_steps = {config['teacher_steps']} a student of "
-                        f"{config['objective']} takes {words}")
+        raise UserError(f"{steps} steps: with sample_steps = {config['sample_steps']} and teacher_steps = "
+                        f"{config['teacher_steps']} a student of {config['objective']} takes {words}")
 
 
 def predict_x(net, z, logsnr, text, size):

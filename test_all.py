@@ -1991,7 +1991,7 @@ def test_a_student_is_a_run_like_any_other_and_names_its_teacher(students, objec
     run_folder = folder(out, "distill")
     assert "2 images of" in run("sample.py", run_folder, "a red circle", "--n", "2", "--to", tmp_path / "x.png")
     for words, message in ((["--guidance", "2"], "inside this student"),
-                           (["--steps", "3"], "3 steps: with teacher_steps = 8 a student"),
+                           (["--steps", "3"], "and teacher_steps = 8 a student"),
                            (["--sampler", "dpm"], "--sampler dpm: a student of")):
         assert message in run("sample.py", run_folder, "a red circle", "--to", tmp_path / "y.png", *words, code=2)
         assert message in run("eval.py", run_folder, "--n", "2", *words, code=2)
@@ -2017,7 +2017,7 @@ def test_a_stopped_student_goes_on_to_the_bit_between_any_two_turns(runs, object
 
 @pytest.mark.parametrize("words, message", [
     ("--objective diffusion", "distill takes --objective consistency"),
-    ("--sample_steps 5", "5 steps: with teacher_steps = 64 a student of consistency takes as many"),
+    ("--sample_steps 5", "and teacher_steps = 64 a student of consistency takes as many"),
     ("--objective dmd --sample_steps 4", "a student of dmd takes 1 step"),
     ("--objective other", "take one of diffusion"),
     ("--teacher {tmp}/none", "no checkpoint"),

@@ -14,7 +14,7 @@ Train one stage. Each leaves a run folder out/CONFIG/STAGE: last.pt, config.txt,
     torchrun --standalone --nproc-per-node 8 train.py --config small --stage pretrain   `batch` stays the global batch
 
 The same command again goes on where it stopped, on any number of devices; --fresh moves the old run aside and starts
-anew. Ctrl-C saves first. A stage that needs another one runs it first, with the same flags.
+anew. Ctrl-C saves first. A stage that needs another one runs it first, with the same flags; distill wants it finished.
 """
 import json
 import math
@@ -175,7 +175,7 @@ def update(turn, step, config):
         for group in optimizer.param_groups:
             group["lr"] = optimizer.defaults["lr"] * lr_factor(step, config)       # one schedule scales all peaks
         turn.scaler.step(optimizer)                            # float32 weights, whatever the products were
-    if turn.ema_params:                                        # a critic needs none
+    if turn.ema_params:                                        # the fake network needs none
         # swa_utils' AveragedModel would copy frozen weights too, and cannot copy a model under FSDP
         average = get_ema_multi_avg_fn(ema_decay(step // turn.every, config))      # mean <- decay mean + (1 - decay) w
         average(list(turn.ema_params.values()), [p.detach() for p in turn.trained.values()], None)
@@ -208,9 +208,9 @@ if distills != is_student(config) or args.teacher and not distills:
                     "lcm or dmd, and --teacher RUN; all other stages take diffusion")
 if distills:
     args.core = args.teacher or args.core                      # a student starts as its teacher
+    check_student(config, sampler=dict(flags).get("sampler"))
     if config["sampler"] not in (samplers := STUDENTS[config["objective"]][0]):
         config["sampler"] = samplers[0]
-    check_student(config)
 plan_flags = {flag: value for flag in ("devices", "kind", "mfu", "json") if (value := getattr(args, flag)) is not None}
 if plan_flags and not args.plan:
     raise UserError(f"--{next(iter(plan_flags))} belongs to --plan: add it, or leave --{next(iter(plan_flags))} out")
@@ -275,8 +275,8 @@ if saved:
         if not os.path.exists(path) or file_hash(path) != was:
             raise UserError(f"{path} is no more the teacher of this run: bring that back, or start anew with --fresh")
     if args.core and not saved["parents"][-1].startswith(f"{args.core} ("):
-        raise UserError(f"{run} was grown from {saved['parents'][-1]}, not from {args.core}: leave --core out, or "
-                        "start anew with --fresh")
+        raise UserError(f"{run} was grown from {saved['parents'][-1]}, not from {args.core}: leave "
+                        f"--{'teacher' if args.teacher else 'core'} out, or start anew with --fresh")
     if saved["step"] >= config["steps"] and (not config["eval_n"] or os.path.exists(os.path.join(run, "metrics.json"))):
         print0(f"{run} is finished: {saved['step']} steps. Look at it: {look}")
         exit_with(0)
@@ -365,7 +365,7 @@ def prepare(model):
 def distill_turns(own, path):
     """`own`, the turn of other stages, with the loss of distill; and for dmd that of a network for its own images."""
     # passes without gradient go through bare models: autocast and DDP mind what a pass is for
-    master, _ = load(path, device)
+    master, taught = load(path, device)
     limit = math.inf if config["autoencoder"] else 1.0
 
     def sees(model, guidance):                                 # (z, logsnr, text, size) -> x
@@ -382,7 +382,7 @@ def distill_turns(own, path):
         raise UserError("objective = lcm with fsdp is not supported, for its target is an average: take another one")
     if config["objective"] != "dmd":
         return [own._replace(loss=of_consistency)]
-    fake = build(config)
+    fake = build(taught)
     fake.load_state_dict(master.state_dict())                  # starts as the teacher
     fake_net = prepare(fake)
     fake_trained = dict(fake.named_parameters())

@@ -27,7 +27,7 @@ from lib.processes import join
 from lib.runs import is_finished
 from lib.settings import Parser, UserError, parse_numbers
 from model import load
-from sample import SAMPLERS, sample
+from sample import SAMPLERS, check_student, sample
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FASTER = dict(lr=0.001, muon_lr=0.006)                         # for students that are further from their teacher
@@ -55,12 +55,12 @@ def run_of(method, folder):
 def train(folder, seed, keys):
     """The teacher and its students, each by train.py, which goes on with a run that was stopped; `keys` are for all."""
     def run(out, stage, **own):
-        if is_finished(os.path.join(out, "toy", stage)):
+        if not keys and is_finished(os.path.join(out, "toy", stage)):
             return
         flags = {**own, **keys, "stage": stage, "out": out, "seed": seed, "eval_n": 0}
         command = [sys.executable, os.path.join(HERE, "train.py"), *(f"--{key}={flags[key]}" for key in flags)]
         if subprocess.run(command).returncode:
-            raise UserError(f"{' '.join(command)} failed: the same command goes on where it stopped")
+            raise UserError(f"{' '.join(command)} failed: mend what it says, and the same command goes on")
     run(folder, "grow")
     for name, own in STUDENTS.items():
         run(os.path.join(folder, name), "distill", teacher=os.path.join(folder, "toy", "grow"), **own)
@@ -69,6 +69,7 @@ def train(folder, seed, keys):
 def open_method(method, folder):
     """(model, config) that samples as the method does; it needs no guidance of its own as a student."""
     model, config = load(run_of(method, folder), "cuda" if torch.cuda.is_available() else "cpu")
+    check_student(config, method.steps, sampler=method.sampler)
     return model, config | {"sampler": method.sampler, "sample_steps": method.steps}
 
 

@@ -41,8 +41,8 @@ def prepare_cpu():
     """
     torch.set_flush_denormal(True)
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):                               # other C libraries have none
-        libc.mallopt(-3, 2 ** 30)                              # M_MMAP_THRESHOLD, bytes: smaller ones from the heap
+    # M_MMAP_THRESHOLD, bytes: smaller tensors come from the heap. Old ones take 32 MiB at most, other libraries none
+    if hasattr(libc, "mallopt") and (libc.mallopt(-3, 2 ** 30) or libc.mallopt(-3, 2 ** 25)):
         libc.mallopt(-1, 2 ** 31 - 1)                          # M_TRIM_THRESHOLD: its end is not given back
 
 
