@@ -55,6 +55,7 @@ def join(timeout):
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if device != "cpu":
         torch.cuda.set_device(device)                          # kernels and NCCL go by the current device
+    install_excepthook()                                       # one that ends while they meet is heard of, too
     if get_world_size() > 1:
         # what stands on a CPU travels by gloo: a vote waits for no GPU, and a closed connection is an error at once
         backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
