@@ -212,7 +212,7 @@ STUDENTS = {                                                   # objective -> sa
     "consistency": (("ddim", "ddpm", "lcm"), lambda c, n: n == c["sample_steps"] and c["teacher_steps"] % n == 0,
                     "as many steps as it was trained for, a divisor of teacher_steps"),
     "lcm": (("lcm",), lambda c, n: c["teacher_steps"] % n == 0 and not c["teacher_steps_end"],
-            "a divisor of them, and wants teacher_steps_end = 0"),
+            "a divisor of teacher_steps, and wants teacher_steps_end = 0"),
     "dmd": (("lcm",), lambda c, n: n == 1, "1 step alone")}
 
 

@@ -115,14 +115,15 @@ def in_dtype(model, config, dtype):
 
 
 def fill(model, weights, path):
-    """Copy weights by name into a model. UserError where one is missing, has another shape, or is not finite."""
+    """Copy weights by name into a model. UserError where one is missing, unknown, of another shape or not finite."""
     there = {name: value.shape for name, value in model.state_dict().items()}
     wrong = [f"{name} is {'missing' if name not in weights else tuple(weights[name].shape)}, not {tuple(shape)}"
              for name, shape in there.items() if name not in weights or weights[name].shape != shape]
+    wrong += [f"{name} is none of its weights" for name in weights if name not in there]
     wrong = wrong or [f"{name} is not finite" for name in there if not weights[name].isfinite().all()]
     if wrong:
         raise UserError(f"the weights in {path!r} do not fit ({', '.join(wrong[:3])}): bring them whole, of this model")
-    model.load_state_dict({name: weights[name] for name in there})
+    model.load_state_dict(weights)
 
 
 # ---------------------------------------------------------------------------------------------------------------
