@@ -35,6 +35,7 @@ from lib import checkpoint
 from lib.draws import normals, uniforms
 from lib.encoders import open_autoencoder
 from lib.files import file_hash
+from lib.muon import Muon
 from lib.pictures import draw_curves, make_grid, to_uint8, write_png
 from lib.plan import (choose_dtype, measure_step, peak_memory, peak_rate, plan_training, print_plan, sgemm_rate,
                       split_batch, state_bytes)
@@ -107,7 +108,7 @@ def make_optimizers(trained, config):
               {"params": [p for name, p in others.items() if not decays(name, p)], "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, lr=config["lr"], betas=(config["beta1"], config["beta2"]), fused=True)]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=config["muon_lr"], weight_decay=config["weight_decay"]))
+        optimizers.append(Muon(matrices, lr=config["muon_lr"], weight_decay=config["weight_decay"]))
     return optimizers
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lib import checkpoint
+from lib.muon import Muon
 
 
 def train_small(seed=0, steps=3):
@@ -13,7 +14,7 @@ def train_small(seed=0, steps=3):
     model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 2))
     matrices = [p for p in model.parameters() if p.ndim == 2]
     biases = [p for p in model.parameters() if p.ndim < 2]
-    optimizers = [torch.optim.AdamW(biases, lr=0.1), torch.optim.Muon(matrices, lr=0.1)]
+    optimizers = [torch.optim.AdamW(biases, lr=0.1), Muon(matrices, lr=0.1)]
     for _ in range(steps):
         step_small(model, optimizers)
     return model, {name: 0.5 * p.detach() for name, p in model.named_parameters()}, optimizers
