@@ -34,8 +34,7 @@ from lib.pictures import make_grid, to_uint8, write_png
 from lib.processes import prepare_cpu
 from lib.published import describe_published, export, in_dtype
 from lib.settings import Parser, UserError
-from model import (WEIGHTINGS, alpha_sigma, diffusion_loss, get_logsnr, image_shape, load, read_checkpoint, token_grid,
-                   token_size)
+from model import alpha_sigma, get_logsnr, image_shape, load, read_checkpoint, token_grid, token_size
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Samplers
@@ -200,8 +199,7 @@ def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Few steps: what a student of --stage distill learns. Each objective gives a loss per image, (B,), of networks
-# (z, logsnr, text, size) -> v; the teacher, which a student starts as, is (z, logsnr, text, size) -> x, with guidance.
+# Students of few steps (--stage distill; what they learn: objectives.py)
 
 
 def is_student(config):                                        # a run of --stage distill: guidance is inside it
@@ -229,72 +227,6 @@ def check_student(config, steps=None, guidance=None, sampler=None):
     if not fits(config, steps):
         raise UserError(f"{steps} steps: with sample_steps = {config['sample_steps']} and teacher_steps = "
                         f"{config['teacher_steps']} a student of {config['objective']} takes {words}")
-
-
-def predict_x(net, z, logsnr, text, size):
-    """x = alpha z - sigma v, (B, C, H, W), float32; logsnr (B,)."""
-    alpha, sigma = alpha_sigma(logsnr)                                             # (B, 1, 1, 1)
-    return alpha * z - sigma * net(z, logsnr, text, size).float()
-
-
-def consistency_loss(net, target, teacher, x, text, t, eps, size, config, step=0):
-    """
-    Multistep consistency distillation (Heek et al. 2024, Algorithm 1). [0, 1] is cut into sample_steps segments; from
-    anywhere in one, the student learns to see the image with which one step of DDIM lands at its clean end. The teacher
-    takes one of its teacher_steps, then the student itself (`target`, without gradient) sees further. LCM (Luo et al.
-    2023) is the same with one segment that ends where no noise is left, and an average of the student as its target.
-    """
-    segments = config["sample_steps"] if config["objective"] == "consistency" else 1
-    rise = (config["teacher_steps_end"] or config["teacher_steps"]) / config["teacher_steps"]
-    inside = max(1, round(config["teacher_steps"] * rise ** (step / config["steps"]) / segments))    # in a segment
-    place = (t * inside * segments).floor().clamp(max=inside * segments - 1)       # (B,), of the teacher's step
-    logsnr, logsnr_next, logsnr_end = (get_logsnr(k / (inside * segments), config)
-                                       for k in (place + 1, place, place // inside * inside))      # (B,) each
-    (alpha, sigma), (alpha_next, sigma_next) = alpha_sigma(logsnr), alpha_sigma(logsnr_next)       # (B, 1, 1, 1) each
-    snr_root, end_root = (torch.exp(level / 2)[:, None, None, None] for level in (logsnr, logsnr_end))     # alpha/sigma
-    z = alpha * x + sigma * eps                                                    # (B, C, H, W)
-    with torch.no_grad():
-        x_teacher = teacher(z, logsnr, text, size)
-        eps_teacher = (z - alpha * x_teacher) / sigma
-        # of the way to the end of the segment, what the teacher's step makes: all in the last, of lcm else nearly none
-        share = torch.expm1((logsnr_next - logsnr) / 2) / torch.expm1((logsnr_end - logsnr) / 2)
-        spread = sigma_next
-        if config["objective"] == "consistency":               # aDDIM (ibid., Algorithm 3): few steps of DDIM blur
-            c = alpha_next - alpha * sigma_next / sigma
-            variance = config["addim"] / (2 + snr_root ** 2)   # of x given z, as they found it
-            spread = (sigma_next ** 2 + c ** 2 * variance / eps_teacher.square().mean((1, 2, 3), True)).sqrt()
-        z_next = alpha_next * x_teacher + spread * eps_teacher
-        x_next = predict_x(target, z_next, logsnr_next, text, size)
-        x_end = torch.lerp(x_next, x_teacher, share[:, None, None, None])          # DDIM to the end and inverse DDIM
-        x_end = x_end + (spread - sigma_next) / sigma_next / (end_root - snr_root) * eps_teacher
-    error = (predict_x(net, z, logsnr, text, size) - x_end).square().mean((1, 2, 3))         # e_x^2 = sigma^2 e_v^2
-    weighting = WEIGHTINGS["x" if config["objective"] == "lcm" else config["weighting"]]
-    return weighting(logsnr) / torch.sigmoid(-logsnr) * error
-
-
-def dmd_loss(net, fake, teacher, text, t, noises, size, config):
-    """
-    Distribution matching (Yin et al. 2024, eq. 7-8): the student makes an image of pure noise in one step; at a random
-    level the teacher sees what real images would be there, and `fake`, a network trained on the student's images, what
-    the student's would be, both as x. Their difference says where the image should move. noises (B, 2, C, H, W).
-    """
-    start, eps = noises.unbind(1)
-    x = predict_x(net, start, get_logsnr(torch.full_like(t, config["start_time"]), config), text, size)
-    logsnr = get_logsnr(0.02 + 0.96 * t, config)                                   # (B,)
-    alpha, sigma = alpha_sigma(logsnr)
-    with torch.no_grad():
-        z = alpha * x + sigma * eps
-        real = teacher(z, logsnr, text, size)
-        pull = (fake(z, logsnr, text, size) - real) / (x - real).abs().mean((1, 2, 3), True).clamp(min=1e-6)
-    return 0.5 * (x - (x - pull).detach()).square().mean((1, 2, 3))                # its gradient at x is along `pull`
-
-
-def fake_loss(fake, student, text, t, noises, size, config):
-    """Plain diffusion on images that the student makes (Yin et al. 2024, eq. 6). noises (B, 2, C, H, W)."""
-    start, eps = noises.unbind(1)
-    with torch.no_grad():
-        x = predict_x(student, start, get_logsnr(torch.full_like(t, config["start_time"]), config), text, size)
-    return diffusion_loss(fake, x, text, t, eps, config, size)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

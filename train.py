@@ -16,6 +16,7 @@ Train one stage. Each leaves a run folder out/CONFIG/STAGE: last.pt, config.txt,
 The same command again goes on where it stopped, on any number of devices; --fresh moves the old run aside and starts
 anew. Ctrl-C saves first. A stage that needs another one runs it first, with the same flags; distill wants it finished.
 """
+import functools
 import json
 import math
 import os
@@ -46,8 +47,9 @@ from lib.runs import (RUN_FIRST, Log, check_room, check_settings, finish_first, 
 from lib.settings import Parser, UserError, closest, default_config, load_config
 from lib.tables import DTYPES
 from model import (build, check_sizes, checkpointed_modules, diffusion_loss, enable_activation_checkpointing, example,
-                   freeze_core, init_from, load, read_checkpoint)
-from sample import STUDENTS, check_student, consistency_loss, dmd_loss, fake_loss, guided, is_student, sample
+                   freeze_core, init_from, read_checkpoint)
+from objectives import distill_turns
+from sample import STUDENTS, check_student, is_student, sample
 
 # A stage is a row (Greedy Growing, Sec. 3.3 and 4): the stage that it starts from; which weights of that it keeps, by a
 # prefix of their names; whether the core is frozen; whether images smaller than the target are left out.
@@ -363,40 +365,11 @@ def prepare(model):
     return net
 
 
-def distill_turns(own, path):
-    """`own`, the turn of other stages, with the loss of distill; and for dmd that of a network for its own images."""
-    # passes without gradient go through bare models: autocast and DDP mind what a pass is for
-    master, taught = load(path, device)
-    limit = math.inf if config["autoencoder"] else 1.0
-
-    def sees(model, guidance):                                 # (z, logsnr, text, size) -> x
-        return lambda z, logsnr, text, size: guided(in_half(model, dtype), text, guidance, size, limit)(z, logsnr)
-    teacher = sees(master, config["guidance"])
-
-    def averaged(z, *batch):                                   # the student with its EMA weights
-        return torch.func.functional_call(own.model, own.ema_params, (z, *batch))
-
-    def of_consistency(net, step, x, text, t, eps, size):
-        target = in_half(averaged if config["objective"] == "lcm" else own.model, dtype)
-        return consistency_loss(net, target, teacher, x, text, t, eps, size, config, step)
-    if config["objective"] == "lcm" and config["fsdp"]:
-        raise UserError("objective = lcm with fsdp is not supported, for its target is an average: take another one")
-    if config["objective"] != "dmd":
-        return [own._replace(loss=of_consistency)]
-    fake = build(taught)
-    fake.load_state_dict(master.state_dict())                  # starts as the teacher
-    fake_net = prepare(fake)
-    fake_trained = dict(fake.named_parameters())
-
-    def of_student(net, step, x, text, t, noises, size):
-        return dmd_loss(net, sees(fake, 1), teacher, text, t, noises, size, config)
-
-    def of_fake(net, step, x, text, t, noises, size):
-        return fake_loss(net, in_half(own.model, dtype), text, t, noises, size, config)
-    fake_scaler = torch.amp.GradScaler(device.split(":")[0], enabled=dtype == torch.float16)
-    return [own._replace(every=config["fake_updates"], noises=2, loss=of_student),
-            Turn("fake", fake, fake_net, fake_trained, make_optimizers(fake_trained, config), {}, fake_scaler, 1, 2,
-                 of_fake)]
+def second_turn(name, model):
+    """The turn of a network beside the model, in every step; its loss is still to be told."""
+    net, trained = prepare(model), dict(model.named_parameters())
+    own_scaler = torch.amp.GradScaler(device.split(":")[0], enabled=dtype == torch.float16)
+    return Turn(name, model, net, trained, make_optimizers(trained, config), {}, own_scaler, 1, 1, None)
 
 
 net = prepare(model)
@@ -409,7 +382,8 @@ counts = ["{:,}".format(sum(p.numel() for p in group)) for group in groups]
 turns = [Turn("", model, net, trained, optimizers, ema_params, scaler, 1, 1,
               lambda net, step, x, text, t, eps, size: diffusion_loss(net, x, text, t, eps, config, size))]
 if distills:
-    turns = distill_turns(turns[0], about["teacher"][0])
+    half = functools.partial(in_half, dtype=dtype)
+    turns = distill_turns(turns[0], about["teacher"][0], config, device, half, second_turn)
 print0(f"model: {counts[0]} parameters in the core, {counts[1]} in the {config['shell']} shell, {counts[2]} trained, "
        f"on {device} in {str(dtype).split('.')[1]}")
 
