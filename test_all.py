@@ -1998,6 +1998,19 @@ def test_a_student_is_a_run_like_any_other_and_names_its_teacher(students, objec
         assert message in run("eval.py", run_folder, "--n", "2", *words, code=2)
 
 
+def test_a_student_may_start_as_another_student_of_its_teacher(students, tmp_path):
+    teacher, first = folder(students[0]["dmd"], "grow"), folder(students[0]["lcm"], "distill")
+    words = ["--stage", "distill", "--out", tmp_path, "--core", first,
+             *changed(TINY, sample_steps=1, objective="dmd", lr=0, muon_lr=0, teacher_steps=8, fake_updates=2)]
+    assert f"{first} is a student itself: give --teacher" in run("train.py", *words, code=2)
+    assert f"from {first}: " in run("train.py", *words, "--teacher", teacher)
+    state = checkpoint_of(tmp_path, "distill")
+    assert state["teacher"][0] == str(teacher / "last.pt") and f"{first} (distill" in state["parents"][-1]
+    start = models.ema_weights(checkpoint_of(students[0]["lcm"], "distill"))
+    assert all(torch.equal(start[name], value) for name, value in state["model"].items())    # its rate was 0
+    assert "learns from" in run("train.py", *words, "--teacher", first, code=2)
+
+
 @pytest.mark.parametrize("objective, steps", [("consistency", 4), ("dmd", 1)])
 def test_a_stopped_student_goes_on_to_the_bit_between_any_two_turns(runs, objective, steps, tmp_path):
     whole, broken = (with_parents(runs, tmp_path / name, "defrost") for name in ("whole", "broken"))

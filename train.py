@@ -190,7 +190,8 @@ parser.add_argument("--config", default="toy", help="a section of configs.txt")
 parser.add_argument("--stage", default="grow", help="one of " + ", ".join(STAGES))
 parser.add_argument("--out", default="out", help="folder for the runs")
 parser.add_argument("--core", metavar="RUN", help="run or file to start from, in place of the one under --out")
-parser.add_argument("--teacher", metavar="RUN", help="distill: the run or file that the student learns from")
+parser.add_argument("--teacher", metavar="RUN", help="distill: the run or file that the student learns from; it starts "
+                    "as that, or as another student of it, the --core")
 parser.add_argument("--fresh", action="store_true", help="move the old run aside and start anew")
 parser.add_argument("--plan", action="store_true", help="print what the stage would take, and train nothing:")
 parser.add_argument("--devices", type=int, help="    on so many devices")
@@ -210,7 +211,6 @@ if distills != is_student(config) or args.teacher and not distills:
     raise UserError(f"--stage {args.stage}, objective = {config['objective']}: distill takes --objective consistency, "
                     "lcm or dmd, and --teacher RUN; all other stages take diffusion")
 if distills:
-    args.core = args.teacher or args.core                      # a student starts as its teacher
     check_student(config, sampler=dict(flags).get("sampler"))
     if config["sampler"] not in (samplers := STUDENTS[config["objective"]][0]):
         config["sampler"] = samplers[0]
@@ -277,9 +277,12 @@ if saved:
         path, was = about["teacher"] = saved["teacher"]
         if not os.path.exists(path) or file_hash(path) != was:
             raise UserError(f"{path} is no more the teacher of this run: bring that back, or start anew with --fresh")
+        if args.teacher not in (None, path, os.path.dirname(path)):
+            raise UserError(f"{run} learns from {path}, not from {args.teacher}: leave --teacher out, or start anew "
+                            "with --fresh")
     if args.core and not saved["parents"][-1].startswith(f"{args.core} ("):
-        raise UserError(f"{run} was grown from {saved['parents'][-1]}, not from {args.core}: leave "
-                        f"--{'teacher' if args.teacher else 'core'} out, or start anew with --fresh")
+        raise UserError(f"{run} was grown from {saved['parents'][-1]}, not from {args.core}: leave --core out, or "
+                        "start anew with --fresh")
     if saved["step"] >= config["steps"] and (not config["eval_n"] or os.path.exists(os.path.join(run, "metrics.json"))):
         print0(f"{run} is finished: {saved['step']} steps. Look at it: {look}")
         exit_with(0)
@@ -288,11 +291,12 @@ elif stage.source:                                             # new, from anoth
     source_run = f"{args.config}/{stage.source}"               # CONFIG/STAGE
     if stage.init_prefix == "" and config["starts"]:           # weak to strong: all weights of another config's run
         source_run = config["starts"]
-    if distills and not args.core:                             # its flags are not its teacher's, so it trains none
+    if distills:                                               # its flags are not its teacher's, so it trains none
         made = [os.path.join(args.out, args.config, name) for name in ("defrost", "grow")]
-        args.core = next(filter(is_finished, made), "")
-        if not args.core:
+        teacher = args.teacher or args.core or next(filter(is_finished, made), "")
+        if not teacher:
             raise UserError(f"no finished run to learn from: train {made[1]} first, or give --teacher RUN")
+        args.core = args.core or teacher                       # a student starts as its teacher, or as another student
     parent = args.core or os.path.join(args.out, source_run)
     if not args.core:
         # a new shell, or another config, has its own resolution and shell; all other flags are the same for both runs
@@ -303,23 +307,26 @@ elif stage.source:                                             # new, from anoth
     if stage.init_prefix and origin["stage"] != stage.source:
         raise UserError(f"{parent} is a {origin['stage']} run and {args.stage} takes the core of a {stage.source} run: "
                         "give one of these")
-    if origin["step"] < origin["config"]["steps"]:
-        raise UserError(f"{parent} stopped at step {origin['step']} of {origin['config']['steps']}: finish it with "
-                        f"--stage {origin['stage']}")
     keys = CORE_KEYS if stage.init_prefix else CORE_KEYS + SHELL_KEYS              # which must be the same
     if config["shell"] == "nested":                            # the old shell comes along
         keys += ("prediction",)
+    others = {parent: origin}                                  # the runs that this one needs
     if distills:                                               # what is taught must be what is learned
         keys += ("resolution", "encoder", "data_id", "autoencoder")
-        if is_student(origin["config"]):
-            raise UserError(f"{parent} is a student itself: give --teacher the run that it learned from")
-    if differ := [key for key in keys if origin["config"][key] != config[key]]:
-        differences = ", ".join(f"{key} {origin['config'][key]} there, {config[key]} here" for key in differ[:3])
-        raise UserError(f"{parent} does not fit ({differences}): use its settings, or train another")
+        others[teacher] = origin if teacher == parent else read_checkpoint(teacher)
+        if is_student(others[teacher]["config"]):
+            raise UserError(f"{teacher} is a student itself: give --teacher the run that it learned from")
+    for path, other in others.items():
+        if other["step"] < other["config"]["steps"]:
+            raise UserError(f"{path} stopped at step {other['step']} of {other['config']['steps']}: finish it with "
+                            f"--stage {other['stage']}")
+        if differ := [key for key in keys if other["config"][key] != config[key]]:
+            differences = ", ".join(f"{key} {other['config'][key]} there, {config[key]} here" for key in differ[:3])
+            raise UserError(f"{path} does not fit ({differences}): use its settings, or train another")
     parent_weights, report_of_init = init_from(origin, config, stage.init_prefix)
     about["parents"] = [*origin["parents"], f"{parent} ({origin['stage']}, step {origin['step']})"]
     if distills:                                               # named, not copied
-        path = next(filter(os.path.isfile, (os.path.join(parent, "last.pt"), parent)), parent)
+        path = next(filter(os.path.isfile, (os.path.join(teacher, "last.pt"), teacher)), teacher)
         about["teacher"] = [path, file_hash(path)]
 if rank == 0:
     lock = prepare_run(run, lock, args.fresh, f"{args.config}.{args.stage}", config)
