@@ -2686,6 +2686,7 @@ def test_readme_tells_true_line_counts():
 
 from experiments.test_bench import *  # noqa
 from experiments.test_few_steps import *  # noqa
+from experiments.test_sharpness import *  # noqa
 from lib.test_checkpoint import *  # noqa
 from lib.test_draws import *  # noqa
 from lib.test_encoders import *  # noqa
