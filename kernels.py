@@ -533,7 +533,7 @@ register_flop_formula(on_cpu[1])(lambda do, q, k, *_, **__: attention_flops(q, k
 
 def attention_triton(q, k, v, kv_len=None, mask=None, scale=None):
     """Attention by the kernels, without asking whether they work here."""
-    if torch.is_autocast_enabled(q.device.type):                    # an operator of our own is not on autocast's list
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type):  # an operator of our own is not on autocast's list
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if scale <= 0:
@@ -659,6 +659,8 @@ def kv_merge(k, v, weight, bias, norm_weight, norm_bias, grid, ratio):
 
 def use_kernel(name, x, **variant):
     """Whether an operator takes its kernel for inputs like x. `variant` is all else that the kernel is compiled for."""
+    if x.is_meta:                                                   # nothing runs: the operators know their shapes
+        return name == "attention"
     if backend == "auto":
         training = torch.is_grad_enabled() and x.requires_grad
         return x.is_cuda and trial(name, x.dtype, x.shape[-1], x.device, training, **variant)

@@ -49,6 +49,7 @@ from lib.encoders import open_autoencoder
 from lib.images import INDEX
 from lib.networks import open_vqa, random_features
 from lib.pictures import to_tensor, write_png
+from lib.plan import count_flops, measure_step
 from lib.results import flat
 from lib.scenes import Scenes
 from lib.settings import UserError, config_names, load_config, read_sections
@@ -244,6 +245,16 @@ def test_every_preset_gives_a_velocity_of_the_shape_of_its_image(name):
         assert config["sampler"] in sampling.SAMPLERS
         if name not in ("toy", "speedrun", "small", "tiny"):               # the papers' recipes are AdamW's
             assert config["muon_lr"] == 0 and config["data"] != "scenes"
+
+
+@pytest.mark.parametrize("name, stage", [("toy", "grow"), ("pixart-sigma-1k-kv-tiny", "defrost")])
+def test_flops_are_the_same_counted_by_shapes_on_the_meta_device(name, stage):
+    config = load_config(name, stage, [])
+
+    def loss(model, images):
+        x, t, text = models.example(config, images)
+        return models.diffusion_loss(model, x, text, t, x, config).sum()
+    assert count_flops(lambda: build(config), loss) == measure_step(lambda: build(config), loss)[1] > 1e7
 
 
 @pytest.mark.parametrize("names", [[*TWINS, "pixart-sigma-2k-kv"],

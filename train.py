@@ -38,7 +38,7 @@ from lib.encoders import open_autoencoder
 from lib.files import file_hash
 from lib.muon import Muon
 from lib.pictures import draw_curves, make_grid, to_uint8, write_png
-from lib.plan import (choose_dtype, measure_step, peak_memory, peak_rate, plan_training, print_plan, sgemm_rate,
+from lib.plan import (choose_dtype, count_flops, peak_memory, peak_rate, plan_training, print_plan, sgemm_rate,
                       split_batch, state_bytes)
 from lib.processes import (all_gather, all_gather_rows, all_reduce_max, catch_signals, exit_with, fail,
                            install_excepthook, join, print0, sync_gradients)
@@ -419,7 +419,7 @@ if rank == 0:
     checkpoint_size = sum(sizes[part] for part in ("weights", "optimizer", "ema")) * len(turns)
     check_room(run, (config["num_checkpoints"] + 1) * checkpoint_size)
 # on shapes alone: counting inside a real step would change how attention is carried out
-flops = 0 if distills else config["batch"] * measure_step(lambda: make_model(config, stage.freeze), example_loss)[1]
+flops = 0 if distills else config["batch"] * count_flops(lambda: make_model(config, stage.freeze), example_loss)
 peak = peak_rate(torch.cuda.get_device_name(), dtype, config["tf32"]) if device != "cpu" else None         # FLOP/s
 first, bad, skipped = step, dict.fromkeys(counted, 0), 0       # bad: updates in a row that were not finite
 log = Log(run, config["tensorboard"]) if rank == 0 else None   # log(dict)

@@ -88,7 +88,8 @@ def draw_panels(panels, file, xlabel, ranges=()):
         return False
     matplotlib.use("Agg")                                      # no window
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 3), squeeze=False)
+    figure.subplots_adjust(left=0.15 / len(panels), right=1 - 0.04 / len(panels), bottom=0.17, top=0.9, wspace=0.25)
     for panel, (title, curves, settings) in zip(axes[0], panels):
         for label, points in curves.items():
             panel.plot(list(points), list(points.values()), marker="o" if len(points) < 20 else None, ms=3, label=label)

@@ -3,6 +3,7 @@ What a training takes, before anything is rented: parameters, memory, FLOPs and 
 
     plan = plan_training(make_model, loss, steps=1000, batch=2048, micro=16, devices=64, kind="h100")
     print_plan(plan)
+    count_flops(make_model, loss)                              # of one image, in no time
 
 make_model() gives the model, frozen parameters without requires_grad; loss(model, images) a number.
 """
@@ -127,6 +128,13 @@ def measure_step(make_model, loss, images=1, dtype=torch.float32, blocks=None):
         copies = dtype.itemsize * trained if dtype != torch.float32 else 0
         activations += size(inputs) - sum(inside.values()) + max(copies, *inside.values())
     return model, counter.get_total_flops(), activations
+
+
+def count_flops(make_model, loss):
+    """FLOPs of a forward and backward over one image: as measure_step counts them, on the meta device, at once."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        loss(make_model(), 1).backward()
+    return counter.get_total_flops()
 
 
 def plan_training(make_model, loss, steps, batch, micro, devices=1, kind="h100", mfu=0.4, dtype=torch.bfloat16,

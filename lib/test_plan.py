@@ -31,6 +31,7 @@ def test_activations_and_flops_are_those_counted_by_hand():
     assert plain == 4 * 3 * IMAGES * (WIDTH + HIDDEN)
     _, same, less = plan.measure_step(three_blocks, small_loss, IMAGES, blocks=lambda model: list(model))
     # three inputs, and the inside of one block
+    assert plan.count_flops(three_blocks, small_loss) * IMAGES == flops
     assert same == flops and less == 4 * (3 * IMAGES * WIDTH + IMAGES * (WIDTH + HIDDEN))
 
 
