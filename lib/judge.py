@@ -16,7 +16,7 @@ from collections import namedtuple
 import numpy as np
 
 from lib.questions import dsg_corpus
-from lib.scenes import COLOURS, CONTRAST, FRAME, GROUNDS, SHAPES, TEXTURES, border, distance, render, texture_wave
+from lib.scenes import COLOURS, CONTRAST, FRAME, GROUNDS, SHAPES, TEXTURES, distance, frame_mask, render, texture_wave
 
 Look = namedtuple("Look", ["ground", "objects", "psnr", "framed"], defaults=[False])         # what `look` sees
 
@@ -33,7 +33,7 @@ def look(image, cycles, least_fit=0.75):
     """
     image, side = image / 255.0, len(image)                    # (H, W, 3) in [0, 1]
     if framed := has_frame(image):
-        width = int(border(side)[side // 2].argmin())          # pixels
+        width = int(frame_mask(side)[side // 2].argmin())      # pixels
         image = np.pad(image[width:-width, width:-width], ((width, width), (width, width), (0, 0)), "edge")
     edges = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])       # (2 H + 2 W, 3)
     border = np.median(edges, 0)                               # (3,): the ground, unless shapes touch the border
@@ -49,7 +49,7 @@ def look(image, cycles, least_fit=0.75):
 def has_frame(image):
     """Is at least nine tenths of the border of (H, W, 3) in [0, 1] nearer to a frame's colour than to any ground's?"""
     colours = np.array([FRAME, *GROUNDS.values()])             # (1 + grounds, 3)
-    distances = np.square(image[border(len(image))][:, None] - colours).sum(-1)    # (pixels, 1 + grounds)
+    distances = np.square(image[frame_mask(len(image))][:, None] - colours).sum(-1)    # (pixels, 1 + grounds)
     return bool((distances.argmin(1) == 0).mean() >= 0.9)
 
 

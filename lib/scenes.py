@@ -201,12 +201,12 @@ def render(scene, resolution, cycles):
         wave = texture_wave(o["texture"], resolution, cycles)[..., None]           # (H, W, 1)
         image += cover * (COLOURS[o["colour"]] + CONTRAST * wave - image)
     if scene.get("framed"):
-        image[border(resolution)] = FRAME
+        image[frame_mask(resolution)] = FRAME
     return image
 
 
 @functools.lru_cache(8)
-def border(resolution):
+def frame_mask(resolution):
     """(H, W) bool: where a frame lies, at least a pixel wide."""
     width, mask = max(1, round(resolution * FRAME_WIDTH)), np.ones((resolution, resolution), bool)
     mask[width:-width, width:-width] = False
