@@ -213,9 +213,9 @@ distills = args.stage == "distill"
 if distills != is_student(config) or args.teacher and not distills:
     raise UserError(f"--stage {args.stage}, objective = {config['objective']}: distill takes --objective consistency, "
                     "lcm or dmd, and --teacher RUN; all other stages take diffusion")
-if bool(config["style"]) != (args.stage == "style") and not distills:
-    raise UserError(f"--stage {args.stage}, style = {config['style']!r}: a style set, --style PATH or --style scenes, "
-                    "belongs to --stage style and to its students")
+if bool(config["style"]) != (args.stage == "style") and not distills or config["style"] == "scenes" != config["data"]:
+    raise UserError(f"--stage {args.stage}, data = {config['data']}, style = {config['style']!r}: give --style PATH, or "
+                    "with scenes --style scenes, to --stage style and to its students alone")
 if distills:
     check_student(config, sampler=dict(flags).get("sampler"))
     if config["sampler"] not in (samplers := STUDENTS[config["objective"]][0]):
@@ -262,7 +262,7 @@ install_excepthook(**advice)                                   # what ends this 
 
 # ---- data: looked at before anything is trained ----------------------------------------------------------------------
 data = open_data(config)                                       # scenes, an index, a folder or a tar
-styled = open_style(config) if config["style"] else None      # a second set, mixed in
+styled = open_style(config) if config["style"] else None       # a second set, mixed in
 batches = Batches(data, config, stage.large_only, args.stage, rank, world, styled)
 config |= batches.identity                                     # which data, which encoder: compared when a run goes on
 example_caption = next(filter(None, map(data.caption, range(len(data)))), "")
