@@ -49,7 +49,7 @@ def look(image, cycles, least_fit=0.75):
 def has_frame(image):
     """Is at least nine tenths of the border of (H, W, 3) in [0, 1] nearer to a frame's colour than to any ground's?"""
     colours = np.array([FRAME, *GROUNDS.values()])             # (1 + grounds, 3)
-    distances = np.square(image[frame_mask(len(image))][:, None] - colours).sum(-1)    # (pixels, 1 + grounds)
+    distances = np.square(image[frame_mask(len(image))][:, None] - colours).sum(-1)           # (pixels, 1 + grounds)
     return bool((distances.argmin(1) == 0).mean() >= 0.9)
 
 
