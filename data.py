@@ -114,7 +114,8 @@ class Batches(torch.utils.data.Dataset):
         cached = data.fingerprint and has_pretrained_encoder(c["encoder"])
         self.embeddings = EmbeddingCache(data, c) if cached else None
         self.latents = LatentCache(data, c) if c["autoencoder"] and is_begun(latents_path(data, c)) else None
-        self.styled = Batches(styled, c | {"batch": 1}, filtered, f"{stage} style") if styled else None
+        same = {"batch": 1, "encoder_id": self.embeddings.id if self.embeddings else c["encoder_id"]}
+        self.styled = Batches(styled, c | same, filtered, f"{stage} style") if styled else None
         if styled and (not self.latents, not self.embeddings) != (not self.styled.latents, not self.styled.embeddings):
             raise UserError(f"{data.name} and its style set: embed both or none of them (data.py embed)")
 

@@ -2,7 +2,8 @@
 Style tuning of `toy`: a mixture with the data beside the style set alone, and Vermeer's four variants (Greedy Growing,
 Sec. 6 and Tables 7 and 8).
 
-    python -m experiments.styles                       three seeds: trains what is missing, scores it, prints two tables
+    python -m experiments.styles                       trains what is missing, scores it, prints both tables: the first
+                                                       of three seeds, the second of one (--ablation 0,1,2: of more)
     python -m experiments.styles --seeds 0 --n 40      a look at one
     python -m experiments.styles --models out/few      of models that are there: SEED/toy/grow in that folder
 
@@ -53,8 +54,8 @@ ABLATION = [FORGETTING[0]._replace(title="raw")] + [Variant(*row) for row in (
 METRICS = ("questions", "fidelity", "style", "fd", "mmd")
 
 
-def train(folder, model, seed, keys):
-    """The runs of one seed that are not finished, by train.py, which goes on where it stopped; `keys` are for all."""
+def train(folder, model, seed, keys, runs):
+    """Those runs of one seed that are not finished, by train.py, which goes on where it stopped; `keys` are for all."""
     def run(out, stage, **own):
         if is_finished(os.path.join(out, "toy", stage)):
             return
@@ -63,9 +64,9 @@ def train(folder, model, seed, keys):
         if subprocess.run(command).returncode:
             raise UserError(f"{' '.join(command)} failed: mend what it says, and the same command goes on")
     run(model, "grow")
-    for (name, stage), own in RUNS.items():                    # a student's teacher is the style run beside it
+    for name, stage in runs:                                   # a student's teacher is the style run beside it
         core = {"core": os.path.join(model, "toy", "grow")} if stage == "style" else {}
-        run(os.path.join(folder, name), stage, **core, **own)
+        run(os.path.join(folder, name), stage, **core, **RUNS[name, stage])
 
 
 def run_of(variant, folder, model):
@@ -145,6 +146,7 @@ def draw(variants, folder, model, file, captions=5):
 def main():
     parser = Parser(__doc__)                                   # takes any key of configs.txt too, for all trainings
     parser.add_argument("--seeds", default="0,1,2", help="of the trainings")
+    parser.add_argument("--ablation", default="0", help="those of them for the second table")
     parser.add_argument("--n", type=int, default=200, help="pictures for a score")
     parser.add_argument("--out", default="out/styles", help="folder")
     parser.add_argument("--models", help="folder with the models to tune, SEED/toy/grow; default --out")
@@ -152,16 +154,17 @@ def main():
     if args.n < 2:
         raise UserError(f"--n {args.n}: a Frechet distance needs at least 2")
     join(600)
-    seeds = [int(seed) for seed in parse_numbers(args.seeds, "--seeds")]
-    places = [(os.path.join(args.out, str(seed)), os.path.join(args.models or args.out, str(seed))) for seed in seeds]
+    seeds, ablation = parse_numbers(args.seeds, "--seeds"), parse_numbers(args.ablation, "--ablation")
+    places = [(os.path.join(args.out, str(seed)), os.path.join(args.models or args.out, str(seed))) for seed in map(int, seeds)]
     scores = {variant: [] for variant in FORGETTING + ABLATION}
     for seed, place in zip(seeds, places):
-        train(*place, seed, dict(keys))
-        for variant in scores:
+        variants = FORGETTING + ABLATION * (seed in ablation)
+        train(*place, int(seed), dict(keys), [run for run in RUNS if any(run == variant.run for variant in variants)])
+        for variant in variants:
             scores[variant].append(score(variant, *place, args.n))
-    draw([*FORGETTING, ABLATION[-1]], *places[0], os.path.join(args.out, "pictures.png"))
-    text = "\n".join(table(columns, {variant: scores[variant] for variant in variants})
-                     for columns, variants in ((FIRST, FORGETTING), (SECOND, ABLATION)))
+    shown = [(FIRST, FORGETTING), (SECOND, ABLATION)][:1 + bool(scores[ABLATION[0]])]
+    draw([*FORGETTING, *ABLATION[-1:] * (len(shown) > 1)], *places[0], os.path.join(args.out, "pictures.png"))
+    text = "\n".join(table(columns, {variant: scores[variant] for variant in variants}) for columns, variants in shown)
     atomic_write(os.path.join(args.out, "tables.md"), lambda f: f.write(text.encode()))
     print(text)
 
