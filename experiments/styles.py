@@ -155,7 +155,7 @@ def main():
         raise UserError(f"--n {args.n}: a Frechet distance needs at least 2")
     join(600)
     seeds, ablation = parse_numbers(args.seeds, "--seeds"), parse_numbers(args.ablation, "--ablation")
-    places = [(os.path.join(args.out, str(seed)), os.path.join(args.models or args.out, str(seed))) for seed in map(int, seeds)]
+    places = [[os.path.join(out, str(int(seed))) for out in (args.out, args.models or args.out)] for seed in seeds]
     scores = {variant: [] for variant in FORGETTING + ABLATION}
     for seed, place in zip(seeds, places):
         variants = FORGETTING + ABLATION * (seed in ablation)
