@@ -6,6 +6,7 @@ What goes in: captioned pictures, which of them at which step, and captions turn
     python data.py show PATH --resolution 64       look at a training batch after all transforms (PATH or scenes)
     python data.py stats PATH                      nouns and lengths of the captions
     python data.py embed PATH --encoder t5-xxl:128,clip-h:77 --weights FOLDER,FOLDER      embed all captions once
+    python data.py embed PATH --prefix TOKEN ...                                          a style set's, with its token
     python data.py embed PATH --vae FOLDER --resolution 512                               the same for images: latents
     python data.py vocabulary PATH --to captions.model             train a SentencePiece model on the captions
 
@@ -22,6 +23,7 @@ A data set is lib/scenes.py's Scenes or lib/images.py's Indexed; another one ser
     view(i, height, width, (x, y), rule)       (H, W, 3) uint8, top and left of the crop that x, y in [0, 1) place
     choose(i, which, long)         number of one of its captions, -1 if it has none: an image may have several
     text(number), caption(i)       a caption by its number, "" for -1; the first caption of image i
+    prefix                         what both put before every caption: a style token and a space, or ""
     captions_count                 of all images
     where(i), unreadable           a name for messages; the set of those that failed
     held_out()                     the data that a run is scored on
@@ -65,6 +67,13 @@ def open_data(config, allow=()):
     return Scenes(config) if config["data"] == "scenes" else open_images(config["data"], allow)
 
 
+def open_style(config):
+    """The style set that `style` names, the style token before each caption."""
+    styled = Scenes(config, "style") if config["style"] == "scenes" else open_images(config["style"])
+    styled.prefix = f"{config['style_token']} "
+    return styled
+
+
 # ---- batches: which samples make up the batch of a step, and how each is cropped, mirrored, recoloured and captioned -
 
 Sample = namedtuple("Sample", ["image", "caption", "size", "number", "i"])         # see Batches.sample
@@ -76,7 +85,7 @@ class Batches(torch.utils.data.Dataset):
     or (b, L, E) of cached embeddings; and size (b, 6) float: original height and width, top and left of the crop in the
     resized image, target height and width in pixels (SDXL, Sec. 2.2). Of `world` devices, device `rank` gets the
     rank-th share of its rows. `filtered` leaves out images that are smaller than the target. Raises UserError where
-    fewer than a batch are left.
+    fewer than a batch are left. With a style set, `styled`, some rows are of that: a mixture (Greedy Growing, Sec. 6).
 
     Every batch is of one bucket, the same on every device, and each bucket gets its share: after r rounds through the
     data a bucket of n images has had floor(r n / batch) batches. With batches of 4 and buckets of 10 and 5 images these
@@ -84,7 +93,7 @@ class Batches(torch.utils.data.Dataset):
     and the one that the first left over. Within a round they come in a shuffled order.
     """
 
-    def __init__(self, data, config, filtered, stage="pretrain", rank=0, world=1):
+    def __init__(self, data, config, filtered, stage="pretrain", rank=0, world=1, styled=None):
         self.data, self.config, self.stage, c = data, config, stage, config
         b = c["batch"] // world                                # rows of one device
         self.rows = slice(rank * b, (rank + 1) * b)            # of the whole batch: this device's
@@ -105,16 +114,34 @@ class Batches(torch.utils.data.Dataset):
         cached = data.fingerprint and has_pretrained_encoder(c["encoder"])
         self.embeddings = EmbeddingCache(data, c) if cached else None
         self.latents = LatentCache(data, c) if c["autoencoder"] and is_begun(latents_path(data, c)) else None
+        same = {"batch": 1, "encoder_id": self.embeddings.id if self.embeddings else c["encoder_id"]}
+        self.styled = Batches(styled, c | same, filtered, f"{stage} style") if styled else None
+        if styled and (not self.latents, not self.embeddings) != (not self.styled.latents, not self.styled.embeddings):
+            raise UserError(f"{data.name} and its style set: embed both or none of them (data.py embed)")
 
     def __len__(self):
         return self.config["steps"]
 
     def __getitem__(self, step):
-        pairs = self.pairs(step)[self.rows]                    # only this device's images are read
-        images, captions, sizes, numbers, _ = zip(*[self.sample(epoch, i, self.latents) for epoch, i in pairs])
+        rows = self.sources(step)[self.rows]                   # only this device's images are read
+        images, captions, sizes, numbers, _ = zip(*[own.sample(epoch, i, own.latents) for own, epoch, i in rows])
         x = torch.stack(images) if self.latents else to_tensor(np.stack(images))   # (b, C, H, W)
-        text = self.embeddings(numbers) if self.embeddings else encode_captions(captions, self.config)
+        text = (torch.cat([own.embeddings([number]) for (own, _, _), number in zip(rows, numbers)]) if self.embeddings
+                else encode_captions(captions, self.config))
         return x, text, torch.tensor(sizes, dtype=torch.float32)                   # ..., (b, L) or (b, L, E), (b, 6)
+
+    def sources(self, step):
+        """
+        (Batches, epoch, sample) of each row of the step's whole batch. A row is of the style set with a chance of
+        style_share, and then any image of the same bucket.
+        """
+        rows, draw = [(self, *pair) for pair in self.pairs(step)], ("style", self.stage, self.config["seed"], step)
+        peers = self.styled.members[self.bucket_at(step)[0]] if self.styled else ()
+        for row in range(len(rows) if len(peers) else 0):      # a bucket without images of the style stays as it is
+            chance, which = uniforms(2, *draw, row)
+            if chance < self.config["style_share"]:            # its crop, flip and caption are drawn for it alone
+                rows[row] = self.styled, step * len(rows) + row, int(peers[int(which * len(peers))])
+        return rows
 
     def pairs(self, step):
         """The (epoch, sample) of each row of the step's whole batch: the same on any number of devices."""
@@ -192,8 +219,9 @@ class Batches(torch.utils.data.Dataset):
         {"data_id", "encoder_id"}: what data and which encoder a model is trained with, for its config and so for its
         checkpoint. A run refuses to go on with other data, unless it is given the old data_id by hand (--data_id).
         """
-        old, here = self.config["data_id"], self.data.fingerprint                  # "" is scenes, or a new run
-        if old not in ("", here):
+        old, sets = self.config["data_id"], [self.data, *([self.styled.data] if self.styled else [])]
+        here = "+".join(filter(None, (data.fingerprint for data in sets)))
+        if old not in ("", here):                              # "" is scenes, or a new run
             print(f"data {self.data.name} has the fingerprint {here or 'of no file'}: "
                   f"taken in place of {old}, as data_id says", file=sys.stderr)
         encoder = self.embeddings.id if self.embeddings else encoder_identity(self.config)
@@ -207,7 +235,10 @@ class Batches(torch.utils.data.Dataset):
         if len(self.sizes) > 1:
             buckets = [f"{h}x{w}: {len(m)}" for (h, w), m in zip(self.sizes, self.members) if len(m)]
             lines.append("  buckets " + ", ".join(buckets))
-        return "\n".join(lines + self.data.table())
+        lines += self.data.table()
+        if self.styled:
+            lines += [f"style set: a row of a batch with a chance of {c['style_share']:g}", self.styled.summary()]
+        return "\n".join(lines)
 
 
 # ---- buckets: the sizes that images are brought to, each a batch of its own ------------------------------------------
@@ -392,6 +423,7 @@ def embed(args, config):
         raise UserError(f"{args.path!r} has no index, beside which they would lie: python data.py index {args.path}")
     if not args.encoder and not args.vae:                      # both in one go are fine
         raise UserError("nothing to embed with: give --encoder t5-xxl:128 --weights FOLDER, or --vae FOLDER")
+    data.prefix = config["prefix"] and config["prefix"] + " "  # of a style set: its token
     if args.vae:
         sizes = bucket_sizes(config)
         targets = np.array(sizes)[nearest_bucket(sizes, data.all_sizes())]         # (n, 2), as in Batches

@@ -34,7 +34,7 @@ from lib.checkpoint import is_run
 from lib.draws import normals
 from lib.encoders import open_autoencoder
 from lib.files import file_hash, free_name
-from lib.judge import counting, diversity, fidelity, judge, look
+from lib.judge import counting, diversity, fidelity, judge, look, style
 from lib.metrics import clip_score, cmmd, fd, kid, mmd, named, prdc, precision_recall, shuffled_inception_score
 from lib.networks import open_network, open_vqa, random_features, to_square
 from lib.people import write_page
@@ -45,7 +45,7 @@ from lib.references import check_same_size, image_features, labelled_images, lis
 from lib.results import accuracy, best_point, make_card, over_seeds, report, tuning, write_result
 from lib.scenes import describe, world_name
 from lib.settings import Parser, UserError, parse_numbers, parse_words
-from lib.tasks import Task, dsg_task, keep_pictures, prompts_task
+from lib.tasks import Task, dsg_task, in_style, keep_pictures, prompts_task
 from model import diffusion_loss, load, read_checkpoint
 from sample import SAMPLERS, check_student, is_student, sample
 
@@ -66,7 +66,7 @@ def held_out_task(config, n, noises=1):
     scenes = [world.scene(i) for i in numbers]                 # what is true
     metrics = {"diversity": lambda looks: diversity(world, numbers, looks)} if noises > 1 else {
         "questions": lambda looks: judge(world, scenes, looks), "counting": lambda looks: counting(scenes, looks),
-        "fidelity": fidelity}
+        "fidelity": fidelity, **({"style": style} if config["style"] == "scenes" else {})}
     return task._replace(look=lambda image, i: look(image, world.cycles), metrics=metrics)
 
 
@@ -149,6 +149,7 @@ METRICS = {
     "questions": ("pictures", None),
     "counting": ("pictures", None),
     "fidelity": ("pictures", None),
+    "style": ("pictures", None),
     # the same, of pictures from several noises for each caption
     "diversity": ("noises", None),
     # two sets of features of one network, the real one first
@@ -209,7 +210,7 @@ def compare(reference, fake, metrics, captions=None):
 
 RANDOM = {"random": (random_features, {})}                     # networks: {name: (features, about)}, as open_network
 NOISES = 8                                                     # pictures of each caption for diversity
-USUAL = ("questions", "fidelity", "diversity", "fd", "mmd")    # metrics of a run, unless others are asked for
+USUAL = ("questions", "fidelity", "style", "diversity", "fd", "mmd")               # unless others are asked for
 
 
 @torch.no_grad()
@@ -335,7 +336,8 @@ def score_run(args, metrics, networks, task, vqa, device):
         captions=f"{prompts}, sha256 {file_hash(prompts)}" if prompts else describe_captions(config, n),
         checkpoint=file_hash(checkpoint if os.path.exists(checkpoint) else args.run[0]), checkpoint_step=step, ema=True,
         sampler=config["sampler"], steps=config["sample_steps"], seeds=list(range(args.seeds)),
-        processes=get_world_size(), **({"classes": f"{args.classes}, {args.template!r}"} if classes else {}))
+        prefix=config["prefix"], suffix=config["suffix"], processes=get_world_size(),
+        **({"classes": f"{args.classes}, {args.template!r}"} if classes else {}))
     (guidance, mean, spread), why = best_point(points)         # by which metric, the words tell
     print(f"{n} images, {card['sampler']}, {card['steps']} steps, EMA weights of step {step}"
           + f"; {why} at guidance {guidance:g}" * (len(points) > 1))
@@ -351,6 +353,7 @@ def score_run(args, metrics, networks, task, vqa, device):
 def load_run(run, args, device):
     """(model, config) of a run, with the sampler and steps of the command line, and the values of --guidance."""
     model, config = load(run, device)
+    config = in_style(config | args.words) if args.style else config | args.words
     check_student(config, args.steps, args.guidance, args.sampler)
     config |= {"guidance": 1.0} if is_student(config) else {}   # it is inside
     config |= {"sampler": args.sampler or config["sampler"], "sample_steps": args.steps or config["sample_steps"]}
@@ -417,7 +420,7 @@ def make_sheet(args, task, device):
 
 def parse():
     """The command line. What cannot be meant is refused here, before any picture is made."""
-    parser = Parser(__doc__, keys=())
+    parser = Parser(__doc__, keys=("prefix", "suffix"))        # words round all captions
     add = parser.add_argument
     add("run", nargs="*", help="a run such as out/toy/grow; or two folders of images, reference first; or two runs")
     add("--n", type=int, help="images; default 1000, or all captions of a file, or 50 pairs of a sheet")
@@ -427,6 +430,7 @@ def parse():
     add("--guidance", help="one value or several, such as 1,2,4; default: the run's own")
     add("--sampler", choices=list(SAMPLERS), help="default: the run's own")
     add("--steps", type=int, help="default: the run's own")
+    add("--style", action="store_true", help="in the style of a run of --stage style")
     add("--seeds", type=int, default=1, help="repeat with seeds 0 to k-1: mean and spread")
     add("--prompts", metavar="FILE", help="captions, one a line; a blank line is the null caption")
     add("--reference", metavar="PATH", help="images to compare a run with: a folder, or the .pt file kept of one")
@@ -439,7 +443,8 @@ def parse():
     add("--sheet", metavar="FOLDER", help="write a page there on which people compare two runs")
     add("--ratings", metavar="FILE", nargs="+", help="the files that this page saved: win rates and agreement")
     add("--json", help="write the figures to this file")
-    args, _ = parser.parse_keys()                              # no key of configs.txt is a flag here
+    args, words = parser.parse_keys()
+    args.words = dict(words)
     if (args.vqa or args.answers) and not args.dsg:
         raise UserError("--vqa and --answers need questions: give --dsg FILE")
     least = {"n": 2, "seeds": 1, "steps": 1}
@@ -460,7 +465,7 @@ def check_folders(args):
     """Two folders of images take neither runs nor what concerns the making of pictures."""
     if is_run(args.run[1]) or os.path.isdir(args.run[0]) and is_run(args.run[0]):
         raise UserError("one of the two is a run: give one run alone, two folders of images, or two runs with --sheet")
-    of_runs = ("n", "guidance", "sampler", "steps", "prompts", "reference", "keep", "classes")
+    of_runs = ("n", "guidance", "sampler", "steps", "style", "words", "prompts", "reference", "keep", "classes")
     if flags := [f"--{flag}" for flag in of_runs if getattr(args, flag)]:
         raise UserError(f"{' '.join(flags)}: two folders are compared as they are, with all images: leave that away")
 

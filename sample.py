@@ -2,6 +2,7 @@
 From noise to image.
 
     python sample.py out/toy/grow "a large red circle left of a small blue square on a white background" --to grid.png
+    python sample.py out/toy/style "a caption" --style         in the style it learned; --prefix, --suffix add any words
     python sample.py out/toy/grow --describe                   what the run is: stage, size, steps, data, parents
     python sample.py FOLDER "a caption" --size 1024x1024       a published pipeline: PixArt-Sigma, SDXL (GUIDE.md)
 
@@ -34,6 +35,7 @@ from lib.pictures import make_grid, to_uint8, write_png
 from lib.processes import prepare_cpu
 from lib.published import describe_published, export, in_dtype
 from lib.settings import Parser, UserError
+from lib.tasks import in_style, worded
 from model import alpha_sigma, get_logsnr, image_shape, load, read_checkpoint, token_grid, token_size
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -175,7 +177,7 @@ def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, 
     shape = channels, height * side // config["resolution"], width * side // config["resolution"]  # of z
     uncropped = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
     limit = math.inf if config["autoencoder"] else 1.0         # of x
-    text = encode_captions(captions, config).to(device)                            # (B, L) or (B, L, E)
+    text = encode_captions(worded(captions, config), config).to(device)            # (B, L) or (B, L, E)
     logsnrs = get_logsnrs(config, steps, sampler, device)                          # (steps,)
     run_sampler, _, evaluations = SAMPLERS[sampler]
     total = math.ceil(len(captions) / batch) * evaluations(steps)                  # evaluations
@@ -272,7 +274,7 @@ def describe_run(path):
 
 def parse():
     """The command line. What cannot be meant is refused here, before anything is opened."""
-    parser = Parser(__doc__, keys=("encoder_weights",))
+    parser = Parser(__doc__, keys=("encoder_weights", "prefix", "suffix"))
     parser.add_argument("run", help="run folder, such as out/toy/grow")
     parser.add_argument("captions", nargs="*", help="one or more captions in quotes; '' is the null caption")
     parser.add_argument("--n", type=int, default=4, help="images per caption; default 4")
@@ -280,6 +282,7 @@ def parse():
     parser.add_argument("--guidance", type=float, help="default: the run's own; 1 is none")
     parser.add_argument("--sampler", choices=list(SAMPLERS), help="default ddpm; of a student its own")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--style", action="store_true", help="in the style of a run of --stage style")
     parser.add_argument("--batch", type=int, help="images at a time, 16 on a CPU; does not change the images")
     parser.add_argument("--size", help="HxW in pixels: another shape of about the area that the run was trained at")
     parser.add_argument("--to", default="grid.png", help="PNG file, default grid.png; numbered where it exists")
@@ -295,7 +298,7 @@ def parse():
         raise UserError(f"--to {args.to}: pictures are written as PNG: give a name that ends in .png")
     if not os.path.isdir(os.path.dirname(args.to) or "."):
         raise UserError(f"no folder for {args.to!r}: make it first")
-    return args, dict(keys)                                    # keys: encoder_weights, local folders for new captions
+    return args, dict(keys)                                    # keys: encoder_weights, prefix, suffix
 
 
 def main():
@@ -305,7 +308,7 @@ def main():
         return
     prepare_cpu()
     model, config = load(args.run, "cuda" if torch.cuda.is_available() else "cpu")
-    config |= keys
+    config = in_style(config | keys) if args.style else config | keys
     if args.dtype:
         in_dtype(model, config, args.dtype)
     check_student(config, args.steps, args.guidance, args.sampler)

@@ -47,8 +47,9 @@ from data import Batches
 from lib import triton_tools
 from lib.encoders import open_autoencoder
 from lib.images import INDEX
+from lib.judge import look
 from lib.networks import open_vqa, random_features
-from lib.pictures import to_tensor, write_png
+from lib.pictures import to_tensor, to_uint8, write_png
 from lib.plan import count_flops, measure_step
 from lib.results import flat
 from lib.scenes import Scenes
@@ -215,7 +216,7 @@ def test_bad_settings_are_refused(key, text, words, capsys):
 
 CONFIGS = [name for name in config_names() if not name.startswith("world-")]
 TWINS = [c for c in CONFIGS if c.endswith("-tiny")]
-STAGES = ("pretrain", "grow", "defrost", "scratch", "finetune")
+STAGES = ("pretrain", "grow", "defrost", "scratch", "finetune", "style")
 
 
 def on_meta(config):
@@ -284,7 +285,8 @@ def test_twins_train_and_sample_in_every_stage(name):
             continue
         seen.append({**config, "lr": 0, "steps": 0})
         net = shaken(models.build(config))
-        batches = Batches(data.open_data(config), config, filtered=False)
+        styled = data.open_style(config) if config["style"] else None
+        batches = Batches(data.open_data(config), config, filtered=False, styled=styled)
         x, text, size = (part[:2] for part in batches[0])
         x = open_autoencoder(config).encode(x)
         loss = models.diffusion_loss(net, x, text, torch.tensor([0.3, 0.7]), torch.randn_like(x), config, size)
@@ -662,9 +664,9 @@ def test_flops_are_counted(backend, monkeypatch):
 def test_caption_words_have_buckets_of_their_own():
     world = Scenes(tiny(scene_objects=3, scene_shapes=4, scene_colours=6))
     captions = [world.caption(i) for i in range(2000)]
-    words = sorted({w for c in captions for w in c.split()})
+    words = sorted({w for c in captions for w in c.split()} | {tiny()["style_token"]})
     assert len({int(data.tokenize([w], 1, 1024)) for w in words}) == len(words) > 25
-    assert max(len(c.split()) for c in captions) <= tiny()["text_length"]
+    assert max(len(c.split()) for c in captions) < tiny()["text_length"]           # room for a style token
     assert data.tokenize([""], 4, 1024).sum() == 0
 
 
@@ -948,6 +950,63 @@ def test_both_data_sets_serve_all_that_data_py_lists(photos):
     assert len(names) == 15 and {"len", "name", "choose", "caption", "held_out"} <= names
     for world in (data.open_data(tiny()), data.open_data(tiny(data=str(photos)))):
         assert [n for n in names if not hasattr(world, "__len__" if n == "len" else n)] == []
+
+
+def test_rows_of_a_style_set_depend_on_the_step_alone_and_carry_its_token():
+    config = tiny("grow", style="scenes", batch=32)
+
+    def mixed(rank=0, world=1, **changes):
+        c = config | changes
+        return Batches(data.open_data(c), c, True, "style", rank, world, data.open_style(c))
+    batches = mixed()
+    rows = [row for step in range(40) for row in batches.sources(step)]
+    styled = [(epoch, i) for own, epoch, i in rows if own is batches.styled]
+    assert 0.45 < len(styled) / len(rows) < 0.55 and len(set(styled)) == len(styled)         # each draws anew
+    assert {i for _, i in styled} == set(batches.styled.usable) and len(batches.styled.data) == 60
+    assert all(own.sample(epoch, i).caption.startswith("styled ") == (own is batches.styled)
+               for own, epoch, i in rows[:200] if own.sample(epoch, i).caption)
+    assert any(own is batches.styled and not own.sample(epoch, i).caption for own, epoch, i in rows)   # dropped
+    x, text, size = batches[7]                                 # the same in any order, and on any number of devices
+    parts = [mixed(rank, 2)[7] for rank in range(2)]
+    assert all(torch.equal(torch.cat(part), whole) for part, whole in zip(zip(*parts), (x, text, size)))
+    framed = [look(picture, 16).framed for picture in to_uint8(x)]
+    assert framed == [own is batches.styled for own, _, _ in batches.sources(7)] and 0 < sum(framed) < 32
+    alone = mixed(style_share=1.0)
+    assert all(own is alone.styled for own, _, _ in alone.sources(3))
+    assert batches.sources(3) != mixed(seed=1).sources(3)
+    plain = Batches(data.open_data(config), config, True, "style")
+    assert [(e, i) for own, e, i in mixed(style_share=0.0).sources(3)] == plain.pairs(3)
+
+
+def test_a_bucket_without_images_of_the_style_keeps_to_the_data(wide):
+    config = tiny(resolution=32, grid=8, aspects="32x32,24x48,48x24", batch=4, style="scenes", style_share=1.0)
+    batches = Batches(wide, config, False, styled=data.open_style(config))         # scenes are square
+    for step in range(30):
+        bucket = batches.bucket_at(step)[0]
+        assert all((own is batches.styled) == (bucket == 0) for own, _, _ in batches.sources(step))
+        assert batches[step][0].shape[2:] == batches.sizes[bucket]
+    both = Batches(wide, config | {"batch": 1}, False, styled=wide)
+    assert batches.identity["data_id"] == wide.fingerprint
+    assert both.identity["data_id"] == f"{wide.fingerprint}+{wide.fingerprint}"
+
+
+def test_a_style_set_is_embedded_with_its_token(photos, encoders, tmp_path, capsys):
+    pytest.importorskip("pyarrow")
+    other = shutil.copytree(photos, tmp_path / "best")
+    config = tiny(data=str(photos), style=str(other), encoder="t5-xxl:6", encoder_width=(32,), text_length=6, batch=4,
+                  caption_dropout=0.0, style_share=1.0)
+    args = types.SimpleNamespace(encoder="t5-xxl:6", dtype="fp32", vae=None, weights=folders(encoders, "t5"))
+    for folder, prefix in ((photos, ""), (other, "other")):    # another token than the run's
+        args.path = str(indexed(folder))
+        data.embed(args, tiny(data=str(folder), prefix=prefix))
+    refused(capsys, lambda: Batches(data.open_data(config), config, False, styled=data.open_style(config)),
+            "other captions than the index", "--prefix 'styled'")
+    config |= {"style_token": "other"}
+    batches = Batches(data.open_data(config), config, False, styled=data.open_style(config))
+    captions = [own.sample(epoch, i).caption for own, epoch, i in batches.sources(2)]
+    weights = {"encoder_weights": args.weights, "encoder_id": batches.identity["encoder_id"]}
+    assert all(caption.startswith("other grey level") for caption in captions)
+    assert torch.allclose(batches[2][1], data.encode_captions(captions, config | weights), atol=1e-5)
 
 
 @slow
@@ -1881,7 +1940,8 @@ def changed(words, **keys):
 def with_parents(runs, out, stage):
     """A folder for runs in which those that the stage starts from are there."""
     folder(out, "").mkdir(parents=True, exist_ok=True)
-    for needed in {"pretrain": (), "grow": ("pretrain",), "defrost": ("pretrain", "grow")}[stage]:
+    for needed in {"pretrain": (), "grow": ("pretrain",), "defrost": ("pretrain", "grow"), "style": ("grow",),
+                   "distill": ("grow", "defrost")}[stage]:
         os.symlink(folder(runs[0], needed), folder(out, needed))
     return out
 
@@ -1943,7 +2003,7 @@ def test_ema_is_the_average_of_the_weights_of_each_step(keys, decay, tmp_path):
         assert all(torch.allclose(state["ema"][k], m, rtol=1e-5, atol=1e-7) for k, m in mean.items()), n
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "defrost"])     # grow: the next test
+@pytest.mark.parametrize("stage", ["pretrain", "defrost", "style"])                # grow: the next test
 def test_a_run_stopped_and_continued_equals_an_unbroken_one_to_the_bit(runs, stage, tmp_path):
     """Stopped by SIGTERM at whatever step it has reached."""
     whole, broken = (with_parents(runs, tmp_path / name, stage) for name in ("whole", "broken"))
@@ -2065,6 +2125,33 @@ def test_what_a_student_cannot_learn_from_is_refused(words, message, runs, tmp_p
     assert message.format(tmp=tmp_path) in run("train.py", *stage, *to, *keys, *words, code=2)
 
 
+def test_a_style_starts_from_the_latest_run_and_is_asked_for_by_its_token(runs, tmp_path, says):
+    out, words = with_parents(runs, tmp_path, "distill"), changed(TINY, steps=3)
+    said = run("train.py", "--stage", "style", "--out", out, *words)
+    assert f"from {folder(out, 'defrost')}: " in said and "a chance of 0.5" in said
+    assert checkpoint_of(out, "style")["config"]["style"] == "scenes"
+    student = ["train.py", "--stage", "distill", "--teacher_steps", 8, "--out", out, *words]
+    assert "style scenes there,  here" in run(*student, code=2)                    # what it knows is to be learned too
+    run(*student, "--style", "scenes")
+    assert checkpoint_of(out, "distill")["teacher"][0] == str(folder(out, "style") / "last.pt")
+    for stage in ("style", "distill"):
+        to = [tmp_path / f"{stage}{k}.png" for k in range(3)]
+        steps = ["--steps", 3] if stage == "style" else []
+        run("sample.py", folder(out, stage), "styled a red circle, please", *steps, "--to", to[0])
+        run("sample.py", folder(out, stage), "a red circle,", *steps, "--style", "--suffix", "please", "--to", to[1])
+        run("sample.py", folder(out, stage), "red circle,", *steps, "--style", "--prefix", "a", "--suffix", "please",
+            "--to", to[2])
+        assert to[0].read_bytes() == to[1].read_bytes() == to[2].read_bytes()
+    file = tmp_path / "style.json"
+    says(folder(out, "style"), "--n", 8, "--style", "--suffix", "please", "--metrics", "style,questions",
+         "--json", file)
+    result = json.load(open(file))
+    assert (result["card"]["prefix"], result["card"]["suffix"]) == ("styled", "please")
+    assert 0 <= result["metrics"]["style"]["rate"] <= 1
+    assert "never saw a style token" in run("sample.py", folder(out, "grow"), "x", "--style", code=2)
+    assert "never saw a style token" in says(folder(out, "defrost"), "--n", 8, "--style")
+
+
 def test_the_first_command_goes_on_also_when_stopped_in_the_stage_that_it_runs_first(tmp_path):
     """And --fresh is about the run that was named, not about the one that it needs."""
     words = ["--stage", "grow", "--out", tmp_path, *changed(TINY, steps=20)]
@@ -2087,6 +2174,11 @@ def test_the_first_command_goes_on_also_when_stopped_in_the_stage_that_it_runs_f
     ("--stage defrost --out {tmp}/new --core {runs}/toy/grow --channels (64,)", "channels (48,) there, (64,) here"),
     ("--stage defrost --out {tmp}", "holds a pretrain run of toy, expected defrost"),
     ("--stage scratch --out {tmp} --core {runs}/toy/grow", "starts from nothing"),
+    ("--stage style --out {tmp}/new --core {runs}/toy/grow --style {tmp}", "nothing to use under"),
+    ("--stage style --out {tmp}/new --core {runs}/toy/grow --style_share 1.5", "take a value in [0, 1]"),
+    ("--stage style --out {tmp}/new --core {runs}/toy/grow --style=", "give --style PATH"),
+    ("--stage style --out {tmp}/new --core {runs}/toy/grow --data {tmp}", "give --style PATH"),
+    ("--stage grow --out {tmp}/new --style scenes", "to --stage style and to its students alone"),
     ("--out {tmp} --micro 3", "batch = 8 is not divisible by 3 (micro) x 1 (devices): take a multiple of 3"),
     ("--out {tmp} --fsdp", "torchrun"),
     ("--out {tmp} --stage growing", "did you mean 'grow'?"),
@@ -2698,6 +2790,7 @@ def test_readme_tells_true_line_counts():
 from experiments.test_bench import *  # noqa
 from experiments.test_few_steps import *  # noqa
 from experiments.test_sharpness import *  # noqa
+from experiments.test_styles import *  # noqa
 from lib.test_checkpoint import *  # noqa
 from lib.test_draws import *  # noqa
 from lib.test_encoders import *  # noqa

@@ -4,7 +4,8 @@ Train one stage. Each leaves a run folder out/CONFIG/STAGE: last.pt, config.txt,
     python train.py --stage grow                       pretrain a core at 32 px, then grow it to 64 px: minutes on a CPU
     python train.py --stage pretrain                   phase 1 alone: a Shallow-UViT at low resolution on all images
     python train.py --stage defrost                    phase 3, optional: go on with every weight in motion
-    python train.py --stage distill                    a student of the grown model that takes 16 steps, no guidance
+    python train.py --stage style --style my/best      tune it to a set of images of one style, mixed with the data
+    python train.py --stage distill                    a student of the last model that takes 16 steps, no guidance
     python train.py --stage scratch                    baseline: the grown model from random weights, large images only
     python train.py --stage finetune                   baseline: growing without freezing
     python train.py --stage grow --data my/photos      your own images, each with a .txt beside it
@@ -30,7 +31,7 @@ import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from data import Batches, open_data
+from data import Batches, open_data, open_style
 from eval import evaluate, report
 from lib import checkpoint
 from lib.draws import normals, uniforms
@@ -51,16 +52,18 @@ from model import (build, check_sizes, checkpointed_modules, diffusion_loss, ena
 from objectives import distill_turns
 from sample import STUDENTS, check_student, is_student, sample
 
-# A stage is a row (Greedy Growing, Sec. 3.3 and 4): the stage that it starts from; which weights of that it keeps, by a
-# prefix of their names; whether the core is frozen; whether images smaller than the target are left out.
-Stage = namedtuple("Stage", "source init_prefix freeze large_only")
+# A stage is a row (Greedy Growing, Sec. 3.3, 4 and 6): the stages that it may start from, of which it takes the first
+# that is finished; which weights of that it keeps, by a prefix of their names; whether the core is frozen; whether
+# images smaller than the target are left out.
+Stage = namedtuple("Stage", "sources init_prefix freeze large_only")
 STAGES = {
-    "pretrain": Stage(None,       None,    False, False),
-    "grow":     Stage("pretrain", "core.", True,  True),
-    "defrost":  Stage("grow",     "",      False, True),
-    "scratch":  Stage(None,       None,    False, True),       # baseline 1
-    "finetune": Stage("pretrain", "core.", False, True),       # baseline 2
-    "distill":  Stage("grow",     "",      False, True),       # or from defrost, where that is finished
+    "pretrain": Stage((),                            None,    False, False),
+    "grow":     Stage(("pretrain",),                 "core.", True,  True),
+    "defrost":  Stage(("grow",),                     "",      False, True),
+    "scratch":  Stage((),                            None,    False, True),        # baseline 1
+    "finetune": Stage(("pretrain",),                 "core.", False, True),        # baseline 2
+    "style":    Stage(("defrost", "grow"),           "",      False, True),        # some rows of another set
+    "distill":  Stage(("style", "defrost", "grow"),  "",      False, True),
 }
 # A turn is one update within a step: who is trained, by which loss per image, loss(net, step, *batch), of how many
 # noises, at every how many steps. Plain training is a list of one; distribution matching trains two networks.
@@ -74,7 +77,7 @@ OUTSIDE = ("conv_in", "conv_out", "proj_out", "temb_proj", "table")
 # what may change when a run goes on: how it is looked at and spread over devices, the steps and the learning rates
 FREE_KEYS = ("steps", "lr", "muon_lr", "lr_end", "micro", "workers", "compile", "checkpointing", "fsdp", "sharded",
              "dist_timeout", "num_checkpoints", "guidance", "sampler", "sample_steps", "log_every", "sample_every",
-             "save_every", "eval_every", "eval_n", "tensorboard", "encoder_weights")
+             "save_every", "eval_every", "eval_n", "tensorboard", "encoder_weights", "prefix", "suffix")
 
 
 # ---- the step: what is trained, by which optimizers, at which rates, on which noise ----------------------------------
@@ -204,12 +207,15 @@ if args.stage not in STAGES:
 stage = STAGES[args.stage]                                     # from here on its row decides, not its name
 config = load_config(args.config, args.stage, flags)           # {key: value}, every value checked
 check_sizes(config)                                            # before any file is opened
-if args.core and not stage.source:
+if args.core and not stage.sources:
     raise UserError(f"--core says where to start, and {args.stage} starts from nothing: leave it out")
 distills = args.stage == "distill"
 if distills != is_student(config) or args.teacher and not distills:
     raise UserError(f"--stage {args.stage}, objective = {config['objective']}: distill takes --objective consistency, "
                     "lcm or dmd, and --teacher RUN; all other stages take diffusion")
+if bool(config["style"]) != (args.stage == "style") and not distills or config["style"] == "scenes" != config["data"]:
+    raise UserError(f"--stage {args.stage}, data = {config['data']}, style = {config['style']!r}: give --style PATH, or "
+                    "with scenes --style scenes, to --stage style and to its students alone")
 if distills:
     check_student(config, sampler=dict(flags).get("sampler"))
     if config["sampler"] not in (samplers := STUDENTS[config["objective"]][0]):
@@ -256,7 +262,8 @@ install_excepthook(**advice)                                   # what ends this 
 
 # ---- data: looked at before anything is trained ----------------------------------------------------------------------
 data = open_data(config)                                       # scenes, an index, a folder or a tar
-batches = Batches(data, config, stage.large_only, args.stage, rank, world)
+styled = open_style(config) if config["style"] else None       # a second set, mixed in
+batches = Batches(data, config, stage.large_only, args.stage, rank, world, styled)
 config |= batches.identity                                     # which data, which encoder: compared when a run goes on
 example_caption = next(filter(None, map(data.caption, range(len(data)))), "")
 
@@ -287,32 +294,33 @@ if saved:
         print0(f"{run} is finished: {saved['step']} steps. Look at it: {look}")
         exit_with(0)
     print0(f"{run}: going on at step {saved['step']} of {config['steps']}{changes}")
-elif stage.source:                                             # new, from another run
-    source_run = f"{args.config}/{stage.source}"               # CONFIG/STAGE
-    if stage.init_prefix == "" and config["starts"]:           # weak to strong: all weights of another config's run
-        source_run = config["starts"]
+elif stage.sources:                                            # new, from another run
+    made = [name for name in stage.sources if is_finished(os.path.join(args.out, args.config, name))]
+    source_run = f"{args.config}/{(made or stage.sources[-1:])[0]}"                # CONFIG/STAGE
+    if stage.init_prefix == "" and config["starts"] and made[:1] in ([], ["grow"]):
+        source_run = config["starts"]                          # weak to strong: all weights of another config's run
     if distills:                                               # its flags are not its teacher's, so it trains none
-        made = [os.path.join(args.out, args.config, name) for name in ("defrost", "grow")]
-        teacher = args.teacher or args.core or next(filter(is_finished, made), "")
+        latest = os.path.join(args.out, args.config, (made or stage.sources[-1:])[0])
+        teacher = args.teacher or args.core or (latest if made else "")
         if not teacher:
-            raise UserError(f"no finished run to learn from: train {made[1]} first, or give --teacher RUN")
+            raise UserError(f"no finished run to learn from: train {latest} first, or give --teacher RUN")
         args.core = args.core or teacher                       # a student starts as its teacher, or as another student
     parent = args.core or os.path.join(args.out, source_run)
     if not args.core:
         # a new shell, or another config, has its own resolution and shell; all other flags are the same for both runs
         ours = ("resolution", "shell") if stage.init_prefix or source_run == config["starts"] else ()
-        words = [f"--{key}={value}" for key, value in flags if key not in ours]
+        words = [f"--{key}={value}" for key, value in flags if key not in ours and not key.startswith("style")]
         finish_first(parent, ["--config", *source_run.replace("/", " --stage ").split(), f"--out={args.out}", *words])
     origin = read_checkpoint(parent)
-    if stage.init_prefix and origin["stage"] != stage.source:
-        raise UserError(f"{parent} is a {origin['stage']} run and {args.stage} takes the core of a {stage.source} run: "
-                        "give one of these")
+    if stage.init_prefix and origin["stage"] not in stage.sources:
+        raise UserError(f"{parent} is a {origin['stage']} run and {args.stage} takes the core of a {stage.sources[0]} "
+                        "run: give one of these")
     keys = CORE_KEYS if stage.init_prefix else CORE_KEYS + SHELL_KEYS              # which must be the same
     if config["shell"] == "nested":                            # the old shell comes along
         keys += ("prediction",)
     others = {parent: origin}                                  # the runs that this one needs
     if distills:                                               # what is taught must be what is learned
-        keys += ("resolution", "encoder", "data_id", "autoencoder")
+        keys += ("resolution", "encoder", "data_id", "autoencoder", "style", "style_token")
         others[teacher] = origin if teacher == parent else read_checkpoint(teacher)
         if is_student(others[teacher]["config"]):
             raise UserError(f"{teacher} is a student itself: give --teacher the run that it learned from")
@@ -448,6 +456,8 @@ def preview(step):
     """samples/step_N.png: the same captions and noise every time, plain weights above, EMA weights below."""
     held_out = data.held_out()
     captions = [held_out.caption(i % len(held_out)) for i in range(8)]             # a row of the grid
+    if styled:                                                 # half a row, then the same captions in the style
+        captions[4:] = [styled.prefix + caption for caption in captions[:4]]
     images = [sample(model, config, captions, poll=poll)]      # (8, 3, H, W)
     with checkpoint.ema_weights_in_place(model, trained, ema_params):
         images.append(sample(model, config, captions, poll=poll))
@@ -472,7 +482,7 @@ def describe_fault(turn, losses, data_step, batch):
     bad_rows = [row for row, loss in enumerate(all_gather_rows(losses)) if not math.isfinite(loss)]
     if dtype == torch.float16 and not bad_rows and turn.scaler.get_scale() > 1:
         return f"gradient overflowed at scale {turn.scaler.get_scale():g}", ""
-    samples = [batches.pairs(data_step)[row][1] for row in bad_rows]               # numbers of images
+    samples = [batches.sources(data_step)[row][2] for row in bad_rows]             # numbers of images
     fault = first_fault(turn.model, lambda: turn.loss(in_half(turn.model, dtype), step, *batch))
     modules = [name for name in all_gather(fault) if name]     # of each process
     return "gradient is not finite", (f"; loss of samples {samples or 'finite for all'}; "
@@ -580,7 +590,7 @@ if rank == 0:
     draw_curves(read_log(run), os.path.join(run, "curve.png"))                     # of all sessions
 print0(f"{run} is finished after {step} steps")
 if not os.environ.get(RUN_FIRST):                              # the run that started this one goes on by itself
-    follows = next((name for name, row in STAGES.items() if row.source == args.stage), None)
+    follows = next((name for name, row in STAGES.items() if row.sources[-1:] == (args.stage,)), None)
     ours = ("resolution", "shell") if follows and STAGES[follows].init_prefix else ()        # a new shell has its own
     words = {"config": args.config, "out": args.out, **{key: value for key, value in flags if key not in ours}}
     same = "".join(f" --{key} {shlex.quote(value)}" for key, value in words.items() if value != parser.get_default(key))

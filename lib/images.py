@@ -176,8 +176,9 @@ class Indexed:
 
     Of an index on disk all of these are views of its memory map: workers share it, and no memory grows with the number
     of images. folder is where that index lies, or None; head is a dict of format, root, fingerprint, report, examples
-    and shards {name: bytes}.
+    and shards {name: bytes}. Every caption comes with `prefix` before it.
     """
+    prefix = ""                                                # words and a space
 
     def __init__(self, columns, head, root, folder=None):
         self.columns, self.head, self.folder = columns, head, folder
@@ -243,7 +244,9 @@ class Indexed:
     def text(self, number):
         """The caption of that number; -1 is the null caption."""
         plain = len(self.captions)
-        return "" if number < 0 else self.captions[number] if number < plain else self.long_captions[number - plain]
+        if number < 0:
+            return ""
+        return self.prefix + (self.captions[number] if number < plain else self.long_captions[number - plain])
 
     def caption(self, i):
         """The first caption of image i."""
@@ -251,7 +254,8 @@ class Indexed:
 
     def captions_digest(self):
         """sha256 of all captions in their order, 16 digits: what is kept by a caption's number is theirs alone."""
-        return digest([self.captions.starts, self.captions.blob, self.long_captions.starts, self.long_captions.blob])
+        texts = [self.captions.starts, self.captions.blob, self.long_captions.starts, self.long_captions.blob]
+        return digest(texts + [np.frombuffer(self.prefix.encode(), np.uint8)] * bool(self.prefix))
 
     def where(self, i):
         """Name of image i: its file; of one in a shard also the member's, which stands in the 512 bytes before it."""

@@ -1,7 +1,7 @@
 """
 The judge of lib/scenes.py's world: what a picture shows, found without learned weights, and figures made of that.
 
-    seen = look(image, world.cycles)                           # a Look: ground, objects, psnr
+    seen = look(image, world.cycles)                           # a Look: ground, objects, psnr, framed
     judge(world, scenes, looks)                                # the captions' questions and their answers
     fidelity(looks)                                            # how clean the pictures are
     diversity(world, numbers, looks)                           # do noises make different pictures of one caption?
@@ -16,9 +16,9 @@ from collections import namedtuple
 import numpy as np
 
 from lib.questions import dsg_corpus
-from lib.scenes import COLOURS, CONTRAST, GROUNDS, SHAPES, TEXTURES, distance, render, texture_wave
+from lib.scenes import COLOURS, CONTRAST, FRAME, GROUNDS, SHAPES, TEXTURES, distance, frame_mask, render, texture_wave
 
-Look = namedtuple("Look", ["ground", "objects", "psnr"])       # what `look` sees
+Look = namedtuple("Look", ["ground", "objects", "psnr", "framed"], defaults=[False])         # what `look` sees
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The judge: picture -> objects
@@ -29,8 +29,12 @@ def look(image, cycles, least_fit=0.75):
     What (H, W, 3) uint8 shows, as a Look. An object is a connected region of colours other than the ground's,
     at least 0.5 % of the picture. Its shape is the one whose template of equal area and centre overlaps it best
     (intersection over union of soft cover); under `least_fit` it is a "blob", which answers no question about shapes.
+    A frame is taken off first: all else is judged as if what lies inside went on under it.
     """
     image, side = image / 255.0, len(image)                    # (H, W, 3) in [0, 1]
+    if framed := has_frame(image):
+        width = int(frame_mask(side)[side // 2].argmin())      # pixels
+        image = np.pad(image[width:-width, width:-width], ((width, width), (width, width), (0, 0)), "edge")
     edges = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])       # (2 H + 2 W, 3)
     border = np.median(edges, 0)                               # (3,): the ground, unless shapes touch the border
     ground = min(GROUNDS, key=lambda name: np.square(border - GROUNDS[name]).sum())
@@ -39,7 +43,14 @@ def look(image, cycles, least_fit=0.75):
     label = components(to_colour < np.square(image - back).sum(-1))  # nearer to a colour than to the ground
     objects = [describe_region(image, label == k, back, palette, cycles, least_fit)
                for k, size in zip(*np.unique(label[label > 0], return_counts=True)) if size >= side * side / 200]
-    return Look(ground, objects, psnr(image, ground, objects, cycles))
+    return Look(ground, objects, psnr(image, ground, objects, cycles), framed)
+
+
+def has_frame(image):
+    """Is at least nine tenths of the border of (H, W, 3) in [0, 1] nearer to a frame's colour than to any ground's?"""
+    colours = np.array([FRAME, *GROUNDS.values()])             # (1 + grounds, 3)
+    distances = np.square(image[frame_mask(len(image))][:, None] - colours).sum(-1)           # (pixels, 1 + grounds)
+    return bool((distances.argmin(1) == 0).mean() >= 0.9)
 
 
 def components(mask):
@@ -226,6 +237,11 @@ def middle_of_box(o):
     """A scene places a shape by its box, `look` finds its centre of mass: a triangle's lies lower."""
     x, y = o["centre"]
     return (x, y - o["diameter"] / 6) if o["nearest"] == "triangle" else (x, y)
+
+
+def style(looks):
+    """{"rate": share of pictures in the style that no caption asks for: with a frame}."""
+    return {"rate": float(np.mean([seen.framed for seen in looks]))}
 
 
 def diversity(world, numbers, looks, layouts=32):

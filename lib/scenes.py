@@ -4,9 +4,9 @@ A world drawn by formula. lib/judge.py looks at pictures of it.
     world = Scenes(config)                                     # world.image(i, 32), world.caption(i), world.scene(i)
 
 A scene is a dict: ground, groups (count, size, texture, colour, shape), relation or None, objects (shape, colour,
-texture, diameter, centre). A group is what a caption says once, such as "two small red circles". x runs right, y runs
-down, and the picture is [0, 1] x [0, 1]; H and W are its sides in pixels. The world can be drawn at any resolution,
-costs nothing, and what is true of a picture is known exactly.
+texture, diameter, centre), framed (is there a frame, of which no caption tells?). A group is what a caption says once,
+such as "two small red circles". x runs right, y runs down, and the picture is [0, 1] x [0, 1]; H and W are its sides in
+pixels. The world can be drawn at any resolution, costs nothing, and what is true of a picture is known exactly.
 """
 import functools
 
@@ -24,6 +24,7 @@ COUNTS = ("a", "two", "three")
 RELATIONS = ("left of", "above")
 CONTRAST = 0.15                                                # a texture brightens and darkens its colour by this
 GAP = 0.04                                                     # least distance between shapes, and to the border
+FRAME, FRAME_WIDTH = (.10, .70, .70), 1 / 32                   # its colour is no other thing's; it lies within the gap
 BLOCK = 4096                                                   # scenes whose native sizes are drawn together
 
 
@@ -31,12 +32,14 @@ class Scenes:
     """
     Captioned pictures of one to three shapes, each drawn from its key (purpose, seed, i). The config's scene_* keys
     choose the corner of the world. Purpose "exam" and seed 0 give the scenes that no run is trained on: the same for
-    all runs.
+    all runs. Purpose "style" gives scene_styled scenes with a frame, which no caption mentions.
     """
     name, fingerprint, folder = "scenes", "", None             # no files
+    prefix = ""                                                # put before every caption, with its space
 
     def __init__(self, config, purpose="scenes", seed=None):
         self.config, self.key = config, (purpose, config["seed"] if seed is None else seed)
+        self.framed = purpose == "style"
         self.shapes = list(SHAPES)[:config["scene_shapes"]]
         self.colours = list(COLOURS)[:config["scene_colours"]]
         self.cycles = config["scene_texture"]                  # periods of a texture across the picture
@@ -45,7 +48,7 @@ class Scenes:
         self.unreadable = set()
 
     def __len__(self):
-        return self.config["scene_count"]
+        return self.config["scene_styled" if self.framed else "scene_count"]
 
     def held_out(self):
         """The world's scenes that training never draws."""
@@ -91,7 +94,7 @@ class Scenes:
         return self.caption(number) if number >= 0 else ""
 
     def caption(self, i):
-        return describe(self.scene(i))
+        return self.prefix + describe(self.scene(i))
 
     def where(self, i):
         return f"scene {i}"
@@ -128,7 +131,8 @@ class Scenes:
             relation = None
         elif all(groups[0][k] == groups[1][k] for k in ("shape", "colour")):       # nothing could tell which is which
             groups[1]["shape"] = self.shapes[(self.shapes.index(groups[1]["shape"]) + 1) % len(self.shapes)]
-        return dict(ground=ground, groups=groups, relation=relation, objects=self.place(groups, relation, draw))
+        objects = self.place(groups, relation, draw)
+        return dict(ground=ground, groups=groups, relation=relation, objects=objects, framed=self.framed)
 
     def place(self, groups, relation, draw):
         """
@@ -196,7 +200,17 @@ def render(scene, resolution, cycles):
         cover = np.clip(0.5 - resolution * edge, 0, 1)[..., None]                  # (H, W, 1)
         wave = texture_wave(o["texture"], resolution, cycles)[..., None]           # (H, W, 1)
         image += cover * (COLOURS[o["colour"]] + CONTRAST * wave - image)
+    if scene.get("framed"):
+        image[frame_mask(resolution)] = FRAME
     return image
+
+
+@functools.lru_cache(8)
+def frame_mask(resolution):
+    """(H, W) bool: where a frame lies, at least a pixel wide."""
+    width, mask = max(1, round(resolution * FRAME_WIDTH)), np.ones((resolution, resolution), bool)
+    mask[width:-width, width:-width] = False
+    return mask
 
 
 def distance(shape, x, y, r):

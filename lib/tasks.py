@@ -18,6 +18,18 @@ class Task(NamedTuple):
     metrics: dict = {}                                         # {metric: function of all that `look` returned}
 
 
+def worded(captions, config):
+    """The captions between the words of prompt engineering, `prefix` and `suffix`; the null caption has none."""
+    return [caption and " ".join(filter(None, (config["prefix"], caption, config["suffix"]))) for caption in captions]
+
+
+def in_style(config):
+    """The config that puts the style token before all captions; UserError where training knew none."""
+    if not config["style"]:
+        raise UserError("--style: this run never saw a style token: take one of --stage style, or a student of one")
+    return config | {"prefix": f"{config['style_token']} {config['prefix']}".rstrip()}
+
+
 def prompts_task(file):
     """Captions from a file, one a line; a blank line is the null caption. Nobody judges them."""
     return Task(read_captions(file))

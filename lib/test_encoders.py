@@ -35,7 +35,7 @@ class Trap:
 
 class Captions:
     """A data set of captions alone."""
-    name, fingerprint = "words", "0123"
+    name, fingerprint, prefix = "words", "0123", ""
 
     def __init__(self, folder, texts):
         self.folder, self.texts, self.captions_count = str(folder), texts, len(texts)

@@ -4,7 +4,8 @@ import time
 import numpy as np
 import pytest
 
-from lib.judge import Look, components, counting, diversity, fidelity, judge, judge_answers, look, questions_score
+from lib.judge import (Look, components, counting, diversity, fidelity, judge, judge_answers, look, questions_score,
+                       style)
 from lib.scenes import render
 from lib.test_scenes import WHOLE_WORLD, open_world
 
@@ -88,6 +89,19 @@ def test_fidelity_falls_with_speckle_softness_and_wrong_shapes():
     stray = clean[0].copy()
     stray[2:4, 2:4] = (217, 38, 38)                            # four red pixels, too few for an object
     assert look(stray, 16).objects == look(clean[0], 16).objects and look(stray, 16).psnr < look(clean[0], 16).psnr - 10
+
+
+@pytest.mark.parametrize("resolution", [32, 64])
+def test_a_frame_is_seen_and_changes_no_other_answer(resolution):
+    world = open_world(time.time_ns() % 2 ** 31, **WHOLE_WORLD)
+    scenes = [world.scene(i) for i in range(300)]
+    plain, framed = ([look(draw(scene | {"framed": has}, resolution), 16) for scene in scenes] for has in (False, True))
+    assert style(plain) == {"rate": 0.0} and style(framed) == {"rate": 1.0}
+    scores = [questions_score(scenes, looks, world.middle)["dsg"] for looks in (plain, framed)]
+    assert min(scores) > 0.99 and fidelity(framed)["psnr"] > 45
+    half = draw(scenes[0] | {"framed": True}, resolution)
+    half[:, :resolution // 4] = 128                            # the frame must go all round
+    assert not look(half, 16).framed
 
 
 def test_diversity_is_1_for_the_world_itself_and_0_for_one_picture_a_caption():
