@@ -308,7 +308,7 @@ elif stage.source:                                             # new, from anoth
     if not args.core:
         # a new shell, or another config, has its own resolution and shell; all other flags are the same for both runs
         ours = ("resolution", "shell") if stage.init_prefix or source_run == config["starts"] else ()
-        ours += ("conditions",) * stage.freeze                 # which a frozen core takes up here
+        ours += ("conditions",) * (stage.freeze and not stage.init_prefix)         # which are taken up here
         words = [f"--{key}={value}" for key, value in flags if key not in ours]
         finish_first(parent, ["--config", *source_run.replace("/", " --stage ").split(), f"--out={args.out}", *words])
     origin = read_checkpoint(parent)
