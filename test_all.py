@@ -2018,6 +2018,64 @@ def test_kill_9_at_random_moments_loses_nothing(runs, stage, kills, tmp_path):
 
 
 @pytest.fixture(scope="session")
+def told(runs):
+    """A folder for runs in which a grown one took up a condition, and what was printed."""
+    out = with_parents(runs, runs[0] / "told", "defrost")
+    return out, run("train.py", "--stage", "condition", "--conditions", "size", "--out", out, *changed(TINY, lr=0.01))
+
+
+def test_a_finished_model_takes_up_a_condition_while_its_blocks_stay_as_they_are(told, tmp_path):
+    out, said = told
+    assert "4 of the new ones inside what is inherited (conditions size, as no change)" in said
+    before, after = checkpoint_of(out, "grow"), checkpoint_of(out, "condition")
+    old, new = models.ema_weights(before), after["model"]
+    frozen = [k for k in old if k.startswith("core.") and not k.startswith("core.time.")]
+    assert tensors_hash({k: old[k] for k in frozen}) == tensors_hash({k: new[k] for k in frozen})
+    added = {f"core.time.condition_{way}.SIZE.{part}" for way in ("in", "out") for part in ("weight", "bias")}
+    assert set(new) - set(old) == added and all(after["ema"][k].any() for k in added)
+    assert after["config"]["condition_ranges"] == "size 0.2945..0.4305"
+    words = ["sample.py", folder(out, "condition"), "a red circle", "--n", 1, "--steps", 3, "--seed"]
+    pictures = []
+    for k, numbers in enumerate(("", "size=0.3", "size=0.4", "size=9")):
+        said = run(*words, 0, "--to", tmp_path / f"{k}.png", *(["--set", numbers] if numbers else []))
+        assert ("only 0.2945 to 0.4305 was seen" in said) == (k == 3)
+        pictures.append((tmp_path / f"{k}.png").read_bytes())
+    assert len(set(pictures)) == 4                             # each number makes another picture
+    assert "error: --set size=0.3: this model knows no condition" in run(
+        "sample.py", folder(out, "grow"), "a", "--set", "size=0.3", code=2)
+
+
+def test_taking_up_a_condition_goes_on_to_the_bit(runs, told, tmp_path):
+    whole, broken = (with_parents(runs, tmp_path / name, "defrost") for name in ("whole", "broken"))
+    words = ["--stage", "condition", "--conditions", "x,size", "--core", folder(told[0], "condition")]
+    words += changed(TINY, steps=30)
+    run("train.py", *words, "--out", whole)
+    process, said = start("train.py", *words, "--out", broken)
+    until(said, "\nstep", process)
+    process.terminate(), process.join()
+    assert process.exitcode == 143 and "(conditions x, as no change)" in said()    # size came with the weights
+    assert "going on at step" in run("train.py", *words, "--out", broken)
+    assert_same_run(whole, broken, "condition")
+    words = changed(words, conditions="x")
+    assert "knows size: give --conditions x,size" in run("train.py", *words, "--out", whole, code=2)
+
+
+def test_a_run_keeps_the_conditions_of_its_parent_or_says_why_not(told, tmp_path):
+    teacher = ["--teacher", folder(told[0], "condition"), "--out", tmp_path]
+    distill = ["--stage", "distill", "--objective", "lcm", *teacher, *changed(TINY, sample_steps=2, teacher_steps=8)]
+    assert "conditions size there,  here" in run("train.py", *distill, code=2)
+    run("train.py", *distill, "--conditions", "size")
+    words = ["sample.py", folder(tmp_path, "distill"), "a red circle", "--n", 1, "--to"]
+    run(*words, tmp_path / "a.png"), run(*words, tmp_path / "b.png", "--set", "size=0.4")
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+    words = ["--stage", "defrost", "--core", folder(told[0], "condition"), "--out", tmp_path, *TINY]
+    assert "knows size: give --conditions size" in run("train.py", *words, code=2)
+    for names, words in (("", "of which numbers is the model to be told"), ("colour", "no picture of scenes has"),
+                         ("a.b", "cannot be a name"), ("sizes", "did you mean 'size'?")):
+        assert words in run("train.py", "--stage", "condition", "--conditions", names, "--out", tmp_path, code=2)
+
+
+@pytest.fixture(scope="session")
 def students(runs):
     """A student of each objective, {objective: folder for runs}, and what was printed; the teacher is grown."""
     made, said = {}, {}

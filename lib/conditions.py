@@ -87,8 +87,8 @@ def ranges_known(config, parent):
     there, here = condition_names(parent), condition_names(config)
     if missing := [name for name in there if name not in here]:
         both = ",".join(there + [name for name in here if name not in there])
-        raise UserError(f"conditions = {config['conditions']!r}, and the run that this one starts from knows "
-                        f"{', '.join(missing)}: give --conditions {both}")
+        raise UserError(f"conditions = {config['conditions']!r}, and the older run knows {', '.join(missing)}: "
+                        f"give --conditions {both}")
     known = parse_ranges(parent["condition_ranges"])
     return write_ranges(parse_ranges(config["condition_ranges"]) | known)
 

@@ -134,7 +134,7 @@ def prdc(real, fake, k=5):
 
 def rank_correlation(x, y):
     """
-    Spearman's, of two (n,): the correlation of ranks, where equals have their mean rank; nan where all of one are equal.
+    Spearman's, of two (n,): the correlation of ranks, where equals have their mean rank. nan where one does not vary.
     """
     ranks = []
     for values in (x, y):
