@@ -273,6 +273,7 @@ def describe_run(path):
              f"grid {token_grid(c)} x {token_grid(c)}",
              f"shell  {counts['shell']:>12,} parameters: {c['shell']}",
              f"data   {c['data']}, batch {c['batch']}, seed {c['seed']}"]
+    lines += [f"told   {ranges}: --set" for ranges in (c["condition_ranges"],) if ranges]
     lines += [f"parent {parent}" for parent in state["parents"]]
     return "\n".join(lines + ["config " + " ".join(f"{k}={v}" for k, v in c.items())])
 

@@ -46,8 +46,8 @@ def test_ranges_are_those_seen_or_those_that_weights_know(capsys):
     assert ranges_known(new, {"conditions": "size", "condition_ranges": "size 0.25..0.5"}) == (
         "score 2..3.5, size 0.25..0.5")
     assert ranges_known(new, {"conditions": "", "condition_ranges": ""}) == new["condition_ranges"]
-    refuses(capsys, "the older run knows objects: give --conditions objects,size,score,size_and_crop", ranges_known, new,
-            {"conditions": "objects,size", "condition_ranges": ""})
+    refuses(capsys, "the older run knows objects: give --conditions objects,size,score,size_and_crop",
+            ranges_known, new, {"conditions": "objects,size", "condition_ranges": ""})
     for name, words in (("scor", "did you mean 'score'?"), ("flat", "is 5 in every picture of photos: leave it out")):
         refuses(capsys, words, ranges_seen, {"conditions": name}, data)
     refuses(capsys, "no picture of photos has a number 'score' beside it: they have none", ranges_seen,
