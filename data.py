@@ -173,11 +173,16 @@ class Batches(torch.utils.data.Dataset):
         number = self.data.choose(i, which, long < c["long_captions"])             # -1 where it has none
         if drop < c["caption_dropout"]:                        # guidance needs the model without a caption too
             number = -1                                        # (Ho and Salimans): the null caption
-        size, names = (h, w, top, left, height, width), condition_names(c)         # what size_and_crop tells (SDXL)
-        dropped = dict(zip(names, uniforms(len(names), "conditions", self.stage, c["seed"], epoch, i)
-                           < c["condition_dropout"]))          # so that a model can be asked without them
-        conditions = condition_row(c, size, lambda name: math.nan if dropped[name] else self.data.number(i, name))
-        return Sample(image, self.data.text(number), size, number, i, conditions)
+        size = h, w, top, left, height, width                  # what size_and_crop tells (SDXL)
+        return Sample(image, self.data.text(number), size, number, i, self.conditions(epoch, i, size))
+
+    def conditions(self, epoch, i, size):
+        """The row of conditions of sample i. Each number is dropped by itself: a model can be asked without it."""
+        if not (names := condition_names(self.config)):
+            return []
+        draws = uniforms(len(names), "conditions", self.stage, self.config["seed"], epoch, i)
+        kept = {name for name, draw in zip(names, draws) if draw >= self.config["condition_dropout"]}
+        return condition_row(self.config, size, lambda name: self.data.number(i, name) if name in kept else math.nan)
 
     def first_readable(self, source, i, height, width, place):
         """(i, view). What cannot be decoded is named, and its successor in the same bucket stands in."""
