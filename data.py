@@ -26,11 +26,13 @@ A data set is lib/scenes.py's Scenes or lib/images.py's Indexed; another one ser
     prefix                         what both put before every caption: a style token and a space, or ""
     captions_count                 of all images
     where(i), unreadable           a name for messages; the set of those that failed
+    numbers                        {name: (least, largest)} of the numbers that its images have (lib/conditions.py)
+    number(i, name)                that of image i, NaN where it has none
     held_out()                     the data that a run is scored on
     table()                        lines that tell what was found
 
 Letters: B images in a batch, b on this device, C = 3 channels, H W height and width in pixels, c h w those of latents;
-L caption tokens, E their width, n items of a data set.
+L caption tokens, E their width, K numbers that condition a picture, n items of a data set.
 """
 import functools
 import itertools
@@ -48,6 +50,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from lib.conditions import condition_names, condition_row, ranges_seen
 from lib.draws import generator, uniforms
 from lib.encoders import (EmbeddingCache, LatentCache, embed_captions, embed_images, embed_now, encoder_identity,
                           has_pretrained_encoder, latents_path, open_encoders, to_pieces, train_pieces)
@@ -76,16 +79,16 @@ def open_style(config):
 
 # ---- batches: which samples make up the batch of a step, and how each is cropped, mirrored, recoloured and captioned -
 
-Sample = namedtuple("Sample", ["image", "caption", "size", "number", "i"])         # see Batches.sample
+Sample = namedtuple("Sample", ["image", "caption", "size", "number", "i", "conditions"])     # see Batches.sample
 
 
 class Batches(torch.utils.data.Dataset):
     """
     Item `step` is the batch of that step: x (b, 3, H, W), or latents (b, c, h, w) where `latents` is set; text (b, L),
-    or (b, L, E) of cached embeddings; and size (b, 6) float: original height and width, top and left of the crop in the
-    resized image, target height and width in pixels (SDXL, Sec. 2.2). Of `world` devices, device `rank` gets the
-    rank-th share of its rows. `filtered` leaves out images that are smaller than the target. Raises UserError where
-    fewer than a batch are left. With a style set, `styled`, some rows are of that: a mixture (Greedy Growing, Sec. 6).
+    or (b, L, E) of cached embeddings; and conditions (b, K) float, NaN where a number is absent or was dropped. Of
+    `world` devices, device `rank` gets the rank-th share of its rows. `filtered` leaves out images that are smaller
+    than the target. Raises UserError where fewer than a batch are left. With a style set, `styled`, some rows are of
+    that: a mixture (Greedy Growing, Sec. 6).
 
     Every batch is of one bucket, the same on every device, and each bucket gets its share: after r rounds through the
     data a bucket of n images has had floor(r n / batch) batches. With batches of 4 and buckets of 10 and 5 images these
@@ -124,11 +127,12 @@ class Batches(torch.utils.data.Dataset):
 
     def __getitem__(self, step):
         rows = self.sources(step)[self.rows]                   # only this device's images are read
-        images, captions, sizes, numbers, _ = zip(*[own.sample(epoch, i, own.latents) for own, epoch, i in rows])
+        samples = [own.sample(epoch, i, own.latents) for own, epoch, i in rows]
+        images, captions, _, numbers, _, conditions = zip(*samples)
         x = torch.stack(images) if self.latents else to_tensor(np.stack(images))   # (b, C, H, W)
         text = (torch.cat([own.embeddings([number]) for (own, _, _), number in zip(rows, numbers)]) if self.embeddings
                 else encode_captions(captions, self.config))
-        return x, text, torch.tensor(sizes, dtype=torch.float32)                   # ..., (b, L) or (b, L, E), (b, 6)
+        return x, text, torch.tensor(conditions, dtype=torch.float32)              # ..., (b, L) or (b, L, E), (b, K)
 
     def sources(self, step):
         """
@@ -180,15 +184,16 @@ class Batches(torch.utils.data.Dataset):
     def sample(self, epoch, i, source=None):
         """
         Sample i in this epoch, or the next one that can be read: image (H, W, 3) uint8, caption, row of size, number of
-        the caption or -1, and i. Crop, flip, colours and caption are functions of (stage, seed, epoch, i). From a
-        LatentCache as source, the image is (c, h, w) float. Raises UserError if no image of the bucket can be read.
+        the caption or -1, i, and row of conditions. Crop, flip, colours, caption and what is dropped are functions of
+        (stage, seed, epoch, i). From a LatentCache as source, the image is (c, h, w) float. Raises UserError if no
+        image of the bucket can be read.
         """
         c, source = self.config, source or self.data
         # always nine numbers, so that no key changes what another one draws
         x, y, flip, drop, which, long, *colours = uniforms(9, "data", self.stage, c["seed"], epoch, i)
         height, width = self.sizes[self.bucket[i]]             # of the target, pixels
         i, (image, top, left) = self.first_readable(source, i, height, width, (x, y))
-        w, h = self.data.size(i)                               # native: what the size condition tells
+        w, h = self.data.size(i)                               # native
         if c["flip"] and flip < 0.5:
             image = image[:, ::-1]                             # (H, W, 3), left to right
             left = covering((w, h), height, width, c["resize"])[0] - width - left  # counted from the other side
@@ -197,7 +202,16 @@ class Batches(torch.utils.data.Dataset):
         number = self.data.choose(i, which, long < c["long_captions"])             # -1 where it has none
         if drop < c["caption_dropout"]:                        # guidance needs the model without a caption too
             number = -1                                        # (Ho and Salimans): the null caption
-        return Sample(image, self.data.text(number), (h, w, top, left, height, width), number, i)
+        size = h, w, top, left, height, width                  # what size_and_crop tells (SDXL)
+        return Sample(image, self.data.text(number), size, number, i, self.conditions(epoch, i, size))
+
+    def conditions(self, epoch, i, size):
+        """The row of conditions of sample i. Each number is dropped by itself: a model can be asked without it."""
+        if not (names := condition_names(self.config)):
+            return []
+        draws = uniforms(len(names), "conditions", self.stage, self.config["seed"], epoch, i)
+        kept = {name for name, draw in zip(names, draws) if draw >= self.config["condition_dropout"]}
+        return condition_row(self.config, size, lambda name: self.data.number(i, name) if name in kept else math.nan)
 
     def first_readable(self, source, i, height, width, place):
         """(i, view). What cannot be decoded is named, and its successor in the same bucket stands in."""
@@ -216,8 +230,9 @@ class Batches(torch.utils.data.Dataset):
     @property
     def identity(self):
         """
-        {"data_id", "encoder_id"}: what data and which encoder a model is trained with, for its config and so for its
-        checkpoint. A run refuses to go on with other data, unless it is given the old data_id by hand (--data_id).
+        {"data_id", "encoder_id", "condition_ranges"}: what data and which encoder a model is trained with, for its
+        config and so for its checkpoint. A run refuses to go on with other data, unless it is given the old data_id by
+        hand (--data_id).
         """
         old, sets = self.config["data_id"], [self.data, *([self.styled.data] if self.styled else [])]
         here = "+".join(filter(None, (data.fingerprint for data in sets)))
@@ -225,7 +240,7 @@ class Batches(torch.utils.data.Dataset):
             print(f"data {self.data.name} has the fingerprint {here or 'of no file'}: "
                   f"taken in place of {old}, as data_id says", file=sys.stderr)
         encoder = self.embeddings.id if self.embeddings else encoder_identity(self.config)
-        return {"data_id": old or here, "encoder_id": encoder}
+        return {"data_id": old or here, "encoder_id": encoder, "condition_ranges": ranges_seen(self.config, self.data)}
 
     def summary(self):
         """Lines that tell what is used and what is left out."""

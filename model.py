@@ -23,8 +23,9 @@ Notable features:
   one interpolates.
 
 Letters: B images, C channels (3, or the latents'), H W pixels or latents, h w the core's grid of tokens, N = h*w of
-them, L caption tokens, E width of their embeddings, D width of the core, r ratio of the KV merge; c channels of
-features and h' w' their size inside a shell. temb (B, D) embeds time, size and pooled caption.
+them, L caption tokens, E width of their embeddings, D width of the core, r ratio of the KV merge, K numbers that
+condition a picture; c channels of features and h' w' their size inside a shell. temb (B, D) embeds time, conditions and
+pooled caption.
 """
 import functools
 import math
@@ -37,6 +38,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import MERGE_EPS, attention, kv_merge
 from lib.checkpoint import older_checkpoints, open_checkpoint
+from lib.conditions import read_conditions
 from lib.encoders import encoder_parts, has_pretrained_encoder
 from lib.published import Published, fill, read_published
 from lib.settings import UserError, default_config
@@ -74,11 +76,11 @@ WEIGHTINGS = {
 }
 
 
-def diffusion_loss(model, x, text, t, eps, config, size=None):
-    """Weighted squared error per image, (B,). x and eps (B, C, H, W), text (B, L[, E]), t (B,), size (B, 6) or None."""
+def diffusion_loss(model, x, text, t, eps, config, conditions=None):
+    """Weighted squared error per image, (B,). x, eps (B, C, H, W), text (B, L[, E]), t (B,), conditions (B, K)."""
     logsnr = get_logsnr(t, config)                                                 # (B,)
     alpha, sigma = alpha_sigma(logsnr)                                             # (B, 1, 1, 1)
-    v = model(alpha * x + sigma * eps, logsnr, text, size)                         # (B, C, H, W)
+    v = model(alpha * x + sigma * eps, logsnr, text, conditions)                   # (B, C, H, W)
     error = (v.float() - (alpha * eps - sigma * x)).square().mean((1, 2, 3))       # (B,)
     return WEIGHTINGS[config["weighting"]](logsnr) * error
 
@@ -153,24 +155,27 @@ def sinusoidal_embedding(x, frequencies):
 class TimeEmbedding(nn.Module):
     """
     logsnr -> embedding: sinusoids, then a shallow MLP (Sec. 3.1). Growing goes on tuning it, because larger images
-    shift the noise schedule (Sec. 3.3). With `size_condition`, six numbers of the original size, the crop and the
-    target size are added in the same way (SDXL, Sec. 2.2), from zero: they live here because a core that grows
-    meets new sizes, as it meets new noise levels.
+    shift the noise schedule (Sec. 3.3). Conditions, the numbers of lib/conditions.py, are added in the same way (SDXL,
+    Sec. 2.2), each from zero: a finished core takes up a new one as it takes up new noise levels.
     """
 
-    def __init__(self, width, size_condition):
+    def __init__(self, width, conditions):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(128, width), nn.SiLU(), nn.Linear(width, width))
-        self.size_in = nn.Linear(6 * 128, width) if size_condition else None
-        self.size_out = nn.Linear(width, width) if size_condition else None
+        self.conditions = conditions
+        self.condition_in = nn.ModuleDict({c.key: nn.Linear(128 * c.columns, width) for c in conditions})
+        self.condition_out = nn.ModuleDict({c.key: nn.Linear(width, width) for c in conditions})
 
-    def forward(self, logsnr, size=None):
+    def forward(self, logsnr, conditions=None):
         per_logsnr = torch.logspace(-4, 2, 64, base=2.0, device=logsnr.device)     # radians per unit of logsnr
         temb = self.mlp(sinusoidal_embedding(logsnr, per_logsnr))                  # (B, D)
-        if self.size_in is not None and size is not None:
-            per_pixel = torch.logspace(-14, 0, 64, base=2.0, device=size.device)   # radians per pixel
-            sizes = sinusoidal_embedding(size.flatten(), per_pixel).unflatten(0, (-1, 6)).flatten(1)   # (B, 6 * 128)
-            temb = temb + self.size_out(F.silu(self.size_in(sizes)))
+        numbers = () if conditions is None else conditions.split([c.columns for c in self.conditions], 1)
+        for c, x in zip(self.conditions, numbers):                                 # (B, columns)
+            there = ~x.isnan().any(1, keepdim=True)                                # (B, 1): else it adds nothing
+            per_range = torch.logspace(0, c.octaves, 64, base=2.0, device=x.device)      # radians from low to high
+            x = ((x - c.low) / (c.high - c.low)).nan_to_num().flatten()            # (B * columns,)
+            x = sinusoidal_embedding(x, per_range).unflatten(0, (-1, c.columns)).flatten(1)        # (B, columns * 128)
+            temb = temb + there * self.condition_out[c.key](F.silu(self.condition_in[c.key](x)))
         return temb
 
 
@@ -259,17 +264,17 @@ def positions_2d(h, w, width, device=None):
 class Core(nn.Module):
     """Text-to-image core: embeds caption and time, works on a grid of tokens (Sec. 3.1). `grow` trains `time` alone."""
 
-    def __init__(self, text, width, heads, mlp_ratio, merge_ratios, merge_norm, size_condition):
+    def __init__(self, text, width, heads, mlp_ratio, merge_ratios, merge_norm, conditions):
         super().__init__()
         self.text = text                                       # WordEncoding or PretrainedEncoding
-        self.time = TimeEmbedding(width, size_condition)
+        self.time = TimeEmbedding(width, conditions)
         self.modulation = nn.Linear(width, 6 * width)          # shifts, scales and gates of all blocks (adaLN-single)
         self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, r, merge_norm) for r in merge_ratios)
 
-    def embed(self, logsnr, text, size=None):
+    def embed(self, logsnr, text, conditions=None):
         """temb for shell and blocks, the caption's tokens, and how many of them are real."""
         text, text_len, pooled = self.text(text)                                   # (B, L, D), (B,), (B, D)
-        return F.silu(self.time(logsnr, size) + pooled), text, text_len
+        return F.silu(self.time(logsnr, conditions) + pooled), text, text_len
 
     def forward(self, features, temb, text, text_len):
         h, w = features.shape[2:]
@@ -482,9 +487,9 @@ class Patch(nn.Module):
 
 class Denoiser(nn.Module):
     """
-    z (B, C, H, W), logsnr (B,), text (B, L) tokens or (B, L, E) embeddings, size (B, 6) in pixels (original height,
-    width, crop top, left, target height, width) or None -> v (B, C, H, W). What the shell makes is v, or with
-    `prediction` "x" the clean image, from which v follows (JiT, arXiv 2511.13720): a narrow shell cannot carry noise.
+    z (B, C, H, W), logsnr (B,), text (B, L) tokens or (B, L, E) embeddings, conditions (B, K), NaN where a number is
+    absent, or None -> v (B, C, H, W). What the shell makes is v, or with `prediction` "x" the clean image, from which v
+    follows (JiT, arXiv 2511.13720): a narrow shell cannot carry noise.
     """
 
     def __init__(self, core, shell, prediction="v", pool=1):
@@ -492,9 +497,9 @@ class Denoiser(nn.Module):
         self.core, self.shell, self.prediction = core, shell, prediction
         self.pool_shift = 2 * math.log(pool)                   # the core sees images pooled by so much: less noise
 
-    def forward(self, z, logsnr, text, size=None):
+    def forward(self, z, logsnr, text, conditions=None):
         z = z if z.is_cuda else z.contiguous(memory_format=torch.channels_last)    # convolutions on a CPU gain a sixth
-        temb, text, text_len = self.core.embed(logsnr + self.pool_shift, text, size)     # (B, D), (B, L, D), (B,)
+        temb, text, text_len = self.core.embed(logsnr + self.pool_shift, text, conditions)     # (B, D), (B, L, D), (B,)
         features, skips = self.shell.encode(z, temb, logsnr)                       # (B, D, h, w)
         features = self.core(features, temb, text, text_len)                       # (B, D, h, w)
         y = self.shell.decode(features, skips, temb)                               # (B, C, H, W)
@@ -513,7 +518,7 @@ def build(config):
     width, spans, merged = c["width"], encoder_spans(c), merged_layers(c)
     text = PretrainedEncoding(spans, width) if spans else WordEncoding(c["text_vocab"], c["text_length"], width)
     ratios = [c["kv_merge"] if i in merged else 1 for i in range(c["depth"])]
-    core = Core(text, width, c["heads"], c["mlp_ratio"], ratios, c["kv_merge_norm"], c["size_condition"])
+    core = Core(text, width, c["heads"], c["mlp_ratio"], ratios, c["kv_merge_norm"], read_conditions(c))
     pool = c["resolution"] // c["inner_resolution"] if c["shell"] == "nested" else 1
     return init_weights(Denoiser(core, build_shell(c), c["prediction"], pool))
 
@@ -549,15 +554,15 @@ def init_weights(model):
         cross_attention.out                            0: with the gates, a block is the identity
         residual block: temb_proj                      0: no shift, no scale
         conv_out, proj_out                             0: the model predicts 0, of v or of x
-        time.size_out                                  0: sizes change nothing
+        time.condition_out                             0: conditions change nothing
         self_attention.merge                           1 / r^2: the mean of the merged tokens (PixArt-Sigma)
     """
     zero = ("core.modulation.weight", "scale_shift_table", "cross_attention.out.weight", "temb_proj.weight",
-            "conv_out.weight", "proj_out.weight", "time.size_out.weight")
+            "conv_out.weight", "proj_out.weight")
     for name, p in model.named_parameters():
         if "norm" in name:
             nn.init.constant_(p, 1.0 if name.endswith("weight") else 0.0)
-        elif p.ndim < 2 or name.endswith(zero):
+        elif p.ndim < 2 or name.endswith(zero) or ".condition_out." in name:
             nn.init.zeros_(p)
         elif name.endswith("merge.weight"):
             nn.init.constant_(p, 1 / p[0].numel())
@@ -594,8 +599,8 @@ def init_from(parent, config, prefix):
     added = [k for k in new if k.startswith(prefix) and k not in old]
     misfits = [f"{k} is {tuple(v.shape)} there, {tuple(new[k].shape)} here"
                for k, v in inherited.items() if v.shape != new[k].shape]
-    # a merge starts as the mean, the embedding of sizes as no change; nothing else may be missing
-    misfits += [f"{k} is only here" for k in added if ".merge" not in k and ".size_" not in k]
+    # a merge starts as the mean, a condition as no change; nothing else may be missing
+    misfits += [f"{k} is only here" for k in added if ".merge" not in k and ".condition_" not in k]
     if misfits:
         raise UserError(f"this model cannot take over the weights ({', '.join(misfits[:3])}): "
                         "use the settings of their run, or train another")
@@ -607,6 +612,8 @@ def init_from(parent, config, prefix):
         report += f"; {len(added)} of the new ones inside what is inherited"
     if any(".merge" in k for k in added):
         report += f" (KV merge by {config['kv_merge']}, blocks {config['kv_merge_layers']}, as the mean)"
+    if fresh := [c.name for c in read_conditions(config) if f"core.time.condition_out.{c.key}.weight" in added]:
+        report += f" (conditions {', '.join(fresh)}, as no change)"
     return inherited, report
 
 
@@ -703,12 +710,10 @@ def check_sizes(config):
 
 def example(config, batch=1, device=None):
     """(z, logsnr, text) of the shapes that a model of this config takes: to count with, as on the meta device."""
-    spans = encoder_spans(config)
-    if spans:
-        text = torch.zeros(batch, config["text_length"], max(width for _, width in spans), device=device)
-    else:
-        text = torch.zeros(batch, config["text_length"], dtype=torch.long, device=device)
-    return torch.zeros(batch, *image_shape(config), device=device), torch.zeros(batch, device=device), text
+    spans, length = encoder_spans(config), config["text_length"]
+    zeros = functools.partial(torch.zeros, batch, device=device)
+    text = zeros(length, max(width for _, width in spans)) if spans else zeros(length, dtype=torch.long)
+    return zeros(*image_shape(config)), zeros(), text
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ What a network learns beyond the plain loss (model.py: diffusion_loss). Each obj
     lcm            the same with one segment from noise to image                                (Luo et al. 2023)
     dmd            a student's images are moved to where real ones would be                     (Yin et al. 2024)
 
-Networks are (z, logsnr, text, size) -> v; the teacher, which a student starts as, is (z, logsnr, text, size) -> x, with
-guidance inside. `distill_turns` puts them together: a step of training is a list of turns (train.py: Turn).
+Networks are (z, logsnr, text, conditions) -> v; the teacher, which a student starts as, is the same -> x, with guidance
+inside. `distill_turns` puts them together: a step of training is a list of turns (train.py: Turn).
 
 Letters: B images, C channels, H W pixels or latents.
 """
@@ -22,13 +22,13 @@ from sample import guided
 # Students of few steps
 
 
-def predict_x(net, z, logsnr, text, size):
+def predict_x(net, z, logsnr, text, conditions):
     """x = alpha z - sigma v, (B, C, H, W), float32; logsnr (B,)."""
     alpha, sigma = alpha_sigma(logsnr)                                             # (B, 1, 1, 1)
-    return alpha * z - sigma * net(z, logsnr, text, size).float()
+    return alpha * z - sigma * net(z, logsnr, text, conditions).float()
 
 
-def consistency_loss(net, target, teacher, x, text, t, eps, size, config, step=0):
+def consistency_loss(net, target, teacher, x, text, t, eps, conditions, config, step=0):
     """
     Multistep consistency distillation (Heek et al. 2024, Algorithm 1). [0, 1] is cut into sample_steps segments; from
     anywhere in one, the student learns to see the image with which one step of DDIM lands at its clean end. The teacher
@@ -45,7 +45,7 @@ def consistency_loss(net, target, teacher, x, text, t, eps, size, config, step=0
     snr_root, end_root = (torch.exp(level / 2)[:, None, None, None] for level in (logsnr, logsnr_end))     # alpha/sigma
     z = alpha * x + sigma * eps                                                    # (B, C, H, W)
     with torch.no_grad():
-        x_teacher = teacher(z, logsnr, text, size)
+        x_teacher = teacher(z, logsnr, text, conditions)
         eps_teacher = (z - alpha * x_teacher) / sigma
         # of the way to the end of the segment, what the teacher's step makes: all in the last, of lcm else nearly none
         share = torch.expm1((logsnr_next - logsnr) / 2) / torch.expm1((logsnr_end - logsnr) / 2)
@@ -55,37 +55,37 @@ def consistency_loss(net, target, teacher, x, text, t, eps, size, config, step=0
             variance = config["addim"] / (2 + snr_root ** 2)   # of x given z, as they found it
             spread = (sigma_next ** 2 + c ** 2 * variance / eps_teacher.square().mean((1, 2, 3), True)).sqrt()
         z_next = alpha_next * x_teacher + spread * eps_teacher
-        x_next = predict_x(target, z_next, logsnr_next, text, size)
+        x_next = predict_x(target, z_next, logsnr_next, text, conditions)
         x_end = torch.lerp(x_next, x_teacher, share[:, None, None, None])          # DDIM to the end and inverse DDIM
         x_end = x_end + (spread - sigma_next) / sigma_next / (end_root - snr_root) * eps_teacher
-    error = (predict_x(net, z, logsnr, text, size) - x_end).square().mean((1, 2, 3))         # e_x^2 = sigma^2 e_v^2
+    error = (predict_x(net, z, logsnr, text, conditions) - x_end).square().mean((1, 2, 3))   # e_x^2 = sigma^2 e_v^2
     weighting = WEIGHTINGS["x" if config["objective"] == "lcm" else config["weighting"]]
     return weighting(logsnr) / torch.sigmoid(-logsnr) * error
 
 
-def dmd_loss(net, fake, teacher, text, t, noises, size, config):
+def dmd_loss(net, fake, teacher, text, t, noises, conditions, config):
     """
     Distribution matching (Yin et al. 2024, eq. 7-8): the student makes an image of pure noise in one step; at a random
     level the teacher sees what real images would be there, and `fake`, a network trained on the student's images, what
     the student's would be, both as x. Their difference says where the image should move. noises (B, 2, C, H, W).
     """
     start, eps = noises.unbind(1)
-    x = predict_x(net, start, get_logsnr(torch.full_like(t, config["start_time"]), config), text, size)
+    x = predict_x(net, start, get_logsnr(torch.full_like(t, config["start_time"]), config), text, conditions)
     logsnr = get_logsnr(0.02 + 0.96 * t, config)                                   # (B,)
     alpha, sigma = alpha_sigma(logsnr)
     with torch.no_grad():
         z = alpha * x + sigma * eps
-        real = teacher(z, logsnr, text, size)
-        pull = (fake(z, logsnr, text, size) - real) / (x - real).abs().mean((1, 2, 3), True).clamp(min=1e-6)
+        real = teacher(z, logsnr, text, conditions)
+        pull = (fake(z, logsnr, text, conditions) - real) / (x - real).abs().mean((1, 2, 3), True).clamp(min=1e-6)
     return 0.5 * (x - (x - pull).detach()).square().mean((1, 2, 3))                # its gradient at x is along `pull`
 
 
-def fake_loss(fake, student, text, t, noises, size, config):
+def fake_loss(fake, student, text, t, noises, conditions, config):
     """Plain diffusion on images that the student makes (Yin et al. 2024, eq. 6). noises (B, 2, C, H, W)."""
     start, eps = noises.unbind(1)
     with torch.no_grad():
-        x = predict_x(student, start, get_logsnr(torch.full_like(t, config["start_time"]), config), text, size)
-    return diffusion_loss(fake, x, text, t, eps, config, size)
+        x = predict_x(student, start, get_logsnr(torch.full_like(t, config["start_time"]), config), text, conditions)
+    return diffusion_loss(fake, x, text, t, eps, config, conditions)
 
 
 def distill_turns(own, path, config, device, in_half, second_turn):
@@ -97,16 +97,16 @@ def distill_turns(own, path, config, device, in_half, second_turn):
     master, taught = load(path, device)
     limit = math.inf if config["autoencoder"] else 1.0
 
-    def sees(model, guidance):                                 # (z, logsnr, text, size) -> x
-        return lambda z, logsnr, text, size: guided(in_half(model), text, guidance, size, limit)(z, logsnr)
+    def sees(model, guidance):                                 # (z, logsnr, text, conditions) -> x
+        return lambda z, logsnr, text, conditions: guided(in_half(model), text, guidance, conditions, limit)(z, logsnr)
     teacher = sees(master, config["guidance"])
 
     def averaged(z, *batch):                                   # the student with its EMA weights
         return torch.func.functional_call(own.model, own.ema_params, (z, *batch))
 
-    def of_consistency(net, step, x, text, t, eps, size):
+    def of_consistency(net, step, x, text, t, eps, conditions):
         target = in_half(averaged if config["objective"] == "lcm" else own.model)
-        return consistency_loss(net, target, teacher, x, text, t, eps, size, config, step)
+        return consistency_loss(net, target, teacher, x, text, t, eps, conditions, config, step)
     if config["objective"] == "lcm" and config["fsdp"]:
         raise UserError("objective = lcm with fsdp is not supported, for its target is an average: take another one")
     if config["objective"] != "dmd":
@@ -114,10 +114,10 @@ def distill_turns(own, path, config, device, in_half, second_turn):
     fake = build(taught)
     fake.load_state_dict(master.state_dict())                  # starts as the teacher
 
-    def of_student(net, step, x, text, t, noises, size):
-        return dmd_loss(net, sees(fake, 1), teacher, text, t, noises, size, config)
+    def of_student(net, step, x, text, t, noises, conditions):
+        return dmd_loss(net, sees(fake, 1), teacher, text, t, noises, conditions, config)
 
-    def of_fake(net, step, x, text, t, noises, size):
-        return fake_loss(net, in_half(own.model), text, t, noises, size, config)
+    def of_fake(net, step, x, text, t, noises, conditions):
+        return fake_loss(net, in_half(own.model), text, t, noises, conditions, config)
     return [own._replace(every=config["fake_updates"], noises=2, loss=of_student),
             second_turn("fake", fake)._replace(noises=2, loss=of_fake)]

@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from data import encode_captions
+from lib.conditions import condition_row, parse_set
 from lib.draws import normals
 from lib.encoders import open_autoencoder
 from lib.files import free_name
@@ -138,20 +139,22 @@ def get_logsnrs(config, steps, sampler, device="cpu"):
 # Guidance, and pictures of captions
 
 
-def guided(model, text, guidance, size=None, limit=1.0):
+def guided(model, text, guidance, conditions=None, limit=1.0):
     """
     denoise(z, logsnr) -> x for these captions (B, L) or (B, L, E), with classifier-free guidance on all channels
     (Ho and Salimans 2021): v = v_null + guidance (v_caption - v_null). 1 means no guidance, 0 no caption. The null
-    caption is the one of training. x is clipped to [-limit, limit]: pixels have a limit, latents have none.
+    caption is the one of training; conditions (1 or B, K) are told with both. x is clipped to [-limit, limit]: pixels
+    have a limit, latents have none.
     """
     null = torch.zeros_like(text)                              # padding alone
     captions = {0: null, 1: text}.get(guidance, torch.cat([text, null]))           # (B or 2 B, L...): one pass for both
     copies = len(captions) // len(text)                        # 1 or 2
-    sizes = None if size is None else size.to(text.device).expand(len(text), 6).repeat(copies, 1)
+    if conditions is not None:
+        conditions = conditions.to(text.device).expand(len(text), -1).repeat(copies, 1)      # (B or 2 B, K)
 
     def denoise(z, logsnr):                                    # one level for all images, or one for each
         logsnrs = logsnr.expand(len(text)).repeat(copies)                          # (B or 2 B,)
-        v = model(z.repeat(copies, 1, 1, 1), logsnrs, captions, sizes).float()     # (B or 2 B, C, H, W)
+        v = model(z.repeat(copies, 1, 1, 1), logsnrs, captions, conditions).float()      # (B or 2 B, C, H, W)
         if copies == 2:
             v_caption, v_null = v.chunk(2)                                         # (B, C, H, W)
             v = v_null + guidance * (v_caption - v_null)
@@ -162,11 +165,12 @@ def guided(model, text, guidance, size=None, limit=1.0):
 
 @torch.no_grad()
 def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, sampler=None, batch=None, bar=False,
-           poll=None, size=None):
+           poll=None, size=None, numbers={}):
     """
     One image per caption, x (B, 3, H, W) in [-1, 1] on the CPU; latents are decoded. Image i draws from (seed,
     first + i, step) alone, so it does not depend on `batch`. `steps`, `guidance`, `sampler` and `size` (height,
-    width in pixels) default to the config's. `poll`, if given, is called at every evaluation and may raise.
+    width in pixels) default to the config's. `numbers` {name: number, or one for each caption} are told to the model,
+    all other conditions are absent. `poll`, if given, is called at every evaluation and may raise.
     """
     steps, sampler = steps or config["sample_steps"], sampler or config["sampler"]
     guidance = 1 if is_student(config) else config["guidance"] if guidance is None else guidance
@@ -175,7 +179,10 @@ def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, 
     batch = batch or (16 if device.type == "cpu" else 64)      # the caches of a CPU hold no more
     autoencoder, (channels, side, _) = open_autoencoder(config, device), image_shape(config)
     shape = channels, height * side // config["resolution"], width * side // config["resolution"]  # of z
-    uncropped = torch.tensor([height, width, 0, 0, height, width], dtype=torch.float32)
+    uncropped = height, width, 0, 0, height, width
+    numbers = {name: torch.as_tensor(number).expand(len(captions)).tolist() for name, number in numbers.items()}
+    conditions = torch.tensor([condition_row(config, uncropped, lambda name: numbers[name][i] if name in numbers else
+                                             math.nan) for i in range(len(captions))])       # (B, K)
     limit = math.inf if config["autoencoder"] else 1.0         # of x
     text = encode_captions(worded(captions, config), config).to(device)            # (B, L) or (B, L, E)
     logsnrs = get_logsnrs(config, steps, sampler, device)                          # (steps,)
@@ -184,7 +191,7 @@ def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, 
     images, progress = [], tqdm(total=total, desc="sampling", leave=False, disable=None if bar else True)
     for start in range(0, len(captions), batch):
         rows = range(start, min(start + batch, len(captions)))                     # b captions
-        denoise = guided(model, text[rows.start:rows.stop], guidance, uncropped, limit)
+        denoise = guided(model, text[rows.start:rows.stop], guidance, conditions[rows.start:rows.stop], limit)
 
         def noise_sampler(step):
             return normals([("sampling", seed, first + i, step) for i in rows], shape, device)     # (b, C, H, W)
@@ -268,6 +275,7 @@ def describe_run(path):
              f"grid {token_grid(c)} x {token_grid(c)}",
              f"shell  {counts['shell']:>12,} parameters: {c['shell']}",
              f"data   {c['data']}, batch {c['batch']}, seed {c['seed']}"]
+    lines += [f"told   {ranges}: --set" for ranges in (c["condition_ranges"],) if ranges]
     lines += [f"parent {parent}" for parent in state["parents"]]
     return "\n".join(lines + ["config " + " ".join(f"{k}={v}" for k, v in c.items())])
 
@@ -285,6 +293,7 @@ def parse():
     parser.add_argument("--style", action="store_true", help="in the style of a run of --stage style")
     parser.add_argument("--batch", type=int, help="images at a time, 16 on a CPU; does not change the images")
     parser.add_argument("--size", help="HxW in pixels: another shape of about the area that the run was trained at")
+    parser.add_argument("--set", help="numbers of conditions that the run knows, such as size=0.4,objects=2")
     parser.add_argument("--to", default="grid.png", help="PNG file, default grid.png; numbered where it exists")
     parser.add_argument("--dtype", choices=["bf16", "fp16"], help="of a published model and its encoders; default fp32")
     parser.add_argument("--describe", action="store_true", help="print what the run is, and stop")
@@ -314,10 +323,10 @@ def main():
     check_student(config, args.steps, args.guidance, args.sampler)
     if not is_student(config) and not config["pipeline"]:      # which have their own
         args.steps, args.sampler = args.steps or 256, args.sampler or "ddpm"
-    size = parse_size(args.size, config)
+    size, numbers = parse_size(args.size, config), parse_set(args.set, config)
     captions = [caption for caption in args.captions for _ in range(args.n)]
     x = sample(model, config, captions, args.seed, steps=args.steps, guidance=args.guidance, sampler=args.sampler,
-               batch=args.batch, bar=True, size=size)
+               batch=args.batch, bar=True, size=size, numbers=numbers)
     to, columns = free_name(args.to), args.n if len(args.captions) > 1 else min(args.n, 8)
     write_png(to, make_grid(to_uint8(x), columns))
     print(f"{to}: {len(x)} images of {size[0]}x{size[1]} px", *args.captions, sep="\n  ")

@@ -45,6 +45,7 @@ import objectives
 import sample as sampling
 from data import Batches
 from lib import triton_tools
+from lib.conditions import count_columns
 from lib.encoders import open_autoencoder
 from lib.images import INDEX
 from lib.judge import look
@@ -241,7 +242,7 @@ def test_every_preset_gives_a_velocity_of_the_shape_of_its_image(name):
     for stage in ("pretrain", "grow"):
         config = load_config(name, stage)
         z, logsnr, text = models.example(config, 2, "meta")
-        v = on_meta(config)(z, logsnr, text, torch.zeros(2, 6, device="meta"))
+        v = on_meta(config)(z, logsnr, text, torch.zeros(2, count_columns(config), device="meta"))
         assert v.shape == z.shape == (2, *models.image_shape(config))
         assert config["sampler"] in sampling.SAMPLERS
         if name not in ("toy", "speedrun", "small", "tiny"):               # the papers' recipes are AdamW's
@@ -304,7 +305,7 @@ def test_a_twin_is_its_preset_but_for_sizes():
         for stage in STAGES:
             twin, real = load_config(name, stage), load_config(name.removesuffix("-tiny"), stage)
             assert {k for k in twin if twin[k] != real[k]} <= free, name
-            assert all(twin[k] == real[k] for k in ("shell", "sampler", "size_condition", "kv_merge", "muon_lr")), name
+            assert all(twin[k] == real[k] for k in ("shell", "sampler", "conditions", "kv_merge", "muon_lr")), name
 
 
 # ---- kernels.py ------------------------------------------------------------------------------------------------------
@@ -776,7 +777,7 @@ def wide(tmp_path):
 
 
 def test_every_batch_is_of_one_bucket_and_none_is_left_out(wide):
-    config = tiny(resolution=32, grid=8, aspects="32x32,24x48,48x24", batch=4)
+    config = tiny(resolution=32, grid=8, aspects="32x32,24x48,48x24", batch=4, conditions="size_and_crop")
     batches = Batches(wide, config, filtered=False)
     assert [len(m) for m in batches.members] == [40, 25, 3]
     steps = [batches.pairs(s) for s in range(170)]             # ten rounds of 17 batches of 4
@@ -819,7 +820,7 @@ def test_size_tells_where_the_crop_came_from(wide):
     config = tiny(resolution=32, aspects="32x32", flip=True, caption_dropout=0.0)
     batches, flips = Batches(wide, config, filtered=False), set()
     for i in range(40, 64):
-        image, caption, (h, w, top, left, height, width), _, _ = batches.sample(0, i)
+        image, caption, (h, w, top, left, height, width), *_ = batches.sample(0, i)
         assert caption == str(i) and (h, w, top, height, width) == (48, 96, 0, 32, 32)
         assert abs(int(image[9, 9, 2]) - i) <= 1
         flipped = int(image[0, 0, 0]) > int(image[0, -1, 0])
@@ -832,9 +833,30 @@ def test_size_tells_where_the_crop_came_from(wide):
     assert batches.sample(0, 41)[2] != batches.sample(1, 41)[2]
 
 
+def test_a_batch_tells_the_numbers_of_its_pictures_and_drops_some(runs):
+    config = tiny(conditions="objects,size_and_crop,size", condition_dropout=0.5)
+    world = data.open_data(config)
+    config |= Batches(world, config, False).identity
+    assert config["condition_ranges"] == "objects 1..2, size 0.2945..0.4305"
+    batches, told = Batches(world, config, False, "grow"), []
+    for step in range(10):
+        rows = batches[step][2]                                # (8, 8)
+        assert rows.shape == (8, count_columns(config)) and torch.equal(rows[:, 5:7], torch.full((8, 2), 16.0))
+        for row, (_, i) in zip(rows, batches.pairs(step)):
+            sizes = [o["diameter"] for o in world.scene(i)["objects"]]
+            truth = torch.tensor([len(sizes), np.mean(sizes)])
+            there = ~row[[0, 7]].isnan()
+            assert torch.allclose(row[[0, 7]][there], truth[there].float())
+            told.append(there)
+    assert (torch.stack(told).float().mean(0) - 0.5).abs().max() < 0.2 and len(torch.stack(told).unique(dim=0)) == 4
+    without = Batches(world, tiny(), False, "grow")
+    assert without[3][2].shape == (8, 0)                       # and no other draw has changed
+    assert all(torch.equal(a, b) for a, b in zip(without[3][:2], batches[3][:2]))
+
+
 def test_stretching_keeps_all_of_an_image(wide):
     batches = Batches(wide, tiny(resolution=32, resize="stretch"), filtered=False)
-    image, _, size, _, _ = batches.sample(0, 50)
+    image, _, size, *_ = batches.sample(0, 50)
     assert size == (48, 96, 0, 0, 32, 32) and image[:, 0, 1].max() > 245
     assert image[0, :, 0].min() < 5 and image[0, :, 0].max() > 250
 
@@ -893,7 +915,8 @@ def test_captions_are_embedded_once_and_read_as_batches(photos, encoders, capsys
 
 def test_latents_are_made_once_and_read_as_batches(photos, capsys):
     pytest.importorskip("pyarrow")
-    config = tiny(data=str(photos), resolution=16, latent_stride=2, latent_channels=12, latent_scale=1.0, batch=24)
+    config = tiny(data=str(photos), resolution=16, latent_stride=2, latent_channels=12, latent_scale=1.0, batch=24,
+                  conditions="size_and_crop")
     indexed(photos)
     args = types.SimpleNamespace(path=str(photos), encoder="", weights="", dtype="fp32", vae="space_to_depth")
     data.embed(args, config)
@@ -1116,7 +1139,7 @@ def test_the_noisy_image_joins_the_head_at_full_size_where_a_config_asks_for_it(
 
 
 EMBEDDED = dict(encoder="t5-xxl:5,clip-h:3", encoder_width=(12, 8), text_length=8)
-EVERYTHING = dict(EMBEDDED, shell="patch", patch=2, kv_merge=2, kv_merge_layers="1-1", size_condition=True)
+EVERYTHING = dict(EMBEDDED, shell="patch", patch=2, kv_merge=2, kv_merge_layers="1-1", conditions="size_and_crop")
 
 
 @pytest.mark.parametrize("stage, changes, last", [
@@ -1127,7 +1150,7 @@ def test_outputs_meant_to_be_zero_are_exactly_zero_in_the_finished_model(stage, 
     net = models.build(config)
     zero = {k for k, p in net.named_parameters() if p.ndim > 1 and not p.any()}
     core = {f"core.blocks.{i}.{part}" for i in range(2) for part in ("scale_shift_table", "cross_attention.out.weight")}
-    core |= {"core.modulation.weight"} | ({"core.time.size_out.weight"} if changes else set())
+    core |= {"core.modulation.weight"} | ({"core.time.condition_out.SIZE_AND_CROP.weight"} if changes else set())
     shell = {k for k in net.state_dict() if k.startswith("shell.") and ("temb_proj.weight" in k or "scale_shift" in k)}
     assert zero == core | shell | {f"shell.{last}.weight"}
     z, logsnr, text = models.example(config, 2)
@@ -1225,15 +1248,42 @@ def test_each_encoder_has_its_own_projection_and_real_tokens_come_first():
 
 
 def test_sizes_condition_the_model_through_the_time_embedding():
-    config = tiny("grow", size_condition=True)
+    config = tiny("grow", conditions="size_and_crop")
     net = shaken(models.build(config))
     z, logsnr, text = models.example(config, 1)
     size = torch.tensor([[64.0, 48, 0, 8, 32, 32]])
     with torch.no_grad():
         one, other, none = [net(z, logsnr, text, s) for s in (size, size.flip(1), None)]
         assert not torch.allclose(one, other, atol=1e-3) and not torch.allclose(one, none, atol=1e-3)
-        net.core.time.size_out.weight.zero_()                  # as it starts: a constant that sizes cannot move
+        net.core.time.condition_out["SIZE_AND_CROP"].weight.zero_()                # a constant that sizes cannot move
         assert torch.equal(net(z, logsnr, text, size), net(z, logsnr, text, size.flip(1)))
+
+
+def test_a_number_that_is_absent_changes_nothing_and_each_counts_in_its_own_range():
+    config = tiny("grow", conditions="norm,merge", condition_ranges="norm -3..-1, merge 1000..2000")     # hard names
+    net, plain = models.build(config), models.build(tiny("grow"))
+    shared = plain.state_dict()
+    added = {k for k in net.state_dict() if k not in shared}
+    assert added == {f"core.time.condition_{way}.{name}.{what}" for way in ("in", "out") for name in ("NORM", "MERGE")
+                     for what in ("weight", "bias")}
+    assert {k for k in added if not net.state_dict()[k].any()} == {k for k in added if "_out." in k or "bias" in k}
+    net.load_state_dict(shaken(plain).state_dict(), strict=False)
+    z, logsnr, text = models.example(config, 2)
+    nan, told = torch.full((2, 2), math.nan), torch.tensor([[-2.0, math.nan], [-1.0, 1500.0]])
+    with torch.no_grad():
+        alone = plain(z, logsnr, text)
+        assert all(torch.equal(net(z, logsnr, text, numbers), alone) for numbers in (None, nan, told))   # from zero
+        for layer in net.core.time.condition_out.values():
+            layer.weight.normal_(), layer.bias.normal_()
+        assert torch.equal(net(z, logsnr, text, nan), alone)
+        moved = net(z, logsnr, text, told)
+        assert not torch.allclose(moved, alone, atol=1e-3) and moved.isfinite().all()
+        one = net(z, logsnr, text, torch.tensor([[-2.0, math.nan], [math.nan, math.nan]]))
+        assert torch.allclose(one[0], moved[0], atol=1e-6) and torch.allclose(one[1], alone[1], atol=1e-6)
+        other = models.build(config | {"condition_ranges": "norm 0..4, merge 1000..2000"})
+        other.load_state_dict(net.state_dict())                # half of its range, wherever that lies
+        here, there = (m.core.time(logsnr, torch.tensor([[x, 1500.0]] * 2)) for m, x in ((net, -2.0), (other, 2.0)))
+        assert torch.allclose(here, there, atol=1e-5)
 
 
 def test_merging_equal_neighbours_changes_nothing_but_by_the_norm():
@@ -1277,11 +1327,12 @@ def test_kv_merge_saves_the_flops_that_are_expected(size, saving):
 
 
 def test_growing_freezes_all_of_the_core_but_the_time_embedding():
-    net = models.build(tiny("grow", size_condition=True))
+    net = models.build(tiny("grow", conditions="size_and_crop,size"))
     models.freeze_core(net)
     for name, p in net.named_parameters():
         assert p.requires_grad == (name.startswith(("shell.", "core.time."))), name
-    assert {name.split(".")[0] for name, _ in net.core.time.named_parameters()} == {"mlp", "size_in", "size_out"}
+    parts = {name.split(".")[0] for name, _ in net.core.time.named_parameters()}
+    assert parts == {"mlp", "condition_in", "condition_out"}
 
 
 def test_a_core_of_one_shell_grows_in_another_and_the_report_is_true():
@@ -2038,6 +2089,64 @@ def test_kill_9_at_random_moments_loses_nothing(runs, stage, kills, tmp_path):
 
 
 @pytest.fixture(scope="session")
+def told(runs):
+    """A folder for runs in which a grown one took up a condition, and what was printed."""
+    out = with_parents(runs, runs[0] / "told", "defrost")
+    return out, run("train.py", "--stage", "condition", "--conditions", "size", "--out", out, *changed(TINY, lr=0.01))
+
+
+def test_a_finished_model_takes_up_a_condition_while_its_blocks_stay_as_they_are(told, tmp_path):
+    out, said = told
+    assert "4 of the new ones inside what is inherited (conditions size, as no change)" in said
+    before, after = checkpoint_of(out, "grow"), checkpoint_of(out, "condition")
+    old, new = models.ema_weights(before), after["model"]
+    frozen = [k for k in old if k.startswith("core.") and not k.startswith("core.time.")]
+    assert tensors_hash({k: old[k] for k in frozen}) == tensors_hash({k: new[k] for k in frozen})
+    added = {f"core.time.condition_{way}.SIZE.{part}" for way in ("in", "out") for part in ("weight", "bias")}
+    assert set(new) - set(old) == added and all(after["ema"][k].any() for k in added)
+    assert after["config"]["condition_ranges"] == "size 0.2945..0.4305"
+    words = ["sample.py", folder(out, "condition"), "a red circle", "--n", 1, "--steps", 3, "--seed"]
+    pictures = []
+    for k, numbers in enumerate(("", "size=0.3", "size=0.4", "size=9")):
+        said = run(*words, 0, "--to", tmp_path / f"{k}.png", *(["--set", numbers] if numbers else []))
+        assert ("only 0.2945 to 0.4305 was seen" in said) == (k == 3)
+        pictures.append((tmp_path / f"{k}.png").read_bytes())
+    assert len(set(pictures)) == 4                             # each number makes another picture
+    assert "error: --set size=0.3: this model knows no condition" in run(
+        "sample.py", folder(out, "grow"), "a", "--set", "size=0.3", code=2)
+
+
+def test_taking_up_a_condition_goes_on_to_the_bit(runs, told, tmp_path):
+    whole, broken = (with_parents(runs, tmp_path / name, "defrost") for name in ("whole", "broken"))
+    words = ["--stage", "condition", "--conditions", "x,size", "--core", folder(told[0], "condition")]
+    words += changed(TINY, steps=30)
+    run("train.py", *words, "--out", whole)
+    process, said = start("train.py", *words, "--out", broken)
+    until(said, "\nstep", process)
+    process.terminate(), process.join()
+    assert process.exitcode == 143 and "(conditions x, as no change)" in said()    # size came with the weights
+    assert "going on at step" in run("train.py", *words, "--out", broken)
+    assert_same_run(whole, broken, "condition")
+    words = changed(words, conditions="x")
+    assert "knows size: give --conditions x,size" in run("train.py", *words, "--out", whole, code=2)
+
+
+def test_a_run_keeps_the_conditions_of_its_parent_or_says_why_not(told, tmp_path):
+    teacher = ["--teacher", folder(told[0], "condition"), "--out", tmp_path]
+    distill = ["--stage", "distill", "--objective", "lcm", *teacher, *changed(TINY, sample_steps=2, teacher_steps=8)]
+    assert "conditions size there,  here" in run("train.py", *distill, code=2)
+    run("train.py", *distill, "--conditions", "size")
+    words = ["sample.py", folder(tmp_path, "distill"), "a red circle", "--n", 1, "--to"]
+    run(*words, tmp_path / "a.png"), run(*words, tmp_path / "b.png", "--set", "size=0.4")
+    assert (tmp_path / "a.png").read_bytes() != (tmp_path / "b.png").read_bytes()
+    words = ["--stage", "defrost", "--core", folder(told[0], "condition"), "--out", tmp_path, *TINY]
+    assert "knows size: give --conditions size" in run("train.py", *words, code=2)
+    for names, words in (("", "of which numbers is the model to be told"), ("colour", "no picture of scenes has"),
+                         ("a.b", "cannot be a name"), ("sizes", "did you mean 'size'?")):
+        assert words in run("train.py", "--stage", "condition", "--conditions", names, "--out", tmp_path, code=2)
+
+
+@pytest.fixture(scope="session")
 def students(runs):
     """A student of each objective, {objective: folder for runs}, and what was printed; the teacher is grown."""
     made, said = {}, {}
@@ -2788,10 +2897,12 @@ def test_readme_tells_true_line_counts():
 # ---- tests of lib/ and experiments/ ----------------------------------------------------------------------------------
 
 from experiments.test_bench import *  # noqa
+from experiments.test_conditions import *  # noqa
 from experiments.test_few_steps import *  # noqa
 from experiments.test_sharpness import *  # noqa
 from experiments.test_styles import *  # noqa
 from lib.test_checkpoint import *  # noqa
+from lib.test_conditions import *  # noqa
 from lib.test_draws import *  # noqa
 from lib.test_encoders import *  # noqa
 from lib.test_files import *  # noqa

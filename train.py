@@ -5,6 +5,7 @@ Train one stage. Each leaves a run folder out/CONFIG/STAGE: last.pt, config.txt,
     python train.py --stage pretrain                   phase 1 alone: a Shallow-UViT at low resolution on all images
     python train.py --stage defrost                    phase 3, optional: go on with every weight in motion
     python train.py --stage style --style my/best      tune it to a set of images of one style, mixed with the data
+    python train.py --stage condition --conditions size        a grown model learns to be told numbers (GUIDE.md)
     python train.py --stage distill                    a student of the last model that takes 16 steps, no guidance
     python train.py --stage scratch                    baseline: the grown model from random weights, large images only
     python train.py --stage finetune                   baseline: growing without freezing
@@ -34,6 +35,7 @@ from tqdm import tqdm
 from data import Batches, open_data, open_style
 from eval import evaluate, report
 from lib import checkpoint
+from lib.conditions import count_columns, ranges_known
 from lib.draws import normals, uniforms
 from lib.encoders import open_autoencoder
 from lib.files import file_hash
@@ -57,13 +59,14 @@ from sample import STUDENTS, check_student, is_student, sample
 # images smaller than the target are left out.
 Stage = namedtuple("Stage", "sources init_prefix freeze large_only")
 STAGES = {
-    "pretrain": Stage((),                            None,    False, False),
-    "grow":     Stage(("pretrain",),                 "core.", True,  True),
-    "defrost":  Stage(("grow",),                     "",      False, True),
-    "scratch":  Stage((),                            None,    False, True),        # baseline 1
-    "finetune": Stage(("pretrain",),                 "core.", False, True),        # baseline 2
-    "style":    Stage(("defrost", "grow"),           "",      False, True),        # some rows of another set
-    "distill":  Stage(("style", "defrost", "grow"),  "",      False, True),
+    "pretrain":  Stage((),                            None,    False, False),
+    "grow":      Stage(("pretrain",),                 "core.", True,  True),
+    "defrost":   Stage(("grow",),                     "",      False, True),
+    "scratch":   Stage((),                            None,    False, True),       # baseline 1
+    "finetune":  Stage(("pretrain",),                 "core.", False, True),       # baseline 2
+    "style":     Stage(("defrost", "grow"),           "",      False, True),       # some rows of another set
+    "condition": Stage(("defrost", "grow"),           "",      True,  True),       # a finished core is told numbers
+    "distill":   Stage(("style", "defrost", "grow"),  "",      False, True),
 }
 # A turn is one update within a step: who is trained, by which loss per image, loss(net, step, *batch), of how many
 # noises, at every how many steps. Plain training is a list of one; distribution matching trains two networks.
@@ -155,7 +158,8 @@ def in_half(net, dtype):
 def forward_backward(turn, step, batch, micro, world, dtype, config):
     """
     Loss of each image, (b,), and its gradients, over micro-batches: they add up to those of the whole batch. batch is
-    x (b, C, H, W), text (b, L) or (b, L, E), t (b,), eps (b, C, H, W), or (b, 2, C, H, W) for two noises, size (b, 6).
+    x (b, C, H, W), text (b, L) or (b, L, E), t (b,), eps (b, C, H, W), or (b, 2, C, H, W) for two noises, and
+    conditions (b, K).
     """
     losses, parts = [], list(zip(*(part.split(micro) for part in batch)))          # parts: micro-batches
     for k, part in enumerate(parts):
@@ -216,6 +220,8 @@ if distills != is_student(config) or args.teacher and not distills:
 if bool(config["style"]) != (args.stage == "style") and not distills or config["style"] == "scenes" != config["data"]:
     raise UserError(f"--stage {args.stage}, data = {config['data']}, style = {config['style']!r}: give --style PATH, or "
                     "with scenes --style scenes, to --stage style and to its students alone")
+if stage.freeze and not stage.init_prefix and not config["conditions"]:
+    raise UserError(f"--stage {args.stage}: of which numbers is the model to be told? --conditions objects,size")
 if distills:
     check_student(config, sampler=dict(flags).get("sampler"))
     if config["sampler"] not in (samplers := STUDENTS[config["objective"]][0]):
@@ -228,7 +234,7 @@ if plan_flags and not args.plan:
 def example_loss(model, images):
     """The loss of images that are zeros: to count with."""
     x, t, text = example(config, images)
-    return diffusion_loss(model, x, text, t, x, config, torch.zeros(images, 6)).sum()
+    return diffusion_loss(model, x, text, t, x, config, torch.zeros(images, count_columns(config))).sum()
 
 
 def count_moments(name, p):
@@ -277,6 +283,7 @@ all_reduce_max(0)                                              # a barrier
 saved, saved_file = (None, None) if args.fresh else checkpoint.newest_checkpoint(run, default_config())
 parent = None                                                  # the run that this one starts from
 if saved:
+    config |= {"condition_ranges": ranges_known(config, saved["config"])}
     free = set(FREE_KEYS) - ({"guidance", "sample_steps"} if distills else set())  # a student has learned with these
     changes = check_settings(run, saved, about, free)          # refuses another run's
     about["parents"] = saved["parents"]                        # all runs before this one, and their steps
@@ -309,6 +316,7 @@ elif stage.sources:                                            # new, from anoth
     if not args.core:
         # a new shell, or another config, has its own resolution and shell; all other flags are the same for both runs
         ours = ("resolution", "shell") if stage.init_prefix or source_run == config["starts"] else ()
+        ours += ("conditions",) * (stage.freeze and not stage.init_prefix)         # which are taken up here
         words = [f"--{key}={value}" for key, value in flags if key not in ours and not key.startswith("style")]
         finish_first(parent, ["--config", *source_run.replace("/", " --stage ").split(), f"--out={args.out}", *words])
     origin = read_checkpoint(parent)
@@ -320,7 +328,7 @@ elif stage.sources:                                            # new, from anoth
         keys += ("prediction",)
     others = {parent: origin}                                  # the runs that this one needs
     if distills:                                               # what is taught must be what is learned
-        keys += ("resolution", "encoder", "data_id", "autoencoder", "style", "style_token")
+        keys += ("resolution", "encoder", "data_id", "autoencoder", "style", "style_token", "conditions")
         others[teacher] = origin if teacher == parent else read_checkpoint(teacher)
         if is_student(others[teacher]["config"]):
             raise UserError(f"{teacher} is a student itself: give --teacher the run that it learned from")
@@ -331,6 +339,7 @@ elif stage.sources:                                            # new, from anoth
         if differ := [key for key in keys if other["config"][key] != config[key]]:
             differences = ", ".join(f"{key} {other['config'][key]} there, {config[key]} here" for key in differ[:3])
             raise UserError(f"{path} does not fit ({differences}): use its settings, or train another")
+    config |= {"condition_ranges": ranges_known(config, origin["config"])}
     parent_weights, report_of_init = init_from(origin, config, stage.init_prefix)
     about["parents"] = [*origin["parents"], f"{parent} ({origin['stage']}, step {origin['step']})"]
     if distills:                                               # named, not copied
@@ -395,7 +404,7 @@ ema_params = {name: p.detach().clone() for name, p in trained.items()}          
 groups = model.core.parameters(), model.shell.parameters(), trained.values()
 counts = ["{:,}".format(sum(p.numel() for p in group)) for group in groups]
 turns = [Turn("", model, net, trained, optimizers, ema_params, scaler, 1, 1,
-              lambda net, step, x, text, t, eps, size: diffusion_loss(net, x, text, t, eps, config, size))]
+              lambda net, step, x, text, t, eps, numbers: diffusion_loss(net, x, text, t, eps, config, numbers))]
 if distills:
     half = functools.partial(in_half, dtype=dtype)
     turns = distill_turns(turns[0], about["teacher"][0], config, device, half, second_turn)
@@ -516,7 +525,7 @@ install_excepthook(**advice, workers=getattr(loader, "_workers", ()))
 bar = tqdm(desc=args.stage, initial=step, total=config["steps"], disable=None if rank == 0 else True)
 while step < config["steps"]:
     tick = time.perf_counter()
-    x, text, size = (part.to(device, non_blocking=True) for part in next(loader))
+    x, text, conditions = (part.to(device, non_blocking=True) for part in next(loader))
     waited += time.perf_counter() - tick                       # for data; near 0 with enough workers
     x = x if batches.latents else autoencoder.encode(x)        # (b, C, H, W)
     moved = True
@@ -525,7 +534,7 @@ while step < config["steps"]:
             continue
         shape = (turn.noises,) * (turn.noises > 1) + x.shape[1:]                   # (C, H, W), or (2, C, H, W)
         t, eps = draw_noise(rows, shape, (args.stage, config["seed"], data_step, *turn.name.split()), config, device)
-        batch = x, text, t, eps, size                          # all of this process's rows
+        batch = x, text, t, eps, conditions                    # all of this process's rows
         loss = forward_backward(turn, step, batch, micro, world, dtype, config)    # (b,)
         norm = norms[turn.name] = clip_gradients(turn, config["clip"])             # of the whole gradient
 

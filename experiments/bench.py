@@ -37,6 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from kernels import MERGE_EPS, example_call, kv_merge_reference, kv_merge_triton
+from lib.conditions import count_columns
 from lib.files import atomic_write
 from lib.settings import Parser, UserError, load_config
 from lib.triton_tools import INTERPRETED, NO_TRITON, relative_errors, run_with_gradients, tolerance, triton, worst
@@ -234,7 +235,7 @@ def measure_model(name, device):
     config_name, _, stage = name.partition("/")
     config = load_config(config_name, stage or "pretrain")
     with torch.device(device):
-        model, (x, t, text), size = build(config), example(config), torch.zeros(1, 6)
+        model, (x, t, text), conditions = build(config), example(config), torch.zeros(1, count_columns(config))
         t, text = t + 0.5, text + 1                                 # a caption of zeros has no tokens
     if stage == "grow":
         freeze_core(model)
@@ -247,7 +248,7 @@ def measure_model(name, device):
         """Seconds of a forward, or of a whole training step."""
         begin = time.perf_counter()
         with torch.set_grad_enabled(training), torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss = diffusion_loss(model, x, text, t, x, config, size).mean()
+            loss = diffusion_loss(model, x, text, t, x, config, conditions).mean()
         if training:
             loss.backward()
             optimizer.step()

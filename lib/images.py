@@ -142,6 +142,7 @@ def jittered(image, uniforms, strength):
 
 # ---- the table: one row per image, by columns ------------------------------------------------------------------------
 
+NUMBER = "number "                                             # what the columns begin with that a .json names
 NUMBERS = {"offset": np.int64, "length": np.int64,  # where its bytes lie in its file: 0 where it is the whole file
            "width": np.int32, "height": np.int32,              # pixels, as shown
            "crc": np.uint32}                                   # crc32 of its bytes
@@ -173,6 +174,7 @@ class Indexed:
         file                        Strings, relative to root: the image itself, or the tar that holds it
         offset ... crc              arrays, see NUMBERS
         captions, long_captions     (the number of each image's first one, int64 (n + 1,); Strings)
+        number NAME, ...            float64 arrays of the numbers in the .json beside images, NaN where there is none
 
     Of an index on disk all of these are views of its memory map: workers share it, and no memory grows with the number
     of images. folder is where that index lies, or None; head is a dict of format, root, fingerprint, report, examples
@@ -183,10 +185,11 @@ class Indexed:
     def __init__(self, columns, head, root, folder=None):
         self.columns, self.head, self.folder = columns, head, folder
         self.root, self.name = os.path.normpath(root), os.path.abspath(root)
-        self.file, self.offset, self.length, self.width, self.height, self.crc, plain, long = columns.values()
+        self.file, self.offset, self.length, self.width, self.height, self.crc, plain, long, *_ = columns.values()
         (self.first, self.captions), (self.first_long, self.long_captions) = plain, long
         self.fingerprint, self.captions_count = head["fingerprint"], len(self.captions) + len(self.long_captions)
         self.unreadable, self.resized = set(), {}              # images that failed; {(i, height, width, rule): array}
+        self.number_columns = {key.removeprefix(NUMBER): c for key, c in columns.items() if key.startswith(NUMBER)}
 
     def __len__(self):
         return len(self.file)
@@ -268,6 +271,16 @@ class Indexed:
         except (tarfile.TarError, OSError):
             return f"{name}/byte {offset}"
 
+    @functools.cached_property
+    def numbers(self):
+        """{name: (least, largest)} of the numbers beside the images."""
+        there = {name: c for name, c in self.number_columns.items() if not np.isnan(c).all()}
+        return {name: (float(np.nanmin(c)), float(np.nanmax(c))) for name, c in there.items()}
+
+    def number(self, i, name):
+        """That of image i, NaN where it has none."""
+        return float(self.number_columns[name][i])
+
     def held_out(self):
         """The data that a run is scored on: a folder holds nothing back, so these are the images of training."""
         return self
@@ -280,6 +293,8 @@ class Indexed:
                  for reason, count in report["skipped"].items()]
         rows += [("captions", count, f"{reason}, such as {examples['caption ' + reason]}")
                  for reason, count in report["captions"].items() if count]
+        rows += [("number", np.isfinite(self.number_columns[name]).sum(), f"{name}, {low:.6g} to {high:.6g}")
+                 for name, (low, high) in self.numbers.items()]
         return [f"  {what:8s} {count:9d}  {why}".rstrip() for what, count, why in rows]
 
 
@@ -313,7 +328,8 @@ def arrays_of(columns):
 
 # ---- the index: the table as an Arrow file beside the data, read through a memory map --------------------------------
 #
-#     index.arrow   one row per image: file, NUMBERS, captions, long_captions; its head is JSON in its metadata
+#     index.arrow   one row per image: file, NUMBERS, captions, long_captions, and what numbers the .json files beside
+#                   images have; its head is JSON in its metadata
 #     bad.tsv       every file that is not used, every caption that is odd, and why
 
 INDEX, FORMAT = "nanovermeer.index", 2
@@ -326,11 +342,12 @@ def index_folder(path):
     return os.path.join(path, INDEX) if os.path.isdir(path) else os.path.splitext(path)[0] + "." + INDEX
 
 
-def index_schema(arrow, metadata=None):
-    """The columns, with offsets of 64 bits: all captions may have more than 2 GB."""
+def index_schema(arrow, names, metadata=None):
+    """The columns, with offsets of 64 bits: all captions may have more than 2 GB. names: all of them."""
     text = arrow.large_string()
     fields = [("file", text)] + [(name, arrow.from_numpy_dtype(dtype)) for name, dtype in NUMBERS.items()]
-    return arrow.schema(fields + [(name, arrow.large_list(text)) for name in ("captions", "long_captions")], metadata)
+    fields += [(name, arrow.large_list(text)) for name in ("captions", "long_captions")]
+    return arrow.schema(fields + [(name, arrow.float64()) for name in names if name.startswith(NUMBER)], metadata)
 
 
 def write_index(folder, data, bad):
@@ -339,7 +356,8 @@ def write_index(folder, data, bad):
     os.makedirs(folder, exist_ok=True)
     inside = os.path.realpath(folder).startswith(os.path.realpath(data.root) + os.sep)  # both may be moved together
     root = os.path.relpath(data.root, folder) if inside else os.path.abspath(data.root)
-    schema = index_schema(arrow, {"nanovermeer": json.dumps({"format": FORMAT, "root": root} | data.head)})
+    head = {"nanovermeer": json.dumps({"format": FORMAT, "root": root} | data.head)}
+    schema = index_schema(arrow, data.columns, head)
     batch = arrow.record_batch([to_arrow(arrow, c) for c in data.columns.values()], schema=schema)
 
     def table(file):
@@ -369,7 +387,7 @@ def read_index(folder):
             head = json.loads(reader.schema.metadata[b"nanovermeer"])
             if head["format"] != FORMAT:
                 raise UserError(WRONG_FORMAT.format(folder, head["format"]))
-            if not reader.schema.equals(index_schema(arrow)) or reader.num_record_batches != 1:
+            if not reader.schema.equals(index_schema(arrow, reader.schema.names)) or reader.num_record_batches != 1:
                 raise ValueError(f"it holds {reader.num_record_batches} batches of {reader.schema.names}")
             batch = reader.get_batch(0)
         data = Indexed(from_arrow(batch), head, os.path.join(folder, head["root"]), folder)
@@ -394,7 +412,8 @@ def from_arrow(batch):
     columns |= {name: view(batch[name].buffers()[1], dtype, len(batch)) for name, dtype in NUMBERS.items()}
     for name in ("captions", "long_captions"):
         columns[name] = view(batch[name].buffers()[1], np.int64, len(batch) + 1), strings(batch[name].values)
-    return columns
+    numbers = [name for name in batch.schema.names if name.startswith(NUMBER)]
+    return columns | {name: view(batch[name].buffers()[1], np.float64, len(batch)) for name in numbers}
 
 
 def misfit(data, batch):
@@ -417,6 +436,8 @@ def misfit(data, batch):
         good &= (offset == 0) | (offset <= sizes[file.indices.to_numpy()] - length)            # a sum could overflow
         if not good.all():
             return f"row {k + int(np.argmin(good))} lies outside of its file"
+        if any(np.isinf(column[rows]).any() for column in data.number_columns.values()):
+            return "a number of its images is infinite"
     return ""
 
 

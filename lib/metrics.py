@@ -132,6 +132,17 @@ def prdc(real, fake, k=5):
             "density": of_fake.double().mean().item() / k, "coverage": share_above_0(of_real_ball)}
 
 
+def rank_correlation(x, y):
+    """
+    Spearman's, of two (n,): the correlation of ranks, where equals have their mean rank. nan where one does not vary.
+    """
+    ranks = []
+    for values in (x, y):
+        _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(count) - (count - 1) / 2)[place])                  # (n,)
+    return float(np.corrcoef(*ranks)[0, 1]) if all(np.ptp(r) > 0 for r in ranks) else float("nan")
+
+
 def clip_score(images, texts):
     """
     100 x mean cosine of each image embedding (n, D) with that of its caption (n, D), not clamped. Hessel et al. 2021

@@ -2,7 +2,7 @@
 Published models, and ours in the form in which models are published: folders of safetensors and JSON.
 
     PixArt-Sigma, SDXL    a pipeline's folder as diffusers' save_pretrained leaves it. Its own network predicts v of
-                          (z, logsnr, text, size), its own encoders read captions, and samplers need not know
+                          (z, logsnr, text, conditions), its own encoders read captions, and samplers need not know
     an export             the EMA weights of a run and config.json, which says what they are
 
 Letters: B images, c h w channels and sides of latents, n tokens of a caption, L at most, E width of an embedding.
@@ -18,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lib.checkpoint import FORMAT
+from lib.conditions import SIZES
 from lib.files import (atomic_write, complete, from_folder, import_extra, local_weights, read_json, weight_files,
                        weights_hash)
 from lib.settings import UserError, default_config
@@ -57,8 +58,9 @@ def noise_levels(folder):
 
 class Published(nn.Module):
     """
-    The network of config["pipeline"]: z (B, c, h, w), logsnr (B,), text (B, L, E), size (B, 6) in pixels or None -> v
-    (B, c, h, w). Zeros in place of a caption are the null caption here as everywhere; the network gets its own.
+    The network of config["pipeline"]: z (B, c, h, w), logsnr (B,), text (B, L, E), conditions (B, 6), those of
+    size_and_crop, or None -> v (B, c, h, w). Zeros in place of a caption are the null caption here as everywhere; the
+    network gets its own.
     """
 
     def __init__(self, config):
@@ -70,12 +72,12 @@ class Published(nn.Module):
         self.logsnrs, self.predicts_v = noise_levels(folder)   # no buffer: it stays in float64
         self.null = None                                       # its null caption, (L, E), where one is needed
 
-    def forward(self, z, logsnr, text, size=None):
+    def forward(self, z, logsnr, text, conditions=None):
         dtype, t, text = self.core.dtype, self.timestep(logsnr), self.with_null(text)
-        if self.config["size_condition"]:                      # SDXL
+        if self.config["conditions"]:                          # SDXL
             side = self.config["latent_stride"]
             h, w = side * z.shape[2], side * z.shape[3]        # pixels
-            size = torch.tensor([[h, w, 0, 0, h, w]] * len(z), device=z.device) if size is None else size
+            size = torch.tensor([[h, w, 0, 0, h, w]] * len(z), device=z.device) if conditions is None else conditions
             about = self.core.config                           # the pooled text's width, and six of an embedded size
             pooled = about.projection_class_embeddings_input_dim - 6 * about.addition_time_embed_dim
             added = {"text_embeds": text[:, -1, :pooled].to(dtype), "time_ids": size}
@@ -273,7 +275,7 @@ def read_pipeline(folder):
         "pipeline": folder, "shell": "published", "data": "", "sampler": "dpm", "dtype": "fp32", "weighting": "eps",
         "encoder": f"pipeline:{tokens}", "encoder_width": (encoder.width,), "encoder_weights": folder,
         "text_length": tokens, "autoencoder": os.path.join(folder, "vae"), "latent_channels": vae["latent_channels"],
-        "latent_stride": stride, "latent_scale": vae["scaling_factor"], "size_condition": unet,
+        "latent_stride": stride, "latent_scale": vae["scaling_factor"], "conditions": SIZES * unet,
         "resolution": side * stride, "noise_base_resolution": side * stride, "grid": side // patch,
         "logsnr_max": float(logsnrs[0]), "logsnr_min": float(logsnrs[-1]), "steps": 0}
     return {"name": name, "stage": "published", "step": 0, "config": config, "parents": [], "model": weights, "ema": {}}
@@ -308,8 +310,8 @@ def export(state, folder):
     save_file(weights, path + ".part")
     os.replace(path + ".part", path)
     about = {"format": FORMAT} | {key: state[key] for key in ("name", "stage", "step", "parents", "config")}
-    text = json.dumps({"what": "EMA weights of nanoVermeer, v of (z, logsnr, text, size): model.load(FOLDER)"} | about,
-                      indent=1)
+    what = "EMA weights of nanoVermeer, v of (z, logsnr, text, conditions): model.load(FOLDER)"
+    text = json.dumps({"what": what} | about, indent=1)
     atomic_write(os.path.join(folder, "config.json"), lambda f: f.write(text.encode()))        # last: now it is whole
     return f"{folder}: {len(weights)} tensors of {state['stage']}, step {state['step']}: python sample.py {folder}"
 

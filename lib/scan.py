@@ -13,7 +13,8 @@ lays all rows into columns (Indexed).
     tar shards  as img2dataset writes them: 0001.jpg, 0001.txt, 0001.json, in any order
 
 In .json and .jsonl, "caption" (or "captions", "text") is one caption or a list of them, and "long_caption" (or
-"long_captions") likewise. Below, texts is such a pair of lists, (plain, long).
+"long_captions") likewise. Below, texts is such a pair of lists, (plain, long). The numbers of a .json, such as
+{"aesthetic": 5.5}, are kept by their names.
 """
 import collections
 import concurrent.futures
@@ -30,8 +31,8 @@ import zlib
 import numpy as np
 from tqdm import tqdm
 
-from lib.images import (IMAGES, INDEX, MOST_BYTES, NUMBERS, UNSUPPORTED, WRONG_FORMAT, Indexed, Unfit, arrays_of,
-                        digest, header, index_folder, pack, pillow, read_index, read_part)
+from lib.images import (IMAGES, INDEX, MOST_BYTES, NUMBER, NUMBERS, UNSUPPORTED, WRONG_FORMAT, Indexed, Unfit,
+                        arrays_of, digest, header, index_folder, pack, pillow, read_index, read_part)
 from lib.settings import UserError
 
 CAPTION_KEYS, LONG_KEYS = ("caption", "captions", "text"), ("long_caption", "long_captions")
@@ -39,9 +40,12 @@ FILE_KEYS = ("file", "file_name", "filename", "image", "path", "key")  # any of 
 LISTS = ("captions.jsonl", "captions.csv")
 MOST_CHARACTERS = 8000                                         # of a caption; the rest is cut
 MOST_CAPTIONS = 1000                                           # of an image, of each kind
+MOST_NUMBERS = 64                                              # of an image; of a data set, the most frequent ones
+LARGEST = 1e30                                                 # number that is kept
 CHUNK = 256                                                    # files of a folder that a worker takes at a time
 
-Row = collections.namedtuple("Row", ["name", "file", *NUMBERS, "captions", "long_captions", "odd"])  # odd: see clean
+# numbers: {name: number}; odd: see clean
+Row = collections.namedtuple("Row", ["name", "file", *NUMBERS, "numbers", "captions", "long_captions", "odd"])
 
 
 def scan(path, workers=None):
@@ -145,8 +149,8 @@ def scan_files(root, images):
     for name, text, fields, texts in images:
         try:
             blob = read_whole(os.path.join(root, name))
-            texts = texts or texts_beside(read(text), read(fields), name, bad)
-            rows.append(make_row(name, name, 0, blob, texts))
+            beside, numbers = read_beside(read(text), read(fields), name, bad)
+            rows.append(make_row(name, name, 0, blob, texts or beside, numbers))
         except OSError:  # no permission, a loop of links, gone since it was listed
             bad.append((name, "unreadable"))
         except Unfit as e:
@@ -177,8 +181,8 @@ def scan_shard(root, name):
             try:
                 if k or kind in UNSUPPORTED or length > MOST_BYTES:
                     raise Unfit("same key" if k else "unsupported format" if kind in UNSUPPORTED else "too large")
-                both = texts_beside(texts.get(".txt"), texts.get(".json"), member, bad)
-                rows.append(make_row(member, name, offset, read_part(path, offset, length), both))
+                both, numbers = read_beside(texts.get(".txt"), texts.get(".json"), member, bad)
+                rows.append(make_row(member, name, offset, read_part(path, offset, length), both, numbers))
             except Unfit as e:
                 bad.append((member, str(e)))
     return rows, bad, {name: size}
@@ -208,14 +212,14 @@ def tar_members(path):
         return {}, size, size if "unexpected end" in str(e) else end
 
 
-def make_row(name, file, offset, blob, texts):
+def make_row(name, file, offset, blob, texts, numbers):
     """The Row of an image. Raises Unfit where training could not use it."""
     (width, height), odd = header(blob), []
     plain, long = (dict.fromkeys(clean(text, odd) for text in part[:MOST_CAPTIONS]) for part in texts)  # each once
     plain, long = ([caption for caption in part if caption] for part in (plain, long))
     if not plain and not long:
         odd.append("empty" if any(texts) else "missing")
-    return Row(name, file, offset, len(blob), width, height, zlib.crc32(blob), plain, long, odd)
+    return Row(name, file, offset, len(blob), width, height, zlib.crc32(blob), numbers, plain, long, odd)
 
 
 def clean(caption, odd):
@@ -240,13 +244,24 @@ def texts_of(fields):
     return pick(CAPTION_KEYS), pick(LONG_KEYS)
 
 
-def texts_beside(text, fields, name, bad):
-    """(plain, long) captions from the bytes of a .txt and a .json, either of them None where there is no such file."""
+def numbers_of(fields):
+    """{name: number} of a .json: the first ones that are finite. True and False are no numbers."""
+    numbers = [(k, float(v)) for k, v in fields.items()
+               if type(v) in (int, float) and abs(v) < LARGEST and k.isprintable()]
+    return dict(numbers[:MOST_NUMBERS])
+
+
+def read_beside(text, fields, name, bad):
+    """
+    (plain, long) captions and {name: number} from the bytes of a .txt and a .json, either of them None where there is
+    no such file.
+    """
     row = read_json(fields) if fields is not None else {}
     if row is None:
         bad.append((name, "unreadable .json, not skipped"))
     plain, long = texts_of(row or {})
-    return [text] if text is not None else plain, long         # img2dataset writes the caption to both: take it once
+    plain = [text] if text is not None else plain              # img2dataset writes the caption to both: take it once
+    return (plain, long), numbers_of(row or {})
 
 
 def read_json(text):
@@ -309,6 +324,9 @@ def merge(root, parts, bad):
         lists = [getattr(row, name) for row in rows]
         firsts = np.cumsum([0] + [len(texts) for texts in lists], dtype=np.int64)
         columns[name] = firsts, pack([text for texts in lists for text in texts])
+    counts = collections.Counter(sorted(name for row in rows for name in row.numbers))
+    for name, _ in counts.most_common(MOST_NUMBERS):           # of equals the first by name
+        columns[NUMBER + name] = np.array([row.numbers.get(name, np.nan) for row in rows])
 
     skipped = collections.Counter(reason_of(why) for _, why in bad if not why.endswith("not skipped"))
     odd = collections.Counter(why for row in rows for why in row.odd)

@@ -96,6 +96,17 @@ class Scenes:
     def caption(self, i):
         return self.prefix + describe(self.scene(i))
 
+    @property
+    def numbers(self):
+        """{name: (least, largest)} of the numbers that scenes have, as measure_objects tells them."""
+        small, large = 0.95 * min(self.diameters.values()), 1.05 * max(self.diameters.values())
+        place, textured = (GAP + small / 2, 1 - GAP - small / 2), self.config["scene_textured"]
+        return {"objects": (1.0, float(self.config["scene_objects"])), "size": (small, large), "x": place, "y": place,
+                "textured": (float(textured == 1), float(textured > 0))}
+
+    def number(self, i, name):
+        return measure_objects(self.scene(i)["objects"])[name]
+
     def where(self, i):
         return f"scene {i}"
 
@@ -247,6 +258,16 @@ def describe(scene):
         plural = "" if g["count"] == 1 else "es" if g["shape"] == "cross" else "s"
         phrases.append(" ".join(word for word in words if word != "plain") + plural)
     return f" {scene['relation']} ".join(phrases) + f" on a {scene['ground']} background"
+
+
+def measure_objects(objects):
+    """
+    {name: number} of a picture's objects, one or more, drawn or seen: how many, their mean diameter and place, and the
+    share of them that have a texture.
+    """
+    x, y = np.mean([o["centre"] for o in objects], 0)
+    return {"objects": len(objects), "size": float(np.mean([o["diameter"] for o in objects])), "x": float(x),
+            "y": float(y), "textured": float(np.mean([o["texture"] != "plain" for o in objects]))}
 
 
 def world_name(config):

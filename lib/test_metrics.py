@@ -144,6 +144,15 @@ def test_blocks_do_not_change_a_result(monkeypatch):
     assert every() == pytest.approx(whole, rel=1e-9)
 
 
+def test_rank_correlation_is_that_of_ranks_and_shares_them_among_equals():
+    x = np.array([0.1, 5.0, 2.0, 3.0])
+    assert metrics.rank_correlation(x, np.exp(x)) == pytest.approx(1)              # any rising function
+    assert metrics.rank_correlation(x, -x) == pytest.approx(-1)
+    # ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4: 4.5 / sqrt(4.5 * 5)
+    assert metrics.rank_correlation([0, 1, 1, 2], [10, 20, 30, 40]) == pytest.approx(0.9 ** 0.5)
+    assert np.isnan(metrics.rank_correlation([1, 1, 1], [1, 2, 3]))
+
+
 def test_clip_score_is_a_hundred_times_the_mean_cosine():
     a, b = torch.tensor([[3., 0], [0, 2]]), torch.tensor([[1., 0], [0, -5]])
     assert metrics.clip_score(a, b) == pytest.approx(0, abs=1e-12)

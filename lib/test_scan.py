@@ -2,10 +2,12 @@
 import json
 import os
 
+import numpy as np
 import pytest
 
-from lib.images import write_index
+from lib.images import Indexed, read_index, write_index
 from lib.scan import open_images, scan
+from lib.settings import UserError
 from lib.test_images import photos, picture, refused, shard, shards  # noqa: F401
 
 
@@ -119,3 +121,36 @@ def test_a_shard_cut_short_is_refused_and_left_out_only_on_demand(size, words, s
 def test_folders_that_cannot_serve_say_why(photos, spoil, words, capsys):
     spoil(photos)
     refused(capsys, lambda: open_images(str(photos)), words, str(photos))
+
+
+def test_numbers_beside_images_are_kept_by_name(tmp_path, capsys):
+    pytest.importorskip("PIL.Image")
+    for k in range(5):
+        (tmp_path / f"{k}.jpg").write_bytes(picture(32, 32, k))
+        (tmp_path / f"{k}.txt").write_text(f"picture {k}")
+        fields = {"score": k / 2, "bad": "high", "nsfw": True, "height": 10 ** 400 if k else 7, "width": float("nan")}
+        (tmp_path / f"{k}.json").write_text(json.dumps(fields if k < 4 else {"score": None}))
+    data, _ = scan(str(tmp_path))
+    assert data.numbers == {"score": (0.0, 1.5), "height": (7.0, 7.0)}
+    assert [data.number(i, "score") for i in range(4)] == [0.0, 0.5, 1.0, 1.5] and np.isnan(data.number(4, "score"))
+    assert "  number           4  score, 0 to 1.5" in data.table()
+    (tmp_path / "0.json").write_text(json.dumps({"score": 9}))
+    again, _ = scan(str(tmp_path))
+    assert again.fingerprint != data.fingerprint               # other numbers are other data
+
+
+def test_an_index_keeps_numbers_and_one_without_them_is_read_as_before(shards, tmp_path):
+    pytest.importorskip("pyarrow")
+    for numbered in (False, True):
+        rows = [] if not numbered else [("number score", np.array([0.5, np.nan] * 10))]
+        data, bad = scan(str(shards))
+        data = Indexed(data.columns | dict(rows), data.head, data.root)
+        write_index(str(tmp_path / "index"), data, bad)
+        read = read_index(str(tmp_path / "index"))
+        assert read.numbers == ({"score": (0.5, 0.5)} if numbered else {}) and len(read) == 20
+        assert read.caption(3) == data.caption(3)
+        assert not numbered or [read.number(0, "score"), str(read.number(1, "score"))] == [0.5, "nan"]
+    data = Indexed(data.columns | {"number score": np.full(20, np.inf)}, data.head, data.root)
+    write_index(str(tmp_path / "broken"), data, bad)
+    with pytest.raises(UserError):
+        read_index(str(tmp_path / "broken"))

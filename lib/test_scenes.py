@@ -4,7 +4,8 @@ import time
 import numpy as np
 import pytest
 
-from lib.scenes import Scenes, describe, render, world_name
+from lib.judge import look
+from lib.scenes import Scenes, describe, measure_objects, render, world_name
 from lib.settings import UserError, load_config
 
 WHOLE_WORLD = dict(scene_shapes=4, scene_colours=6, scene_objects=3, scene_small=0.24, scene_large=0.40)
@@ -76,3 +77,15 @@ def test_other_scenes_of_a_caption_differ_in_places_and_sizes_alone():
 def test_worlds_have_names():
     assert world_name(load_config("toy")) == "world-toy" and world_name(load_config("small")) == "world-standard"
     assert world_name(load_config("toy", flags=[("scene_scatter", "0.5")])) == "a world of its own"
+
+
+def test_numbers_of_scenes_lie_in_their_ranges_and_the_judge_sees_them():
+    world = open_world(3, scene_texture=32, scene_native=64, scene_textured=0.5)
+    for i in range(60):
+        truth = measure_objects(world.scene(i)["objects"])
+        assert truth == {name: world.number(i, name) for name in world.numbers}
+        assert all(low <= truth[name] <= high for name, (low, high) in world.numbers.items())
+        seen = measure_objects(look(world.image(i, 64), world.cycles).objects)
+        assert seen["objects"] == truth["objects"] and seen["textured"] == truth["textured"]
+        assert abs(seen["size"] - truth["size"]) < 0.01 and abs(seen["x"] - truth["x"]) < 0.01
+    assert open_world(scene_objects=1, scene_textured=0.0).numbers["objects"] == (1.0, 1.0)

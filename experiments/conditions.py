@@ -1,0 +1,170 @@
+"""
+Does a finished model take up new conditions while its core's blocks stay frozen? Numbers that the judge of scenes can
+check are asked for and compared with what it sees ("flexible control over synthesis properties without requiring
+extensive re-training", as the paper of the visual foundation model has it).
+
+    python -m experiments.conditions                   three seeds: trains what is missing, scores it, prints the table
+    python -m experiments.conditions --seeds 0 --n 40  a look at one
+
+BASES/SEED/toy/grow is a finished model, OUT/SEED/toy/condition the same with the conditions, OUT/SEED/scores.json what
+was measured of it. What is there is not made again, so the same command goes on after a stop. OUT/table.md is the
+table; OUT/pictures.png has one check a row, and asks for more from left to right, from the same noise.
+
+What is asked is possible: the number of another picture that has the same caption. A caption says small or large, and
+sizes lie 5 % about two means, so a number that contradicts a caption was never seen; hence the null caption, and
+captions that lack these words (which no training has seen either). Beside each correlation stands that of the finished
+model, which is told nothing: what the caption alone explains.
+"""
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+
+import numpy as np
+
+from data import open_data
+from eval import evaluate
+from experiments.few_steps import HERE, mean_and_spread
+from lib.conditions import condition_names, read_conditions
+from lib.files import atomic_write, file_hash
+from lib.judge import look
+from lib.metrics import rank_correlation
+from lib.pictures import contact_sheet, to_uint8, write_png
+from lib.processes import join
+from lib.runs import is_finished
+from lib.scenes import measure_objects
+from lib.settings import Parser, UserError, parse_numbers
+from model import load
+from sample import sample
+
+CAPTIONS = {"no caption": lambda caption: "",                  # what is said of a scene's caption
+            "no words of size": lambda caption: re.sub(" (small|large)", "", caption),
+            "whole caption": lambda caption: caption}
+CHECKS = [("size", "no caption"), ("size", "no words of size"), ("size", "whole caption"), ("objects", "no caption"),
+          ("x", "whole caption"), ("x", "no caption")]         # (condition, what of the caption is said)
+SAMPLING = {"sampler": "dpm", "sample_steps": 20}              # a tenth of the time of 256 steps of ddpm
+
+
+def train(base, folder, seed, keys):
+    """The finished model, if it is missing, and the run that takes up the conditions: by train.py, which goes on."""
+    def run(out, stage, **own):
+        flags = {**own, "stage": stage, "out": out, "seed": seed, "eval_n": 0, "sample_every": 0}
+        command = [sys.executable, os.path.join(HERE, "train.py"), *(f"--{key}={flags[key]}" for key in flags)]
+        if subprocess.run(command).returncode:
+            raise UserError(f"{' '.join(command)} failed: mend what it says, and the same command goes on")
+    if not is_finished(os.path.join(base, "toy", "grow")):
+        run(base, "grow", **{key: value for key, value in keys.items() if key not in ("conditions", "steps")})
+    run(folder, "condition", core=os.path.join(base, "toy", "grow"), **keys)
+
+
+def asked_numbers(world, name, n):
+    """(n,): of another picture that has the caption of scene i, the number called `name`."""
+    return [float(measure_objects(world.another(i, 0)["objects"])[name]) for i in range(n)]
+
+
+def judged_numbers(images, world, name):
+    """(n,): what the judge sees in (n, H, W, 3) uint8, NaN where it sees no object."""
+    seen = [look(image, world.cycles).objects for image in images]
+    return [float(measure_objects(objects)[name]) if objects else np.nan for objects in seen]
+
+
+def correlation(model, config, name, said, n, told):
+    """
+    {"rank": rank correlation of asked and judged numbers, "error": median distance, "seen": share of pictures in which
+    the judge sees an object} over n pictures; without `told` the model is asked for nothing.
+    """
+    world = open_data(config).held_out()
+    asked = asked_numbers(world, name, n)
+    captions = [CAPTIONS[said](world.caption(i)) for i in range(n)]
+    images = to_uint8(sample(model, config, captions, numbers={name: asked} if told else {}))
+    judged = np.array(judged_numbers(images, world, name))
+    there = ~np.isnan(judged)
+    return {"rank": rank_correlation(np.array(asked)[there], judged[there]), "seen": float(there.mean()),
+            "error": float(np.median(abs(judged - asked)[there]))}
+
+
+def measure(path, file, checks, n, told):
+    """dsg and fidelity of a run that is told nothing, and all correlations; from `file` if made of these weights."""
+    about = {"weights": file_hash(os.path.join(path, "last.pt")), "n": n, "told": told}
+    results = {}
+    if os.path.exists(file):
+        with open(file) as f:
+            old = json.load(f)
+        results = old["results"] if old["about"] == about else {}
+    model, config = load(path)
+    config |= SAMPLING
+    jobs = {f"{name}, {said}": lambda name=name, said=said: correlation(model, config, name, said, n, told)
+            for name, said in checks}
+    jobs["exam"] = lambda: evaluate(model, config, 2 * n, metrics=("questions", "fidelity"))
+    for job, function in jobs.items():
+        if job not in results:
+            print(f"{path}: {job}", flush=True)
+            results[job] = function()
+            text = json.dumps({"about": about, "results": results})
+            atomic_write(file, lambda f: f.write(text.encode()))
+    return results
+
+
+def table(before, after, checks):
+    """Markdown, a row for each check and two for the exam; before and after: [results] of the seeds."""
+    lines = ["| condition | said | rank correlation, told | not told | median error |", "|---|---|---|---|---|"]
+    for name, said in checks:
+        job = f"{name}, {said}"
+        rank, alone, error = ([r[job][key] for r in results] for results, key in
+                              ((after, "rank"), (before, "rank"), (after, "error")))
+        lines.append(f"| {name} | {said} | {mean_and_spread(rank, 2)} | {mean_and_spread(alone, 2)} | "
+                     f"{mean_and_spread(error, 3)} |")
+    lines += ["", "| no number told | dsg | fidelity, dB |", "|---|---|---|"]
+    for who, results in (("before", before), ("after", after)):
+        lines.append(f"| {who} | {mean_and_spread([r['exam']['questions']['dsg'] for r in results], 3)} | "
+                     f"{mean_and_spread([r['exam']['fidelity']['psnr'] for r in results], 1)} |")
+    changes = [b["exam"]["questions"]["dsg"] - a["exam"]["questions"]["dsg"] for a, b in zip(before, after)]
+    return "\n".join([*lines, "", f"dsg changes by {mean_and_spread(changes, 3)}."]) + "\n"
+
+
+def draw(path, checks, file, columns=8, number=0):
+    """A check a row: one caption and one noise, and the number from the least to the largest that was seen."""
+    model, config = load(path)
+    world, images, titles = open_data(config).held_out(), [], []
+    ranges = {c.name: (c.low, c.high) for c in read_conditions(config)}
+    for name, said in checks:
+        asked = np.linspace(*ranges[name], columns).tolist()
+        caption = CAPTIONS[said](world.caption(number))
+        for value in asked:                                    # one at a time: all start from noise 0
+            images += list(to_uint8(sample(model, config | SAMPLING, [caption], numbers={name: value})))
+        titles += [f"{name}={value:.3g}, {said}" for value in asked]
+    write_png(file, contact_sheet(images, titles, columns, most=128))
+
+
+def main():
+    parser = Parser(__doc__)                                   # takes any key of configs.txt too, for the trainings
+    parser.add_argument("--seeds", default="0,1,2", help="of the trainings")
+    parser.add_argument("--n", type=int, default=100, help="pictures for a correlation; twice as many for dsg")
+    parser.add_argument("--out", default="out/conditions", help="folder")
+    parser.add_argument("--bases", help="folder with SEED/toy/grow, such as out/few of experiments.few_steps")
+    args, keys = parser.parse_keys()
+    keys = {"conditions": "objects,size,x"} | dict(keys)
+    names = condition_names(keys)
+    checks = [check for check in CHECKS if check[0] in names]
+    if args.n < 2 or not checks:
+        raise UserError(f"--n {args.n} --conditions {keys['conditions']}: take at least 2, and some of "
+                        f"{', '.join(sorted({name for name, _ in CHECKS}))}")
+    join(600)
+    before, after, seeds = [], [], [int(seed) for seed in parse_numbers(args.seeds, "--seeds")]
+    for seed in seeds:
+        base, folder = os.path.join(args.bases or args.out, str(seed)), os.path.join(args.out, str(seed))
+        train(base, folder, seed, keys)
+        runs = os.path.join(base, "toy", "grow"), os.path.join(folder, "toy", "condition")
+        files = [os.path.join(folder, f"{when}.json") for when in ("before", "after")]
+        before.append(measure(runs[0], files[0], checks, args.n, told=False))
+        after.append(measure(runs[1], files[1], checks, args.n, told=True))
+    draw(os.path.join(args.out, str(seeds[0]), "toy", "condition"), checks, os.path.join(args.out, "pictures.png"))
+    text = table(before, after, checks)
+    atomic_write(os.path.join(args.out, "table.md"), lambda f: f.write(text.encode()))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
