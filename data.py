@@ -7,7 +7,7 @@ What goes in: captioned pictures, which of them at which step, and captions turn
     python data.py stats PATH                      nouns and lengths of the captions
     python data.py embed PATH --encoder t5-xxl:128,clip-h:77 --weights FOLDER,FOLDER      embed all captions once
     python data.py embed PATH --prefix TOKEN ...                                          a style set's, with its token
-    python data.py embed PATH --vae FOLDER --resolution 512                               the same for images: latents
+    python data.py embed PATH --vae FOLDER --resolution 512                the same for images: latents
     python data.py vocabulary PATH --to captions.model             train a SentencePiece model on the captions
 
 Every random choice (order and bucket; crop, flip, colours, caption) is a pure function of (stage, seed, epoch, sample),
@@ -46,6 +46,23 @@ import time
 import zlib
 from collections import namedtuple
 
+from lib.settings import Parser, UserError, load_config
+
+parser = Parser(__doc__)
+add = parser.add_argument
+add("command", choices=["check", "index", "show", "stats", "embed", "vocabulary"])
+add("path", help="a folder of images or of tar shards, or one .tar; scenes; but for index and check also an index")
+add("--config", default="toy")
+add("--to", help="index: where it goes, default beside the data; show: the picture; vocabulary: the model")
+add("--json", help="index: also write the table there")
+add("--allow", default="", help="index: incomplete (shards, left out), uncaptioned (images, with the null caption)")
+add("--encoder", help="embed: such as t5-xxl:128,clip-h:77")
+add("--weights", default="", help="embed: the encoders' local folders, comma-separated")
+add("--vae", help="embed: local folder of an autoencoder, for latents at --resolution")
+add("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="embed: of the encoder and of what is kept")
+add("--size", type=int, default=32000, help="vocabulary: pieces at most")
+parser.answer(__name__)                                        # --help need not wait for what is imported next
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -60,8 +77,7 @@ from lib.nouns import noun_table
 from lib.pictures import contact_sheet, to_tensor, write_png
 from lib.scan import MUTE, open_images, require, scan
 from lib.scenes import Scenes
-from lib.settings import Parser, UserError, load_config
-from lib.tables import DTYPES, is_begun
+from lib.tables import is_begun
 from model import token_size
 
 
@@ -449,19 +465,6 @@ def embed(args, config):
 
 def main():
     commands = {"check": check, "index": index, "show": show, "stats": stats, "embed": embed, "vocabulary": vocabulary}
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("command", choices=list(commands))
-    add("path", help="a folder of images or of tar shards, or one .tar; scenes; but for index and check also an index")
-    add("--config", default="toy")
-    add("--to", help="index: where it goes, default beside the data; show: the picture; vocabulary: the model")
-    add("--json", help="index: also write the table there")
-    add("--allow", default="", help="index: incomplete (shards, left out), uncaptioned (images, with the null caption)")
-    add("--encoder", help="embed: such as t5-xxl:128,clip-h:77")
-    add("--weights", default="", help="embed: the encoders' local folders, comma-separated")
-    add("--vae", help="embed: local folder of an autoencoder, for latents at --resolution")
-    add("--dtype", default="fp32", choices=list(DTYPES), help="embed: of the encoder and of what is kept")
-    add("--size", type=int, default=32000, help="vocabulary: pieces at most")
     args, flags = parser.parse_keys()
     config = load_config(args.config, "grow", [("data", args.path), *flags])       # the stage whose images are largest
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))    # an exception, so that workers end and files are closed

@@ -25,6 +25,34 @@ import itertools
 import os
 import sys
 
+from lib.settings import Parser, UserError, parse_numbers, parse_words
+
+parser = Parser(__doc__, keys=("prefix", "suffix"))        # words round all captions
+add = parser.add_argument
+add("run", nargs="*", help="a run such as out/toy/grow; or two folders of images, reference first; or two runs")
+add("--n", type=int, help="images; default 1000, or all captions of a file, or 50 pairs of a sheet")
+add("--metrics", help="of questions,counting,fidelity,style,diversity,fd,mmd,kid,pr,prdc,is,zeroshot; "
+    "default questions,fidelity,style,diversity,fd,mmd; for folders fd,mmd,pr,prdc")
+add("--features", default="random", help="of random,inception,dino,clip: one or several")
+add("--weights", default="", help="file or folder with the weights, one for each of --features that is not random")
+add("--guidance", help="one value or several, such as 1,2,4; default: the run's own")
+add("--sampler", choices="ddpm ddim dpm exp_heun lcm".split(), help="default: the run's own")
+add("--steps", type=int, help="default: the run's own")
+add("--style", action="store_true", help="in the style of a run of --stage style")
+add("--seeds", type=int, default=1, help="repeat with seeds 0 to k-1: mean and spread")
+add("--prompts", metavar="FILE", help="captions, one a line; a blank line is the null caption")
+add("--reference", metavar="PATH", help="images to compare a run with: a folder, or the .pt file kept of one")
+add("--dsg", metavar="FILE", help="questions as in dsg-1k-anns.csv, about a run or a folder of ITEM.png")
+add("--vqa", metavar="FOLDER", help="BLIP weights that answer them; without it, --keep leaves that to others")
+add("--answers", metavar="FILE", help="or their answers: CSV with item_id, question_id, answer")
+add("--keep", metavar="FOLDER", help="keep the pictures of a run there, for other programs")
+add("--classes", metavar="FOLDER", help="FOLDER/CLASS/*.png for --metrics zeroshot; default: scenes")
+add("--template", default="a photo of a {}", help="the caption of a class")
+add("--sheet", metavar="FOLDER", help="write a page there on which people compare two runs")
+add("--ratings", metavar="FILE", nargs="+", help="the files that this page saved: win rates and agreement")
+add("--json", help="write the figures to this file")
+parser.answer(__name__)                                        # --help need not wait for what is imported next
+
 import numpy as np
 import torch
 
@@ -44,7 +72,6 @@ from lib.questions import read_dsg
 from lib.references import check_same_size, image_features, labelled_images, list_images, open_reference, read_image
 from lib.results import accuracy, best_point, make_card, over_seeds, report, tuning, write_result
 from lib.scenes import describe, world_name
-from lib.settings import Parser, UserError, parse_numbers, parse_words
 from lib.tasks import Task, dsg_task, in_style, keep_pictures, prompts_task
 from model import diffusion_loss, load, read_checkpoint
 from sample import SAMPLERS, check_student, is_student, sample
@@ -420,29 +447,6 @@ def make_sheet(args, task, device):
 
 def parse():
     """The command line. What cannot be meant is refused here, before any picture is made."""
-    parser = Parser(__doc__, keys=("prefix", "suffix"))        # words round all captions
-    add = parser.add_argument
-    add("run", nargs="*", help="a run such as out/toy/grow; or two folders of images, reference first; or two runs")
-    add("--n", type=int, help="images; default 1000, or all captions of a file, or 50 pairs of a sheet")
-    add("--metrics", help=f"of {','.join(METRICS)}; default {','.join(USUAL)}; for folders fd,mmd,pr,prdc")
-    add("--features", default="random", help="of random,inception,dino,clip: one or several")
-    add("--weights", default="", help="file or folder with the weights, one for each of --features that is not random")
-    add("--guidance", help="one value or several, such as 1,2,4; default: the run's own")
-    add("--sampler", choices=list(SAMPLERS), help="default: the run's own")
-    add("--steps", type=int, help="default: the run's own")
-    add("--style", action="store_true", help="in the style of a run of --stage style")
-    add("--seeds", type=int, default=1, help="repeat with seeds 0 to k-1: mean and spread")
-    add("--prompts", metavar="FILE", help="captions, one a line; a blank line is the null caption")
-    add("--reference", metavar="PATH", help="images to compare a run with: a folder, or the .pt file kept of one")
-    add("--dsg", metavar="FILE", help="questions as in dsg-1k-anns.csv, about a run or a folder of ITEM.png")
-    add("--vqa", metavar="FOLDER", help="BLIP weights that answer them; without it, --keep leaves that to others")
-    add("--answers", metavar="FILE", help="or their answers: CSV with item_id, question_id, answer")
-    add("--keep", metavar="FOLDER", help="keep the pictures of a run there, for other programs")
-    add("--classes", metavar="FOLDER", help="FOLDER/CLASS/*.png for --metrics zeroshot; default: scenes")
-    add("--template", default="a photo of a {}", help="the caption of a class")
-    add("--sheet", metavar="FOLDER", help="write a page there on which people compare two runs")
-    add("--ratings", metavar="FILE", nargs="+", help="the files that this page saved: win rates and agreement")
-    add("--json", help="write the figures to this file")
     args, words = parser.parse_keys()
     args.words = dict(words)
     if (args.vqa or args.answers) and not args.dsg:

@@ -24,6 +24,26 @@ import math
 import os
 import re
 
+from lib.settings import Parser, UserError
+
+parser = Parser(__doc__, keys=("encoder_weights", "prefix", "suffix"))
+parser.add_argument("run", help="run folder, such as out/toy/grow")
+parser.add_argument("captions", nargs="*", help="one or more captions in quotes; '' is the null caption")
+parser.add_argument("--n", type=int, default=4, help="images per caption; default 4")
+parser.add_argument("--steps", type=int, help="of the sampler; default 256, as in the paper; of a student its own")
+parser.add_argument("--guidance", type=float, help="default: the run's own; 1 is none")
+parser.add_argument("--sampler", choices="ddpm ddim dpm exp_heun lcm".split(), help="default ddpm; a student's own")
+parser.add_argument("--seed", type=int, default=0)
+parser.add_argument("--style", action="store_true", help="in the style of a run of --stage style")
+parser.add_argument("--batch", type=int, help="images at a time, 16 on a CPU; does not change the images")
+parser.add_argument("--size", help="HxW in pixels: another shape of about the area that the run was trained at")
+parser.add_argument("--set", help="numbers of conditions that the run knows, such as size=0.4,objects=2")
+parser.add_argument("--to", default="grid.png", help="PNG file, default grid.png; numbered where it exists")
+parser.add_argument("--dtype", choices=["bf16", "fp16"], help="of a published model and its encoders; default fp32")
+parser.add_argument("--describe", action="store_true", help="print what the run is, and stop")
+parser.add_argument("--export", metavar="FOLDER", help="write its EMA weights there as safetensors, and stop")
+parser.answer(__name__)                                        # --help need not wait for what is imported next
+
 import torch
 from tqdm import tqdm
 
@@ -35,7 +55,6 @@ from lib.files import free_name
 from lib.pictures import make_grid, to_uint8, write_png
 from lib.processes import prepare_cpu
 from lib.published import describe_published, export, in_dtype
-from lib.settings import Parser, UserError
 from lib.tasks import in_style, worded
 from model import alpha_sigma, get_logsnr, image_shape, load, read_checkpoint, token_grid, token_size
 
@@ -282,22 +301,6 @@ def describe_run(path):
 
 def parse():
     """The command line. What cannot be meant is refused here, before anything is opened."""
-    parser = Parser(__doc__, keys=("encoder_weights", "prefix", "suffix"))
-    parser.add_argument("run", help="run folder, such as out/toy/grow")
-    parser.add_argument("captions", nargs="*", help="one or more captions in quotes; '' is the null caption")
-    parser.add_argument("--n", type=int, default=4, help="images per caption; default 4")
-    parser.add_argument("--steps", type=int, help="of the sampler; default 256, as in the paper; of a student its own")
-    parser.add_argument("--guidance", type=float, help="default: the run's own; 1 is none")
-    parser.add_argument("--sampler", choices=list(SAMPLERS), help="default ddpm; of a student its own")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--style", action="store_true", help="in the style of a run of --stage style")
-    parser.add_argument("--batch", type=int, help="images at a time, 16 on a CPU; does not change the images")
-    parser.add_argument("--size", help="HxW in pixels: another shape of about the area that the run was trained at")
-    parser.add_argument("--set", help="numbers of conditions that the run knows, such as size=0.4,objects=2")
-    parser.add_argument("--to", default="grid.png", help="PNG file, default grid.png; numbered where it exists")
-    parser.add_argument("--dtype", choices=["bf16", "fp16"], help="of a published model and its encoders; default fp32")
-    parser.add_argument("--describe", action="store_true", help="print what the run is, and stop")
-    parser.add_argument("--export", metavar="FOLDER", help="write its EMA weights there as safetensors, and stop")
     args, keys = parser.parse_keys()
     if not (args.describe or args.export or args.captions):
         raise UserError('no caption: python sample.py RUN "a large red circle on a white background"')

@@ -44,7 +44,7 @@ import model as models
 import objectives
 import sample as sampling
 from data import Batches
-from lib import triton_tools
+from lib import tables, triton_tools
 from lib.conditions import count_columns
 from lib.encoders import open_autoencoder
 from lib.images import INDEX
@@ -2807,6 +2807,34 @@ def test_no_extra_is_imported_before_it_is_used():
         assert not heavy, f"{name} imports {heavy} at its top"
 
 
+@pytest.mark.parametrize("script", ["train", "sample", "eval", "data"])
+@pytest.mark.parametrize("word, status", [("--help", None), ("--hlep", 2)])
+def test_the_command_line_is_answered_before_torch_is_imported(script, word, status):
+    """Which takes seconds: so does whatever imports it."""
+    code = f"""
+import runpy, sys
+sys.argv = ["{script}.py", "{word}"]
+try:
+    runpy.run_path("{script}.py", run_name="__main__")
+except SystemExit as end:
+    assert (end.code or None) == {status}, end.code
+    assert not {{"torch", "numpy"}} & set(sys.modules)
+    sys.exit(0)
+sys.exit("it went on")
+"""
+    done = run_apart(code)
+    assert done.returncode == 0, done.stderr
+    assert ("usage" in done.stdout) if word == "--help" else "did you mean 'help'" in done.stderr
+
+
+def test_command_lines_know_what_their_tables_hold():
+    """They are read before the tables are there."""
+    for script, *lists in ((sampling, sampling.SAMPLERS), (data, tables.DTYPES),
+                           (evaluation, evaluation.METRICS, evaluation.USUAL, sampling.SAMPLERS)):
+        text = re.sub(r"\s", "", script.parser.format_help())  # it may break a line anywhere
+        assert all(",".join(table) in text for table in lists)
+
+
 def test_rooms_are_small():
     for name, text in house_files("*.py", "lib/*.py", "experiments/*.py").items():
         limit = 750 if name.removesuffix(".py") in IDEA else 500
@@ -2909,6 +2937,7 @@ from lib.test_files import *  # noqa
 from lib.test_images import *  # noqa
 from lib.test_judge import *  # noqa
 from lib.test_metrics import *  # noqa
+from lib.test_muon import *  # noqa
 from lib.test_networks import *  # noqa
 from lib.test_nouns import *  # noqa
 from lib.test_people import *  # noqa

@@ -28,6 +28,37 @@ import textwrap
 import time
 from collections import namedtuple
 
+from lib.settings import Parser, UserError, closest, default_config, load_config
+
+# A stage is a row (Greedy Growing, Sec. 3.3, 4 and 6): the stages that it may start from, of which it takes the first
+# that is finished; which weights of that it keeps, by a prefix of their names; whether the core is frozen; whether
+# images smaller than the target are left out.
+Stage = namedtuple("Stage", "sources init_prefix freeze large_only")
+STAGES = {
+    "pretrain":  Stage((),                            None,    False, False),
+    "grow":      Stage(("pretrain",),                 "core.", True,  True),
+    "defrost":   Stage(("grow",),                     "",      False, True),
+    "scratch":   Stage((),                            None,    False, True),       # baseline 1
+    "finetune":  Stage(("pretrain",),                 "core.", False, True),       # baseline 2
+    "style":     Stage(("defrost", "grow"),           "",      False, True),       # some rows of another set
+    "condition": Stage(("defrost", "grow"),           "",      True,  True),       # a finished core is told numbers
+    "distill":   Stage(("style", "defrost", "grow"),  "",      False, True),
+}
+parser = Parser(__doc__)                                       # takes any key of configs.txt too
+parser.add_argument("--config", default="toy", help="a section of configs.txt")
+parser.add_argument("--stage", default="grow", help="one of " + ", ".join(STAGES))
+parser.add_argument("--out", default="out", help="folder for the runs")
+parser.add_argument("--core", metavar="RUN", help="run or file to start from, in place of the one under --out")
+parser.add_argument("--teacher", metavar="RUN", help="distill: the run or file that the student learns from; it starts "
+                    "as that, or as another student of it, the --core")
+parser.add_argument("--fresh", action="store_true", help="move the old run aside and start anew")
+parser.add_argument("--plan", action="store_true", help="print what the stage would take, and train nothing:")
+parser.add_argument("--devices", type=int, help="    on so many devices")
+parser.add_argument("--kind", help="    of this kind: v100, a100-80g, h100 or h200")
+parser.add_argument("--mfu", type=float, help="    at this share of their peak rate")
+parser.add_argument("--json", metavar="FILE", help="    and write the numbers to a file")
+args, flags = parser.parse_keys()                              # flags: [(key, text)]; --help need not wait for torch
+
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -47,27 +78,12 @@ from lib.processes import (all_gather, all_gather_rows, all_reduce_max, catch_si
                            install_excepthook, join, print0, sync_gradients)
 from lib.runs import (RUN_FIRST, Log, check_room, check_settings, finish_first, first_fault, is_finished, lock_run,
                       loss_figures, prepare_run, read_log)
-from lib.settings import Parser, UserError, closest, default_config, load_config
 from lib.tables import DTYPES
 from model import (build, check_sizes, checkpointed_modules, diffusion_loss, enable_activation_checkpointing, example,
                    freeze_core, init_from, read_checkpoint)
 from objectives import distill_turns
 from sample import STUDENTS, check_student, is_student, sample
 
-# A stage is a row (Greedy Growing, Sec. 3.3, 4 and 6): the stages that it may start from, of which it takes the first
-# that is finished; which weights of that it keeps, by a prefix of their names; whether the core is frozen; whether
-# images smaller than the target are left out.
-Stage = namedtuple("Stage", "sources init_prefix freeze large_only")
-STAGES = {
-    "pretrain":  Stage((),                            None,    False, False),
-    "grow":      Stage(("pretrain",),                 "core.", True,  True),
-    "defrost":   Stage(("grow",),                     "",      False, True),
-    "scratch":   Stage((),                            None,    False, True),       # baseline 1
-    "finetune":  Stage(("pretrain",),                 "core.", False, True),       # baseline 2
-    "style":     Stage(("defrost", "grow"),           "",      False, True),       # some rows of another set
-    "condition": Stage(("defrost", "grow"),           "",      True,  True),       # a finished core is told numbers
-    "distill":   Stage(("style", "defrost", "grow"),  "",      False, True),
-}
 # A turn is one update within a step: who is trained, by which loss per image, loss(net, step, *batch), of how many
 # noises, at every how many steps. Plain training is a list of one; distribution matching trains two networks.
 Turn = namedtuple("Turn", "name model net trained optimizers ema_params scaler every noises loss")
@@ -192,20 +208,6 @@ def update(turn, step, config):
 
 
 # ---- settings: [DEFAULT], the config, the stage, then flags; later wins ----------------------------------------------
-parser = Parser(__doc__)                                       # takes any key of configs.txt too
-parser.add_argument("--config", default="toy", help="a section of configs.txt")
-parser.add_argument("--stage", default="grow", help="one of " + ", ".join(STAGES))
-parser.add_argument("--out", default="out", help="folder for the runs")
-parser.add_argument("--core", metavar="RUN", help="run or file to start from, in place of the one under --out")
-parser.add_argument("--teacher", metavar="RUN", help="distill: the run or file that the student learns from; it starts "
-                    "as that, or as another student of it, the --core")
-parser.add_argument("--fresh", action="store_true", help="move the old run aside and start anew")
-parser.add_argument("--plan", action="store_true", help="print what the stage would take, and train nothing:")
-parser.add_argument("--devices", type=int, help="    on so many devices")
-parser.add_argument("--kind", help="    of this kind: v100, a100-80g, h100 or h200")
-parser.add_argument("--mfu", type=float, help="    at this share of their peak rate")
-parser.add_argument("--json", metavar="FILE", help="    and write the numbers to a file")
-args, flags = parser.parse_keys()                              # flags: [(key, text)], keys of configs.txt
 if args.stage not in STAGES:
     raise UserError(f"unknown stage {args.stage!r}: {closest(args.stage, STAGES)}")
 stage = STAGES[args.stage]                                     # from here on its row decides, not its name

@@ -15,7 +15,7 @@ import os
 import re
 import sys
 
-from lib.processes import print_error
+from lib.errors import print_error
 
 CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "configs.txt")
 
@@ -174,6 +174,11 @@ class Parser(argparse.ArgumentParser):
         args = self.parse_intermixed_args([word + "=True" * (word in self.switches) for word in spelled])
         keys = [name for name in vars(args) if name.startswith("key ")]
         return args, [(name.removeprefix("key "), vars(args).pop(name)) for name in keys]
+
+    def answer(self, name):
+        """In a script that is run: --help and unknown words are answered here, before what takes seconds to import."""
+        if name == "__main__":
+            self.parse_keys()
 
     def names(self):
         """All flags without their dashes, in alphabetic order."""
