@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lib.pairs import BLOCK, balls, check, matrix_root, pair_sum, squared_distances
+from lib.pairs import BLOCK, balls, check, factor, pair_sum, squared_distances
 
 
 def feature_stats(x):
@@ -37,14 +37,14 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     """
     |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^1/2) between two Gaussians (Dowson and Landau 1982; FID: Heusel et al. 2017).
 
-    The last trace equals the sum of the singular values of S1^1/2 S2^1/2, and is taken from them. Where n < D, most
-    eigenvalues of a covariance are 0. The eigenvalues of S1 S2, of which other codes take roots, then carry rounding
-    noise of 1e-16, whose root is 1e-8 of the trace for each such dimension; here the noise of both roots is multiplied,
-    1e-16 again. So nothing need be added to the diagonals.
+    The last trace equals the sum of the singular values of A1 A2^T, for any A with A^T A = S, and is taken from them.
+    Where n < D, most eigenvalues of a covariance are 0. The eigenvalues of S1 S2, of which other codes take roots, then
+    carry rounding noise of 1e-16, whose root is 1e-8 of the trace for each such dimension; here the noise of both roots
+    is multiplied, 1e-16 again. So nothing need be added to the diagonals.
     """
     check(mu1[None], sigma1, mu2[None], sigma2)                # finite, and of one width
     mu1, sigma1, mu2, sigma2 = (s.double() for s in (mu1, sigma1, mu2, sigma2))
-    cross = torch.linalg.svdvals(matrix_root(sigma1) @ matrix_root(sigma2)).sum()  # tr (S1 S2)^1/2, never below 0
+    cross = torch.linalg.svdvals(factor(sigma1) @ factor(sigma2).T).sum()    # tr (S1 S2)^1/2, never below 0
     return float((mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross)
 
 

@@ -1,5 +1,6 @@
 """Metrics on cases with known answers, against exact arithmetic, and against the packages that people know."""
 import importlib
+import math
 import os
 
 import numpy as np
@@ -49,6 +50,18 @@ def test_frechet_distance_is_exact_for_few_rows_and_low_rank(n, m, width, rank):
     x, y = normal(n, rank, seed=2) @ mix, 1.5 * normal(m, rank, seed=3) @ mix + 0.3
     scale = x.var(0).sum() + y.var(0).sum()
     assert abs(fd(x, y) - exact_fd(x, y)) < 1e-8 * scale and abs(fd(x, x)) < 1e-8 * scale
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e6, 1e10, 1e12])  # of the covariance; Cholesky serves up to 1e11
+def test_both_factors_of_a_covariance_give_one_distance(condition, monkeypatch):
+    mix = torch.linalg.qr(normal(30, 30, seed=1)).Q * torch.logspace(0, -0.5 * math.log10(condition), 30).double()
+    x, y = normal(500, 30, seed=2) @ mix.T, 1.5 * normal(400, 30, seed=3) @ mix.T + 0.3
+    sigma, quick = metrics.feature_stats(x)[1], fd(x, y)
+    factor = pairs.factor(sigma)
+    assert (factor.tril(-1) == 0).all() == (condition < 1e11)  # triangular: Cholesky's
+    assert torch.allclose(factor.T @ factor, sigma, atol=1e-14, rtol=1e-12)
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda sigma, upper: (sigma, 1))
+    assert quick == pytest.approx(fd(x, y), rel=1e-9) == pytest.approx(exact_fd(x, y), rel=1e-9)
 
 
 def test_frechet_distance_agrees_with_sixty_digits():
