@@ -7,7 +7,7 @@ What goes in: captioned pictures, which of them at which step, and captions turn
     python data.py stats PATH                      nouns and lengths of the captions
     python data.py embed PATH --encoder t5-xxl:128,clip-h:77 --weights FOLDER,FOLDER      embed all captions once
     python data.py embed PATH --prefix TOKEN ...                                          a style set's, with its token
-    python data.py embed PATH --vae FOLDER --resolution 512                the same for images: latents
+    python data.py embed PATH --vae FOLDER --resolution 512                the same for images; by several with torchrun
     python data.py vocabulary PATH --to captions.model             train a SentencePiece model on the captions
 
 Every random choice (order and bucket; crop, flip, colours, caption) is a pure function of (stage, seed, epoch, sample),
@@ -75,6 +75,7 @@ from lib.files import atomic_write
 from lib.images import Unfit, covering, index_folder, jittered, write_index
 from lib.nouns import noun_table
 from lib.pictures import contact_sheet, to_tensor, write_png
+from lib.processes import get_world_size, join
 from lib.scan import MUTE, open_images, require, scan
 from lib.scenes import Scenes
 from lib.tables import is_begun
@@ -449,6 +450,8 @@ def vocabulary(args, config):
 
 def embed(args, config):
     """Embed all captions with each encoder, or all images with an autoencoder, into tables beside the index."""
+    if get_world_size() > 1 and join(timeout=7 * 24 * 3600)[0]:                    # seconds: others may take longer
+        sys.stdout = open(os.devnull, "w")                     # one voice
     data = open_data(config)
     if not data.folder:
         raise UserError(f"{args.path!r} has no index, beside which they would lie: python data.py index {args.path}")

@@ -31,7 +31,7 @@ from lib.images import Unfit, covering
 from lib.pictures import to_tensor
 from lib.published import encoder_dtype, open_pipeline
 from lib.settings import UserError, closest
-from lib.tables import DTYPES, Table, print_room, write_table
+from lib.tables import DTYPES, Table, print_room, write_shared
 
 ENCODERS = {
     # name         class in transformers  layer, what to put under encoder_weights; -1 is the last layer after its norm
@@ -376,7 +376,7 @@ def embed_captions(data, encoder, dtype, batch):
                                 f"{n}, {data.text(n)[:60]!r}: try --dtype fp32, or check its weights")
         return rows
     about = {"id": encoder.id, "captions": data.captions_digest(), "width": encoder.width, "dtype": dtype}
-    write_table(path, about, 2, count, make, batch, encoder.name)
+    write_shared(path, about, 2, count, make, batch, encoder.name)
 
 
 def embed_images(data, config, sizes, dtype):
@@ -401,4 +401,4 @@ def embed_images(data, config, sizes, dtype):
     def make(numbers):
         return [latents(i) for i in numbers]
     about = about_latents(data, config) | {"dtype": dtype}
-    write_table(latents_path(data, config), about, 3, len(data), make, config["batch"], "latents")
+    write_shared(latents_path(data, config), about, 3, len(data), make, config["batch"], "latents")

@@ -17,9 +17,11 @@ import torch
 from tqdm import tqdm
 
 from lib.files import import_extra
+from lib.processes import all_reduce_max, get_rank, get_world_size, on_all_ranks
 from lib.settings import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PIECES = 256                                                   # that several processes share
 # what holds them in numpy and in Arrow, neither of which has bf16
 KINDS = {torch.float32: np.float32, torch.bfloat16: np.uint16, torch.float16: np.float16}
 
@@ -39,7 +41,7 @@ def write_table(path, about, axes, count, make, batch, bar):
     rows = read_head(done[0].schema)[2] if done else batch     # of a record batch: the same throughout a table
     kind = arrow.from_numpy_dtype(KINDS[DTYPES[about["dtype"]]])
     columns = {"shape": arrow.list_(arrow.int32(), axes), "values": arrow.large_list(kind)}
-    schema = arrow.schema(columns, {"about": json.dumps(about), "count": str(count), "rows": str(rows)})
+    schema = arrow.schema(columns, head_of(about, count, rows))
     with arrow.OSFile(part + "2", "wb") as file, arrow.ipc.new_file(file, schema) as table:
         for record in done:
             table.write(record)
@@ -49,9 +51,47 @@ def write_table(path, about, axes, count, make, batch, bar):
             end = min(start + rows, count)
             arrays = [a for k in range(start, end, batch) for a in make(range(k, min(k + batch, end)))]
             table.write(to_record(arrays, about["dtype"], schema, arrow))          # unbuffered: a kill loses one batch
-    with open(part, "rb") as file:
+    finish(path)
+
+
+def write_shared(path, about, axes, count, make, batch, bar):
+    """
+    write_table by all processes. Each writes every world-th of up to PIECES tables, and the first puts them together: a
+    piece that is whole is not made again, and one that was begun goes on, whatever the number of processes is then.
+    """
+    if get_world_size() == 1 or os.path.exists(path):
+        return write_table(path, about, axes, count, make, batch, bar)
+    each = batch * max(1, -(-count // (batch * PIECES)))       # rows of a piece, in whole record batches
+    starts = range(0, max(count, 1), each)                     # of the pieces, whose names are path.START
+    names = [f"{path}.{start}" for start in starts]
+
+    def make_piece(start):
+        write_table(f"{path}.{start}", about | {"first": start, "rows": batch}, axes, min(each, count - start),
+                    lambda numbers: make([start + n for n in numbers]), batch, "")
+    on_all_ranks(make_piece, starts, bar)                      # in turns: all end together
+    if get_rank() == 0:
+        arrow = import_extra("pyarrow", f"writing {path}")
+        schema = Table(names[0]).reader.schema.with_metadata(head_of(about, count, batch))
+        with arrow.OSFile(path + ".part", "wb") as file, arrow.ipc.new_file(file, schema) as table:
+            for reader in (Table(name).reader for name in names):
+                for k in range(reader.num_record_batches):
+                    table.write(reader.get_batch(k).replace_schema_metadata(schema.metadata))
+        finish(path)
+        for name in names:
+            os.remove(name)
+    all_reduce_max(0)                                          # none reads it before it is there
+
+
+def head_of(about, count, rows):
+    """The metadata of a table."""
+    return {"about": json.dumps(about), "count": str(count), "rows": str(rows)}
+
+
+def finish(path):
+    """What was written as path.part becomes path."""
+    with open(path + ".part", "rb") as file:
         os.fsync(file)                                         # else the name could reach the disk before the contents
-    os.replace(part, path)
+    os.replace(path + ".part", path)
 
 
 def to_record(arrays, dtype, schema, arrow):

@@ -1,4 +1,5 @@
 """pytest lib/test_tables.py: arrays written batch by batch to an Arrow file, and read by number."""
+import functools
 import os
 import pickle
 import shutil
@@ -7,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from lib import processes
 from lib.settings import UserError
-from lib.tables import DTYPES, Table, print_room, write_table
+from lib.tables import DTYPES, Table, print_room, write_shared, write_table
+from lib.test_processes import run_two
 
 COUNT, BATCH = 23, 5
 
@@ -82,6 +85,41 @@ def test_what_was_begun_otherwise_is_made_anew_and_what_is_finished_refused(tabl
     with pytest.raises(UserError):
         write(table, about={"id": "a"})
     assert "was made otherwise" in capsys.readouterr().err
+
+
+def share(path, kill=None):
+    """What each of two processes does: its share of a table in pieces. Prints which arrays it made."""
+    processes.join(60)
+
+    def make(numbers):
+        print("made", *numbers, flush=True)
+        if kill in numbers:
+            os._exit(9)
+        return [array(i) for i in numbers]
+    write_shared(path, {"dtype": "fp32", "id": "a"}, 2, COUNT, make, BATCH, "arrays")
+    processes.exit_with(0)
+
+
+def folder_in(folder, name):
+    os.makedirs(folder / name)
+    return folder / name
+
+
+def made(output):
+    return [int(n) for line in output.splitlines() if line.startswith("made") for n in line.split()[1:]]
+
+
+def test_two_processes_share_a_table_and_go_on_after_a_kill(table, tmp_path):
+    whole, path = Table(str(table)), str(tmp_path / "b.arrow")
+    (_, _), (status, killed) = run_two(functools.partial(share, path, kill=17), folder_in(tmp_path, "1"))
+    assert status == 9 and made(killed) == [*range(5, 10), *range(15, 20)] and not os.path.exists(path)
+    (status, first), (_, second) = run_two(functools.partial(share, path), folder_in(tmp_path, "2"))
+    again = made(first) + made(second)
+    assert status == 0 and set(range(15, 20)) <= set(again) and not set(range(10)) & set(again)    # those were whole
+    read = Table(path)
+    assert len(read) == COUNT and read.about == whole.about
+    assert all(torch.equal(read[i], whole[i]) for i in range(COUNT))
+    assert [name for name in os.listdir(tmp_path) if name.startswith("b.")] == ["b.arrow"]
 
 
 @pytest.mark.parametrize("spoil", (lambda b: b[:-30], lambda b: b[:100], lambda b: b"", lambda b: b"\0" * len(b)))
