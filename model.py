@@ -181,7 +181,7 @@ class TimeEmbedding(nn.Module):
 
 def modulate(x, shift, scale):
     """Shift and scale of adaptive norms (DiT)."""
-    return (1 + scale) * x + shift
+    return torch.addcmul(shift, x, 1 + scale)                  # in one pass: (1 + scale) x + shift
 
 
 class SelfAttention(nn.Module):
@@ -242,9 +242,9 @@ class Block(nn.Module):
     def forward(self, x, modulation, text, text_len, hw):
         modulation = (modulation + self.scale_shift_table).unsqueeze(2)            # (B, 6, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(1)        # (B, 1, D) each
-        x = x + gate1 * self.self_attention(modulate(self.norm(x), shift1, scale1), hw)            # (B, N, D)
+        x = torch.addcmul(x, gate1, self.self_attention(modulate(self.norm(x), shift1, scale1), hw))   # (B, N, D)
         x = x + self.cross_attention(self.norm(x), text, text_len)
-        return x + gate2 * self.mlp(modulate(self.norm(x), shift2, scale2))
+        return torch.addcmul(x, gate2, self.mlp(modulate(self.norm(x), shift2, scale2)))
 
 
 def positions_2d(h, w, width, device=None):

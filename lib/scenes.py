@@ -207,10 +207,15 @@ def render(scene, resolution, cycles):
     image = np.empty((resolution, resolution, 3))
     image[:] = GROUNDS[scene["ground"]]
     for o in scene["objects"]:
-        edge = distance(o["shape"], x - o["centre"][0], y - o["centre"][1], o["diameter"] / 2)
-        cover = np.clip(0.5 - resolution * edge, 0, 1)[..., None]                  # (H, W, 1)
-        wave = texture_wave(o["texture"], resolution, cycles)[..., None]           # (H, W, 1)
-        image += cover * (COLOURS[o["colour"]] + CONTRAST * wave - image)
+        (across, down), r = o["centre"], o["diameter"] / 2
+        # only the h x w pixels round it, two more than its edge can touch: elsewhere its cover is exactly 0
+        ends = [(int(resolution * (c - r)) - 2, int(resolution * (c + r)) + 3) for c in o["centre"]]
+        columns, rows = (slice(max(0, first), end) for first, end in ends)
+        edge = distance(o["shape"], x[:, columns] - across, y[rows] - down, r)        # (h, w)
+        cover = np.clip(0.5 - resolution * edge, 0, 1)[..., None]                  # (h, w, 1)
+        wave = texture_wave(o["texture"], resolution, cycles)[rows, columns, None] # (h, w, 1)
+        part = image[rows, columns]                            # a view (h, w, 3)
+        part += cover * (COLOURS[o["colour"]] + CONTRAST * wave - part)
     if scene.get("framed"):
         image[frame_mask(resolution)] = FRAME
     return image

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from lib.judge import look
-from lib.scenes import Scenes, describe, measure_objects, render, world_name
+from lib.scenes import (COLOURS, CONTRAST, GROUNDS, Scenes, describe, distance, measure_objects, render, texture_wave,
+                        world_name)
 from lib.settings import UserError, load_config
 
 WHOLE_WORLD = dict(scene_shapes=4, scene_colours=6, scene_objects=3, scene_small=0.24, scene_large=0.40)
@@ -23,6 +24,19 @@ def test_textures_vanish_exactly_at_the_core_resolution_and_show_above():
         plain = dict(scene, objects=[dict(o, texture="plain") for o in scene["objects"]])
         assert np.allclose(render(scene, 16, 16), render(plain, 16, 16), atol=1e-12)
         assert abs(render(scene, 32, 16) - render(plain, 32, 16)).max() > 0.1
+
+
+def test_a_picture_is_the_same_as_if_each_object_were_drawn_over_all_of_it():
+    world = open_world(5, scene_textured=0.5, scene_scatter=1.0, **WHOLE_WORLD)
+    for i in range(150):
+        for resolution in (8, 16, 33, 64):
+            scene, whole = world.scene(i), np.ones((resolution, resolution, 1)) * GROUNDS[world.scene(i)["ground"]]
+            x = (np.arange(resolution) + 0.5)[None] / resolution
+            for o in scene["objects"]:
+                edge = distance(o["shape"], x - o["centre"][0], x.T - o["centre"][1], o["diameter"] / 2)
+                cover, wave = np.clip(0.5 - resolution * edge, 0, 1), texture_wave(o["texture"], resolution, 16)
+                whole += cover[..., None] * (COLOURS[o["colour"]] + CONTRAST * wave[..., None] - whole)
+            assert np.array_equal(render(dict(scene, framed=False), resolution, 16), whole)
 
 
 @pytest.mark.parametrize("scatter", [0.0, 1.0])
