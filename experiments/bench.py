@@ -4,11 +4,13 @@ Kernels and models, beside every alternative: all that a GPU at hand is for.
     python -m experiments.bench kernels                     errors against float64; with a GPU also times
     python -m experiments.bench models [CONFIG/STAGE ...]   TFLOP, seconds and memory of a forward and a training step
     python -m experiments.bench sm90                        compiles for an H100, on any machine: registers, spills
-    python -m experiments.bench all [--minutes 25]          one after the other, whatever fails
+    python -m experiments.bench plan|numbers|processes|small          whole runs: experiments/bench_runs.py
+    python -m experiments.bench loaders                     batches of images from files: experiments/bench_loaders.py
+    python -m experiments.bench all [--minutes 25]          one after the other, whatever fails, and a report
 
 Without a GPU the kernels run in Triton's interpreter: right, but slow. Where no model is named, it measures
-PixArt-Sigma from 1K to 4K and huge/grow on a GPU, and toy on a CPU. --minutes: start nothing new after them. --json
-FILE: the figures.
+PixArt-Sigma from 1K to 4K, base and huge on a GPU, and toy on a CPU. --minutes: start nothing new after them. --quick:
+a little of each, which is what `all` does without a GPU. --json FILE: the figures; `all` writes FILE.md beside it.
 """
 import contextlib
 import functools
@@ -36,14 +38,19 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
+from experiments.bench_loaders import compare_loaders
+from experiments.bench_report import write_report
+from experiments.bench_runs import check_plan, compare_numbers, train_small, try_processes
 from kernels import MERGE_EPS, example_call, kv_merge_reference, kv_merge_triton
 from lib.conditions import count_columns
 from lib.files import atomic_write
+from lib.plan import peak_rate, sgemm_rate
 from lib.settings import Parser, UserError, load_config
 from lib.triton_tools import INTERPRETED, NO_TRITON, relative_errors, run_with_gradients, tolerance, triton, worst
 from model import build, diffusion_loss, enable_activation_checkpointing, example, freeze_core
 
-PARTS = ("kernels", "models", "sm90")      # in the order in which a GPU at hand is wanted
+# in the order in which a GPU at hand is wanted, and how the time is shared out: who ends early leaves more to the rest
+PARTS = {"kernels": 5, "models": 5, "processes": 1, "plan": 3, "numbers": 3, "loaders": 1, "sm90": 1, "small": 7}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -53,6 +60,7 @@ ERROR_CASES = [("attention", D, dict(Nq=100, Nk=77, H=3, kv_len=None)) for D in 
     ("attention", 72, dict(Nq=64, Nk=128, kv_len=None)), ("attention", 72, dict(kv_len=(0, 50))),
     ("attention", 72, dict(mask=True)), ("attention", 20, dict(Nq=600, Nk=5, kv_len=None)),
     ("kv_merge", 1152, dict(ratio=2)), ("kv_merge", 768, dict(ratio=4)), ("kv_merge", 20, dict(ratio=3))]
+QUICK_ERROR_CASES = [("attention", 20, dict(kv_len=(0, 50))), ("kv_merge", 20, dict(ratio=3))]
 
 
 def check_errors(deadline, cases=ERROR_CASES):
@@ -209,10 +217,12 @@ def merge_methods(grid, r):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# models: size and speed of presets. One image; forward, backward, AdamW, with train.py's activation checkpointing.
+# models: size and speed of presets. As many images as fit; forward, backward, AdamW, with train.py's activation
+# checkpointing. What a frozen core saves is grow over defrost.
 
-GPU_MODELS = [f"pixart-sigma-{size}{kv}/defrost" for size in ("1k", "2k", "4k") for kv in ("", "-kv")] + ["huge/grow"]
-CPU_MODELS = ["toy/pretrain", "toy/grow"]
+GPU_MODELS = ["base/pretrain", "base/grow", "base/defrost", "huge/grow", "huge/defrost"]
+GPU_MODELS += [f"pixart-sigma-{size}{kv}/defrost" for size in ("1k", "2k", "4k") for kv in ("", "-kv")]
+CPU_MODELS = ["toy/pretrain", "toy/grow", "toy/defrost"]
 
 
 def measure_models(deadline, names):
@@ -220,9 +230,7 @@ def measure_models(deadline, names):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for name in names or (GPU_MODELS if device == "cuda" else CPU_MODELS):
         try:
-            if time.time() > deadline:
-                raise TimeoutError("no time left")
-            yield from measure_model(name, device)
+            yield from measure_largest(name, device, deadline)
         except Exception as problem:                                # too little memory, for instance: the next may fit
             print(f"{name:28} {describe(problem)[:90]}", flush=True)
             yield dict(model=name, problem=describe(problem))
@@ -230,12 +238,31 @@ def measure_models(deadline, names):
         torch.cuda.empty_cache()                                    # does nothing without a GPU
 
 
-def measure_model(name, device):
-    """Parameters; TFLOP, seconds and peak memory of a forward and of a training step of one image, in bf16 on a GPU."""
+def measure_largest(name, device, deadline):
+    """The rows of measure_model with 16 images at a time, or 4, or 1: the first number for which the GPU has memory."""
+    for batch in (16, 4, 1) if device == "cuda" or name in CPU_MODELS else (1,):
+        if time.time() > deadline:
+            raise TimeoutError("no time left")
+        try:
+            return list(measure_model(name, device, batch))
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+        gc.collect()                                                # what the failed step still holds
+        torch.cuda.empty_cache()
+
+
+def measure_model(name, device, batch):
+    """
+    Yields a row for a forward and one for a training step, in bf16 on a GPU: parameters, TFLOP, seconds, peak memory,
+    and the share of the device's rate, on a GPU by its data sheet, on a CPU by a 1024 x 1024 product.
+    """
     config_name, _, stage = name.partition("/")
     config = load_config(config_name, stage or "pretrain")
+    peak = peak_rate(torch.cuda.get_device_name(), torch.bfloat16, True) if device == "cuda" else sgemm_rate()
     with torch.device(device):
-        model, (x, t, text), conditions = build(config), example(config), torch.zeros(1, count_columns(config))
+        model, (x, t, text) = build(config), example(config, batch)
+        conditions = torch.zeros(batch, count_columns(config))
         t, text = t + 0.5, text + 1                                 # a caption of zeros has no tokens
     if stage == "grow":
         freeze_core(model)
@@ -266,7 +293,8 @@ def measure_model(name, device):
         gib = torch.cuda.max_memory_allocated() / 2 ** 30 if device == "cuda" else None
         print(f"{name:28} {millions:8.1f}M  {'training step' if training else 'forward':13}  {tera:9.3g} TFLOP  "
               f"{seconds:9.4f} s  {tera / seconds:7.3g} TFLOP/s" + (f"  {gib:6.1f} GiB" if gib else ""), flush=True)
-        yield dict(model=name, millions=millions, training=training, tflop=tera, seconds=seconds, gib=gib)
+        yield dict(model=name, batch=batch, millions=millions, training=training, tflop=tera, seconds=seconds, gib=gib,
+                   share_of_peak=peak and tera * 1e12 / seconds / peak)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -347,32 +375,41 @@ def about():
                 device=torch.cuda.get_device_name() if gpu else "cpu", threads=torch.get_num_threads())
 
 
-def run_part(part, names, deadline):
+def run_part(part, args, deadline):
     """Yields the rows of one part in this process."""
-    if part == "models":
-        yield from measure_models(deadline, names)
+    runs = {"plan": check_plan, "numbers": compare_numbers, "processes": try_processes, "loaders": compare_loaders}
+    if part in runs:
+        yield from runs[part](deadline, args.quick)
+    elif part == "small":
+        yield from train_small(deadline, args.quick, args.out)
+    elif part == "models":
+        yield from measure_models(deadline, args.names)
     elif NO_TRITON:
         raise UserError(f"no Triton ({NO_TRITON}): pip install triton (Linux)")
     elif part == "sm90":
-        yield from compile_for_sm90(deadline)
+        yield from compile_for_sm90(deadline, SM90_CASES[7:8] if args.quick else SM90_CASES)
     else:
-        yield from check_errors(deadline)
+        yield from check_errors(deadline, QUICK_ERROR_CASES if args.quick else ERROR_CASES)
         if torch.cuda.is_available():
             yield from compare_times(deadline)
 
 
-def run_all(names, deadline):
+def run_all(args, deadline):
     """Yields the rows of all parts. Each is a process of its own, which may fail or hang, with a share of the time."""
     for i, part in enumerate(PARTS):
-        seconds = max(1, deadline - time.time()) / (len(PARTS) - i)                # what is left, in equal shares
+        left, shares = deadline - time.time(), list(PARTS.values())[i:]
+        if left < 1:
+            yield dict(part=part, problem="no time left", good=False)
+            continue
+        seconds = left * shares[0] / sum(shares)
         with tempfile.TemporaryDirectory() as folder:
             file = os.path.join(folder, "rows.json")
-            command = [sys.executable, "-m", "experiments.bench", part, *(names if part == "models" else ()),
-                       "--minutes", f"{seconds / 60:.2f}", "--json", file]
+            command = [sys.executable, "-m", "experiments.bench", part, *(args.names if part == "models" else ()),
+                       "--minutes", f"{seconds / 60:.2f}", "--json", file, "--out", args.out, f"--quick={args.quick}"]
             print(f"\n{part}, for {seconds / 60:.1f} minutes", flush=True)
             try:
                 # it stops by itself when its time is up, unless it hangs
-                status = subprocess.run(command, timeout=seconds + 60).returncode
+                status = subprocess.run(command, timeout=seconds + (15 if args.quick else 60)).returncode
             except subprocess.TimeoutExpired:
                 status = "none: it did not end in time"
             rows = json.load(open(file))["rows"] if os.path.exists(file) else []
@@ -388,13 +425,17 @@ def main():
     parser.add_argument("names", nargs="*", metavar="CONFIG/STAGE", help="models to measure")
     parser.add_argument("--minutes", type=float, default=25, help="start nothing new after them")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--quick", action="store_true", help="a little of each")
+    parser.add_argument("--out", default="out/bench", help="folder for the runs of small")
     args, _ = parser.parse_keys()
     if args.names and args.part not in ("models", "all"):
         raise UserError(f"{args.part} takes no {args.names[0]!r}: python -m experiments.bench models {args.names[0]}")
+    if args.part == "all" and not torch.cuda.is_available():
+        args.quick, args.minutes = True, min(args.minutes, 2.5)
     print(", ".join(f"{key} {value}" for key, value in about().items() if value), flush=True)
     deadline, rows, problem = time.time() + 60 * args.minutes, [], None
     try:
-        for row in (run_all if args.part == "all" else functools.partial(run_part, args.part))(args.names, deadline):
+        for row in (run_all if args.part == "all" else functools.partial(run_part, args.part))(args, deadline):
             rows.append(row)
             if args.json:                                           # at once: what was measured outlives what fails
                 text = json.dumps(dict(about(), rows=rows), indent=1, default=str)
@@ -402,6 +443,8 @@ def main():
     except Exception as error:                                      # a sick GPU, say: what came before it counts
         problem = describe(error)
         print(problem)
+    if args.part == "all":
+        write_report(dict(about(), rows=rows), args.json)
     bad = sum(not row.get("good", True) for row in rows)
     print(f"{len(rows)} cases, {bad} bad")
     sys.exit(1 if bad or problem else 0)

@@ -3,8 +3,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
+
+from experiments.bench import PARTS
+from experiments.bench_report import report_of
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="slow: SLOW=1 pytest test_all.py")
@@ -54,10 +58,45 @@ def test_what_bench_does_not_know_is_named(words, error, monkeypatch, capsys):
 
 @slow
 def test_all_goes_on_where_a_part_fails(tmp_path):
-    done = bench("all", "nonsense/grow", "--minutes", 0.3, "--json", tmp_path / "x.json")
+    done = bench("all", "nonsense/grow", "--minutes", 0.6, "--json", tmp_path / "x.json", "--out", tmp_path)
     rows = json.load(open(tmp_path / "x.json"))["rows"]
-    assert done.returncode == 1 and {row["part"] for row in rows} == {"kernels", "models", "sm90"}
+    assert done.returncode == 1 and {row["part"] for row in rows} == set(PARTS)
     assert any("problem" in row for row in rows if row["part"] == "models")
+    assert "what failed" in (tmp_path / "x.md").read_text()
+
+
+@slow
+def test_all_measures_something_of_everything_within_three_minutes(tmp_path):
+    """Without a GPU, on a machine that has two cores for it: pictures and a score of toy, too."""
+    begin = time.monotonic()
+    done = bench("all", "--json", tmp_path / "x.json", "--out", tmp_path)
+    assert time.monotonic() - begin < 180
+    report = (tmp_path / "x.md").read_text()
+    assert done.returncode == 0 and (tmp_path / "toy.png").exists() and report in done.stdout, done.stdout[-3000:]
+    for part in ("models", "processes", "plan", "numbers", "loaders", "small"):
+        assert f"**{part}**" in report
+    assert all(words in report for words in ("kernels, errors", "core frozen takes", "Compiled for", "Score of"))
+    failed = [line for line in report.partition("**what failed")[2].splitlines() if line.startswith("- ")]
+    assert all("pip install" in line for line in failed), failed     # extras of the bench alone
+
+
+def test_a_report_tells_ratios_and_what_failed():
+    timed = [dict(part="kernels", case="1K", method=method, floor_fwd_us=1.0, floor_bwd_us=2.0, fwd_us=2.0 * k,
+                  bwd_us=4.0 * k) for k, method in ((1, "ours"), (3, "SDPA flash"))]
+    steps = [dict(part="models", model=f"huge/{stage}", batch=batch, millions=9.0, training=True, tflop=1.0,
+                  seconds=seconds, gib=None) for stage, batch, seconds in (("grow", 4, 2.0), ("defrost", 1, 1.0))]
+    broken = [dict(part="numbers", numbers="fp16", problem="RuntimeError: no time left", good=False)]
+    about = dict(device="a GPU", date="today", torch="2", triton=None, threads=1, command="bench all")
+    report = report_of(about | dict(rows=timed + steps + broken))
+    assert "| 1K | SDPA flash | 6 | 0.167 | 12 | 0.167 | 3 |" in report
+    assert "frozen takes 0.50 of a joint one (huge)" in report and "| GiB |" not in report
+    assert "- part numbers, numbers fp16, problem RuntimeError: no time left" in report
+
+
+def test_copies_and_shards_of_one_process_have_its_gradient(tmp_path):
+    done = bench("processes", "--json", tmp_path / "x.json")
+    [row] = json.load(open(tmp_path / "x.json"))["rows"]
+    assert done.returncode == 0 and row["backend"] == "gloo" and row["ddp"] < 1e-5 > row["fsdp"], done.stdout
 
 
 def compile_for_sm90(cases):
