@@ -165,12 +165,13 @@ def guided(model, text, guidance, conditions=None, limit=1.0):
 
 @torch.no_grad()
 def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, sampler=None, batch=None, bar=False,
-           poll=None, size=None, numbers={}):
+           poll=None, size=None, numbers={}, watch=None):
     """
     One image per caption, x (B, 3, H, W) in [-1, 1] on the CPU; latents are decoded. Image i draws from (seed,
     first + i, step) alone, so it does not depend on `batch`. `steps`, `guidance`, `sampler` and `size` (height,
     width in pixels) default to the config's. `numbers` {name: number, or one for each caption} are told to the model,
-    all other conditions are absent. `poll`, if given, is called at every evaluation and may raise.
+    all other conditions are absent. `poll`, if given, is called at every evaluation and may raise, `watch` after it
+    with z and x (b, C, H, W).
     """
     steps, sampler = steps or config["sample_steps"], sampler or config["sampler"]
     guidance = 1 if is_student(config) else config["guidance"] if guidance is None else guidance
@@ -200,7 +201,10 @@ def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, 
             if poll:
                 poll()
             progress.update()
-            return denoise(z, logsnr)
+            x = denoise(z, logsnr)                                                 # (b, C, H, W)
+            if watch:
+                watch(z, x)
+            return x
         z = run_sampler(denoise_and_report, noise_sampler(0), logsnrs, noise_sampler)
         images.append(autoencoder.decode(z).cpu())                                 # (b, 3, H, W)
     progress.close()

@@ -2898,6 +2898,7 @@ def test_readme_tells_true_line_counts():
 
 from experiments.test_bench import *  # noqa
 from experiments.test_conditions import *  # noqa
+from experiments.test_demo import *  # noqa
 from experiments.test_few_steps import *  # noqa
 from experiments.test_sharpness import *  # noqa
 from experiments.test_styles import *  # noqa
