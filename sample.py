@@ -274,9 +274,9 @@ def describe_run(path):
     counts = {"core": 0, "shell": 0}
     for name, value in state["model"].items():
         counts[name.partition(".")[0]] += value.numel()
+    blocks = f"{c['depth']} blocks of width {c['width']}" if not c["pipeline"] else f"the network of {c['pipeline']}"
     lines = [f"{state['stage']} of config {state['name']}, {c['resolution']} px, step {state['step']} of {c['steps']}",
-             f"core   {counts['core']:>12,} parameters: {c['depth']} blocks of width {c['width']}, "
-             f"grid {token_grid(c)} x {token_grid(c)}",
+             f"core   {counts['core']:>12,} parameters: {blocks}, grid {token_grid(c)} x {token_grid(c)}",
              f"shell  {counts['shell']:>12,} parameters: {c['shell']}",
              f"data   {c['data']}, batch {c['batch']}, seed {c['seed']}"]
     lines += [f"told   {ranges}: --set" for ranges in (c["condition_ranges"],) if ranges]

@@ -45,6 +45,7 @@ from lib.plan import (choose_dtype, count_flops, peak_memory, peak_rate, plan_tr
                       split_batch, state_bytes)
 from lib.processes import (all_gather, all_gather_rows, all_reduce_max, catch_signals, exit_with, fail,
                            install_excepthook, join, print0, sync_gradients)
+from lib.published import check_encoder, start_config
 from lib.runs import (RUN_FIRST, Log, check_room, check_settings, finish_first, first_fault, is_finished, lock_run,
                       loss_figures, prepare_run, read_log)
 from lib.settings import Parser, UserError, closest, default_config, load_config
@@ -72,7 +73,7 @@ STAGES = {
 # noises, at every how many steps. Plain training is a list of one; distribution matching trains two networks.
 Turn = namedtuple("Turn", "name model net trained optimizers ema_params scaler every noises loss")
 # settings that weights depend on: of the core, and of the shell
-CORE_KEYS = ("width", "depth", "heads", "mlp_ratio", "text_vocab", "encoder_id")
+CORE_KEYS = ("pipeline", "width", "depth", "heads", "mlp_ratio", "text_vocab", "encoder_id")
 SHELL_KEYS = ("shell", "channels", "residual_blocks", "entry_channels", "patch", "image_skip",
               "inner_resolution", "prediction")
 # parts of names: of the layers next to the image, of what time and caption add, of offsets
@@ -210,6 +211,8 @@ if args.stage not in STAGES:
     raise UserError(f"unknown stage {args.stage!r}: {closest(args.stage, STAGES)}")
 stage = STAGES[args.stage]                                     # from here on its row decides, not its name
 config = load_config(args.config, args.stage, flags)           # {key: value}, every value checked
+# a pipeline, whose weights are all kept, has settings of its own
+config = start_config(config, (args.teacher or args.core) if stage.init_prefix == "" else None, flags)
 check_sizes(config)                                            # before any file is opened
 if args.core and not stage.sources:
     raise UserError(f"--core says where to start, and {args.stage} starts from nothing: leave it out")
@@ -243,6 +246,8 @@ def count_moments(name, p):
 
 
 if args.plan:
+    if config["pipeline"]:
+        raise UserError("--plan counts the models of this repository: leave --core away, with a config of that size")
     json_file = plan_flags.pop("json", None)                   # the others are arguments of plan_training
     auto = torch.float16 if args.kind == "v100" else torch.bfloat16                # a V100 has no bfloat16
     plan = {"config": args.config, "stage": args.stage} | plan_training(
@@ -271,6 +276,7 @@ data = open_data(config)                                       # scenes, an inde
 styled = open_style(config) if config["style"] else None       # a second set, mixed in
 batches = Batches(data, config, stage.large_only, args.stage, rank, world, styled)
 config |= batches.identity                                     # which data, which encoder: compared when a run goes on
+check_encoder(config)                                          # of a pipeline
 example_caption = next(filter(None, map(data.caption, range(len(data)))), "")
 
 # ---- the run: finished, to go on, or new, from nothing or from another one -------------------------------------------
@@ -320,9 +326,20 @@ elif stage.sources:                                            # new, from anoth
         words = [f"--{key}={value}" for key, value in flags if key not in ours and not key.startswith("style")]
         finish_first(parent, ["--config", *source_run.replace("/", " --stage ").split(), f"--out={args.out}", *words])
     origin = read_checkpoint(parent)
+<<<<<<< HEAD
     if stage.init_prefix and origin["stage"] not in stage.sources:
         raise UserError(f"{parent} is a {origin['stage']} run and {args.stage} takes the core of a {stage.sources[0]} "
                         "run: give one of these")
+=======
+    if origin["stage"] == "published":                         # a pipeline, which learned from no data of ours
+        origin["config"] |= batches.identity
+    if stage.init_prefix and origin["stage"] != stage.source:
+        raise UserError(f"{parent} is a {origin['stage']} run and {args.stage} takes the core of a {stage.source} run: "
+                        "give one of these")
+    if origin["step"] < origin["config"]["steps"]:
+        raise UserError(f"{parent} stopped at step {origin['step']} of {origin['config']['steps']}: finish it with "
+                        f"--stage {origin['stage']}")
+>>>>>>> 68a30d3 (Train from a published pipeline; switch its KV merge on from outside; hash its parts once)
     keys = CORE_KEYS if stage.init_prefix else CORE_KEYS + SHELL_KEYS              # which must be the same
     if config["shell"] == "nested":                            # the old shell comes along
         keys += ("prediction",)
@@ -436,7 +453,12 @@ if rank == 0:
     checkpoint_size = sum(sizes[part] for part in ("weights", "optimizer", "ema")) * len(turns)
     check_room(run, (config["num_checkpoints"] + 1) * checkpoint_size)
 # on shapes alone: counting inside a real step would change how attention is carried out
+<<<<<<< HEAD
 flops = 0 if distills else config["batch"] * count_flops(lambda: make_model(config, stage.freeze), example_loss)
+=======
+uncounted = distills or config["pipeline"]
+flops = 0 if uncounted else config["batch"] * measure_step(lambda: make_model(config, stage.freeze), example_loss)[1]
+>>>>>>> 68a30d3 (Train from a published pipeline; switch its KV merge on from outside; hash its parts once)
 peak = peak_rate(torch.cuda.get_device_name(), dtype, config["tf32"]) if device != "cpu" else None         # FLOP/s
 first, bad, skipped = step, dict.fromkeys(counted, 0), 0       # bad: updates in a row that were not finite
 log = Log(run, config["tensorboard"]) if rank == 0 else None   # log(dict)
@@ -505,7 +527,7 @@ def describe_step(step, skipped, losses, seconds, waited, norms):
             **{f"norm_{name}".rstrip("_"): round(norm, 3) for name, norm in norms.items()}, "skipped": skipped,
             "img_s": round(config["batch"] / spent, 1), "data_ms": round(1000 * waited / len(seconds), 1),
             "gib": round(peak_memory(device) / 2 ** 30, 2)}
-    if peak and flops:                                         # per step; those of a student are not counted
+    if peak and flops:                                         # per step, where they are counted
         line["mfu"] = round(flops / spent / world / peak, 3)   # model FLOPs utilisation
     elif device == "cpu" and flops and step - first <= config["log_every"]:        # once: of what this machine can do
         line["efficiency"] = round(flops / world / middle / sgemm_rate(), 2)
