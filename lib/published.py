@@ -352,11 +352,12 @@ def start_config(config, path, flags):
 
 def network_config(path):
     """The config of a pipeline's folder, or of a run or export whose network is that of one; None of all others."""
-    if path and os.path.exists(os.path.join(path, "model_index.json")):
+    if not path:
+        return None
+    if os.path.exists(os.path.join(path, "model_index.json")):
         return pipeline_config(path)
-    exported = path and os.path.exists(os.path.join(path, "config.json"))
-    state = read_json(path, "config.json") if exported else newest_about(path) if path else None
-    return state["config"] if state and state.get("config", {}).get("pipeline") else None
+    state = read_export(path) if os.path.exists(os.path.join(path, "config.json")) else newest_about(path)
+    return default_config() | state["config"] if state and state["config"].get("pipeline") else None
 
 
 def check_encoder(config):
