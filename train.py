@@ -211,8 +211,8 @@ if args.stage not in STAGES:
     raise UserError(f"unknown stage {args.stage!r}: {closest(args.stage, STAGES)}")
 stage = STAGES[args.stage]                                     # from here on its row decides, not its name
 config = load_config(args.config, args.stage, flags)           # {key: value}, every value checked
-# a pipeline, whose weights are all kept, has settings of its own
-config = start_config(config, (args.teacher or args.core) if stage.init_prefix == "" else None, flags)
+whole = stage.init_prefix == "" and not stage.freeze           # a pipeline is kept as a whole, with its own settings
+config = start_config(config, whole and (args.teacher or args.core), flags)
 check_sizes(config)                                            # before any file is opened
 if args.core and not stage.sources:
     raise UserError(f"--core says where to start, and {args.stage} starts from nothing: leave it out")
@@ -326,20 +326,9 @@ elif stage.sources:                                            # new, from anoth
         words = [f"--{key}={value}" for key, value in flags if key not in ours and not key.startswith("style")]
         finish_first(parent, ["--config", *source_run.replace("/", " --stage ").split(), f"--out={args.out}", *words])
     origin = read_checkpoint(parent)
-<<<<<<< HEAD
     if stage.init_prefix and origin["stage"] not in stage.sources:
         raise UserError(f"{parent} is a {origin['stage']} run and {args.stage} takes the core of a {stage.sources[0]} "
                         "run: give one of these")
-=======
-    if origin["stage"] == "published":                         # a pipeline, which learned from no data of ours
-        origin["config"] |= batches.identity
-    if stage.init_prefix and origin["stage"] != stage.source:
-        raise UserError(f"{parent} is a {origin['stage']} run and {args.stage} takes the core of a {stage.source} run: "
-                        "give one of these")
-    if origin["step"] < origin["config"]["steps"]:
-        raise UserError(f"{parent} stopped at step {origin['step']} of {origin['config']['steps']}: finish it with "
-                        f"--stage {origin['stage']}")
->>>>>>> 68a30d3 (Train from a published pipeline; switch its KV merge on from outside; hash its parts once)
     keys = CORE_KEYS if stage.init_prefix else CORE_KEYS + SHELL_KEYS              # which must be the same
     if config["shell"] == "nested":                            # the old shell comes along
         keys += ("prediction",)
@@ -350,6 +339,8 @@ elif stage.sources:                                            # new, from anoth
         if is_student(others[teacher]["config"]):
             raise UserError(f"{teacher} is a student itself: give --teacher the run that it learned from")
     for path, other in others.items():
+        if other["stage"] == "published":                      # a pipeline, which learned from no data of ours
+            other["config"] |= batches.identity
         if other["step"] < other["config"]["steps"]:
             raise UserError(f"{path} stopped at step {other['step']} of {other['config']['steps']}: finish it with "
                             f"--stage {other['stage']}")
@@ -453,12 +444,8 @@ if rank == 0:
     checkpoint_size = sum(sizes[part] for part in ("weights", "optimizer", "ema")) * len(turns)
     check_room(run, (config["num_checkpoints"] + 1) * checkpoint_size)
 # on shapes alone: counting inside a real step would change how attention is carried out
-<<<<<<< HEAD
-flops = 0 if distills else config["batch"] * count_flops(lambda: make_model(config, stage.freeze), example_loss)
-=======
 uncounted = distills or config["pipeline"]
-flops = 0 if uncounted else config["batch"] * measure_step(lambda: make_model(config, stage.freeze), example_loss)[1]
->>>>>>> 68a30d3 (Train from a published pipeline; switch its KV merge on from outside; hash its parts once)
+flops = 0 if uncounted else config["batch"] * count_flops(lambda: make_model(config, stage.freeze), example_loss)
 peak = peak_rate(torch.cuda.get_device_name(), dtype, config["tf32"]) if device != "cpu" else None         # FLOP/s
 first, bad, skipped = step, dict.fromkeys(counted, 0), 0       # bad: updates in a row that were not finite
 log = Log(run, config["tensorboard"]) if rank == 0 else None   # log(dict)
