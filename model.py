@@ -514,7 +514,7 @@ def build(config):
     c = config
     check_sizes(c)
     if c["pipeline"]:
-        return Published(c)
+        return Published(c, merged_layers(c), kv_merge)
     width, spans, merged = c["width"], encoder_spans(c), merged_layers(c)
     text = PretrainedEncoding(spans, width) if spans else WordEncoding(c["text_vocab"], c["text_length"], width)
     ratios = [c["kv_merge"] if i in merged else 1 for i in range(c["depth"])]
@@ -619,7 +619,8 @@ def init_from(parent, config, prefix):
 
 def checkpointed_modules(model):
     """The modules whose inside is computed again in the backward under activation checkpointing."""
-    return [module for module in model.modules() if isinstance(module, (Block, ResidualBlock))]
+    names = "Block", "ResidualBlock", "BasicTransformerBlock", "ResnetBlock2D"     # the last two are diffusers'
+    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def enable_activation_checkpointing(model):

@@ -184,12 +184,13 @@ def guided(model, text, guidance, conditions=None, limit=1.0):
 
 @torch.no_grad()
 def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, sampler=None, batch=None, bar=False,
-           poll=None, size=None, numbers={}):
+           poll=None, size=None, numbers={}, watch=None):
     """
     One image per caption, x (B, 3, H, W) in [-1, 1] on the CPU; latents are decoded. Image i draws from (seed,
     first + i, step) alone, so it does not depend on `batch`. `steps`, `guidance`, `sampler` and `size` (height,
     width in pixels) default to the config's. `numbers` {name: number, or one for each caption} are told to the model,
-    all other conditions are absent. `poll`, if given, is called at every evaluation and may raise.
+    all other conditions are absent. `poll`, if given, is called at every evaluation and may raise, `watch` after it
+    with z and x (b, C, H, W).
     """
     steps, sampler = steps or config["sample_steps"], sampler or config["sampler"]
     guidance = 1 if is_student(config) else config["guidance"] if guidance is None else guidance
@@ -219,7 +220,10 @@ def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, 
             if poll:
                 poll()
             progress.update()
-            return denoise(z, logsnr)
+            x = denoise(z, logsnr)                                                 # (b, C, H, W)
+            if watch:
+                watch(z, x)
+            return x
         z = run_sampler(denoise_and_report, noise_sampler(0), logsnrs, noise_sampler)
         images.append(autoencoder.decode(z).cpu())                                 # (b, 3, H, W)
     progress.close()
@@ -289,9 +293,9 @@ def describe_run(path):
     counts = {"core": 0, "shell": 0}
     for name, value in state["model"].items():
         counts[name.partition(".")[0]] += value.numel()
+    blocks = f"{c['depth']} blocks of width {c['width']}" if not c["pipeline"] else f"the network of {c['pipeline']}"
     lines = [f"{state['stage']} of config {state['name']}, {c['resolution']} px, step {state['step']} of {c['steps']}",
-             f"core   {counts['core']:>12,} parameters: {c['depth']} blocks of width {c['width']}, "
-             f"grid {token_grid(c)} x {token_grid(c)}",
+             f"core   {counts['core']:>12,} parameters: {blocks}, grid {token_grid(c)} x {token_grid(c)}",
              f"shell  {counts['shell']:>12,} parameters: {c['shell']}",
              f"data   {c['data']}, batch {c['batch']}, seed {c['seed']}"]
     lines += [f"told   {ranges}: --set" for ranges in (c["condition_ranges"],) if ranges]

@@ -2261,6 +2261,92 @@ def test_a_style_starts_from_the_latest_run_and_is_asked_for_by_its_token(runs, 
     assert "never saw a style token" in says(folder(out, "defrost"), "--n", 8, "--style")
 
 
+def pipeline_words(out, stage, **keys):
+    """Flags of a short training from a tiny pipeline, of 16 px."""
+    plain = dict(steps=20, batch=4, sample_every=0, lr=0.0005, scene_native=16)
+    return ["--out", out, "--stage", stage, *changed(TINY[4:], **plain | keys)]    # [4:]: it has a width of its own
+
+
+@pytest.mark.parametrize("kind, stage, keys", [
+    ("sdxl", "defrost", dict(checkpointing=True)), ("pixart", "distill", dict(objective="lcm", teacher_steps=4)),
+    *[pytest.param(*row, marks=slow) for row in (
+        ("pixart", "defrost", dict(kv_merge=2, kv_merge_layers="1")), ("sdxl", "distill", dict(objective="dmd")),
+        ("sdxl", "distill", dict(objective="consistency", teacher_steps=4)))]])
+def test_a_published_pipeline_is_trained_and_goes_on_to_the_bit(pipelines, kind, stage, keys, tmp_path):
+    origin, whole, broken = pipelines[kind][1], tmp_path / "whole", tmp_path / "broken"
+    keys = dict(sample_steps=1 if keys.get("objective") == "dmd" else 2) | keys
+    start_at = "--teacher" if stage == "distill" else "--core"
+    words = [start_at, origin]
+    said = run("train.py", *words, *pipeline_words(whole, stage, **keys))
+    assert f"from {origin}: " in said and f"{4 if 'kv_merge' in keys else 0} new" in said
+    state, before = checkpoint_of(whole, stage), models.ema_weights(models.read_checkpoint(origin))
+    assert sum(not torch.equal(state["model"][k], v) for k, v in before.items()) > 20        # it is trained
+    assert state["config"]["pipeline"] == origin and state["config"]["encoder_id"].startswith("pipeline fp32 ")
+    assert state["config"]["weighting"] == "eps" and state["parents"] == [f"{origin} (published, step 0)"]
+    process, said = start("train.py", *words, *pipeline_words(broken, stage, **keys))
+    until(said, "\nstep", process)
+    process.terminate(), process.join()
+    assert process.exitcode == 143 and 2 <= checkpoint_of(broken, stage)["step"] < 20, said()
+    assert "going on at step" in run("train.py", *words, *pipeline_words(broken, stage, **keys))
+    assert_same_run(whole, broken, stage)
+
+
+@pytest.fixture(scope="session")
+def tuned(pipelines, tmp_path_factory):
+    """A run of a tiny PixArt-Sigma with a merge of keys and values, on pictures that were embedded once."""
+    pytest.importorskip("pyarrow"), pytest.importorskip("PIL")
+    folder_, out = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("tuned")
+    origin, data_ = pipelines["pixart"][1], folder_ / "data"
+    data_.mkdir()
+    for k in range(8):
+        write_png(str(data_ / f"{k}.png"), np.full((16, 16, 3), 30 * k, np.uint8))
+        (data_ / f"{k}.txt").write_text("a big red circle" if k % 2 else "a small blue square")
+    run("data.py", "index", data_)
+    run("data.py", "embed", data_, "--encoder", "pipeline:300", "--weights", origin, "--dtype", "bf16")
+    run("data.py", "embed", data_, "--vae", os.path.join(origin, "vae"), "--resolution", 16, "--latent_stride", 2,
+        "--latent_scale", 0.18215, "--latent_channels", 4)
+    words = ["--core", origin, "--data", data_, "--kv_merge", 2, "--kv_merge_layers", 1, "--sample_steps", 2]
+    said = run("train.py", *words, *pipeline_words(out, "defrost", steps=4, sample_every=4))
+    return folder(out, "defrost"), said, origin
+
+
+def test_a_tuned_pipeline_is_a_run_like_any_other(tuned, tmp_path):
+    made, said, origin = tuned
+    net, config = models.load(str(made))
+    assert config["encoder_id"].startswith("pipeline bf16 ") and config["pipeline"] == origin
+    # the config's, the pipeline's advice where the config has none, and a flag's
+    assert (config["sampler"], config["guidance"], config["sample_steps"]) == ("ddpm", 4.5, 2)
+    assert "8 of 8 images are used" in said and (made / "samples" / "step_4.png").exists()
+    assert "2 images of 16x16" in run("sample.py", made, "a red circle", "--n", 2, "--to", tmp_path / "x.png")
+    said = run("sample.py", made, "--describe")
+    assert f"the network of {origin}, grid 4 x 4" in said and f"parent {origin} (published" in said
+    assert "fd_random" in run("eval.py", made, "--n", 2, "--metrics", "fd")
+    said = run("sample.py", made, "--export", tmp_path / "export")
+    assert f"settings stay in {origin}" in said
+    again, _ = models.load(str(tmp_path / "export"))
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in net.state_dict().items())
+    words = ["--teacher", made, "--data", config["data"], *pipeline_words(tmp_path, "distill", objective="lcm")]
+    run("train.py", *changed(words, steps=2, sample_steps=2, teacher_steps=4))     # and it teaches
+    assert checkpoint_of(tmp_path, "distill")["config"]["kv_merge"] == 2
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--stage grow --core {f}", "is a published run and grow takes the core of a pretrain run"),
+    ("--stage pretrain --pipeline {f}", "that is filled in: give --core FOLDER or --teacher FOLDER"),
+    ("--stage defrost --core {f} --resolution 32", "--resolution: the network of {f} decides it, 16: leave it out"),
+    ("--stage defrost --core {f} --width 32", "--width: the network of {f} decides it"),
+    ("--stage defrost --core {f} --fsdp", "is not cut into shards: --fsdp False"),
+    ("--stage defrost --core {f} --plan", "--plan counts the models of this repository"),
+    ("--stage defrost --core {f} --kv_merge 3 --kv_merge_layers 0", "kv_merge = 3 does not divide a grid of 4 x 4"),
+    ("--stage distill --teacher {f} --sample_steps 3", "with sample_steps = 3 and teacher_steps = 64 a student"),
+    ("--stage defrost --core {f} --encoder_weights {other}", "cannot be read")])
+def test_what_a_pipeline_cannot_be_trained_with_is_refused(words, message, pipelines, tmp_path):
+    origin = pipelines["pixart"][1]
+    words = words.format(f=origin, other=tmp_path).split()
+    said = run("train.py", "--out", tmp_path, "--scene_native", 16, "--scene_count", 200, *words, code=2)
+    assert message.format(f=origin) in said
+
+
 def test_the_first_command_goes_on_also_when_stopped_in_the_stage_that_it_runs_first(tmp_path):
     """And --fresh is about the run that was named, not about the one that it needs."""
     words = ["--stage", "grow", "--out", tmp_path, *changed(TINY, steps=20)]
@@ -2926,6 +3012,7 @@ def test_readme_tells_true_line_counts():
 
 from experiments.test_bench import *  # noqa
 from experiments.test_conditions import *  # noqa
+from experiments.test_demo import *  # noqa
 from experiments.test_few_steps import *  # noqa
 from experiments.test_sharpness import *  # noqa
 from experiments.test_styles import *  # noqa

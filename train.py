@@ -76,6 +76,7 @@ from lib.plan import (choose_dtype, count_flops, peak_memory, peak_rate, plan_tr
                       split_batch, state_bytes)
 from lib.processes import (all_gather, all_gather_rows, all_reduce_max, catch_signals, exit_with, fail,
                            install_excepthook, join, print0, sync_gradients)
+from lib.published import check_encoder, start_config
 from lib.runs import (RUN_FIRST, Log, check_room, check_settings, finish_first, first_fault, is_finished, lock_run,
                       loss_figures, prepare_run, read_log)
 from lib.tables import DTYPES
@@ -88,7 +89,7 @@ from sample import STUDENTS, check_student, is_student, sample
 # noises, at every how many steps. Plain training is a list of one; distribution matching trains two networks.
 Turn = namedtuple("Turn", "name model net trained optimizers ema_params scaler every noises loss")
 # settings that weights depend on: of the core, and of the shell
-CORE_KEYS = ("width", "depth", "heads", "mlp_ratio", "text_vocab", "encoder_id")
+CORE_KEYS = ("pipeline", "width", "depth", "heads", "mlp_ratio", "text_vocab", "encoder_id")
 SHELL_KEYS = ("shell", "channels", "residual_blocks", "entry_channels", "patch", "image_skip",
               "inner_resolution", "prediction")
 # parts of names: of the layers next to the image, of what time and caption add, of offsets
@@ -212,6 +213,8 @@ if args.stage not in STAGES:
     raise UserError(f"unknown stage {args.stage!r}: {closest(args.stage, STAGES)}")
 stage = STAGES[args.stage]                                     # from here on its row decides, not its name
 config = load_config(args.config, args.stage, flags)           # {key: value}, every value checked
+whole = stage.init_prefix == "" and not stage.freeze           # a pipeline is kept as a whole, with its own settings
+config = start_config(config, whole and (args.teacher or args.core), flags)
 check_sizes(config)                                            # before any file is opened
 if args.core and not stage.sources:
     raise UserError(f"--core says where to start, and {args.stage} starts from nothing: leave it out")
@@ -245,6 +248,8 @@ def count_moments(name, p):
 
 
 if args.plan:
+    if config["pipeline"]:
+        raise UserError("--plan counts the models of this repository: leave --core away, with a config of that size")
     json_file = plan_flags.pop("json", None)                   # the others are arguments of plan_training
     auto = torch.float16 if args.kind == "v100" else torch.bfloat16                # a V100 has no bfloat16
     plan = {"config": args.config, "stage": args.stage} | plan_training(
@@ -273,6 +278,7 @@ data = open_data(config)                                       # scenes, an inde
 styled = open_style(config) if config["style"] else None       # a second set, mixed in
 batches = Batches(data, config, stage.large_only, args.stage, rank, world, styled)
 config |= batches.identity                                     # which data, which encoder: compared when a run goes on
+check_encoder(config)                                          # of a pipeline
 example_caption = next(filter(None, map(data.caption, range(len(data)))), "")
 
 # ---- the run: finished, to go on, or new, from nothing or from another one -------------------------------------------
@@ -335,6 +341,8 @@ elif stage.sources:                                            # new, from anoth
         if is_student(others[teacher]["config"]):
             raise UserError(f"{teacher} is a student itself: give --teacher the run that it learned from")
     for path, other in others.items():
+        if other["stage"] == "published":                      # a pipeline, which learned from no data of ours
+            other["config"] |= batches.identity
         if other["step"] < other["config"]["steps"]:
             raise UserError(f"{path} stopped at step {other['step']} of {other['config']['steps']}: finish it with "
                             f"--stage {other['stage']}")
@@ -438,7 +446,8 @@ if rank == 0:
     checkpoint_size = sum(sizes[part] for part in ("weights", "optimizer", "ema")) * len(turns)
     check_room(run, (config["num_checkpoints"] + 1) * checkpoint_size)
 # on shapes alone: counting inside a real step would change how attention is carried out
-flops = 0 if distills else config["batch"] * count_flops(lambda: make_model(config, stage.freeze), example_loss)
+uncounted = distills or config["pipeline"]
+flops = 0 if uncounted else config["batch"] * count_flops(lambda: make_model(config, stage.freeze), example_loss)
 peak = peak_rate(torch.cuda.get_device_name(), dtype, config["tf32"]) if device != "cpu" else None         # FLOP/s
 first, bad, skipped = step, dict.fromkeys(counted, 0), 0       # bad: updates in a row that were not finite
 log = Log(run, config["tensorboard"]) if rank == 0 else None   # log(dict)
@@ -507,7 +516,7 @@ def describe_step(step, skipped, losses, seconds, waited, norms):
             **{f"norm_{name}".rstrip("_"): round(norm, 3) for name, norm in norms.items()}, "skipped": skipped,
             "img_s": round(config["batch"] / spent, 1), "data_ms": round(1000 * waited / len(seconds), 1),
             "gib": round(peak_memory(device) / 2 ** 30, 2)}
-    if peak and flops:                                         # per step; those of a student are not counted
+    if peak and flops:                                         # per step, where they are counted
         line["mfu"] = round(flops / spent / world / peak, 3)   # model FLOPs utilisation
     elif device == "cpu" and flops and step - first <= config["log_every"]:        # once: of what this machine can do
         line["efficiency"] = round(flops / world / middle / sgemm_rate(), 2)

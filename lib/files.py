@@ -25,18 +25,22 @@ def atomic_write(path, write):
 
 
 def file_hash(path):
-    """sha256 of a file, or of the weights in a folder, one after the other; None where there are none."""
+    """
+    sha256 of a file, or of the weights in a folder, one after the other; None where there are none. Of a folder that
+    has them in its subfolders it is made of the hashes of these, each of which is read once in a process.
+    """
     folder = glob.escape(path)
     files = [path] if os.path.isfile(path) else []
     if os.path.isdir(path):                                    # weights alone: notes beside them may change
-        found = (sorted(glob.glob(f"{folder}/{kind}")) for kind in ("*.safetensors", "*/*.safetensors", "*.bin"))
-        files = next(filter(None, found), [])                  # a pipeline has them in its subfolders
+        files = next(filter(None, (sorted(glob.glob(f"{folder}/{kind}")) for kind in ("*.safetensors", "*.bin"))), [])
     digest = hashlib.sha256()
+    if parts := not files and sorted({os.path.dirname(name) for name in glob.glob(f"{folder}/*/*.safetensors")}):
+        digest.update(" ".join(map(weights_hash, parts)).encode())
     for name in files:
         with open(name, "rb") as file:
             while block := file.read(2 ** 20):                 # weights may be larger than memory
                 digest.update(block)
-    return digest.hexdigest() if files else None
+    return digest.hexdigest() if files or parts else None
 
 
 def free_name(path):

@@ -21,6 +21,7 @@ from lib.checkpoint import FORMAT
 from lib.conditions import SIZES
 from lib.files import (atomic_write, complete, from_folder, import_extra, local_weights, read_json, weight_files,
                        weights_hash)
+from lib.runs import newest_about
 from lib.settings import UserError, default_config
 from lib.tables import DTYPES
 
@@ -28,6 +29,14 @@ from lib.tables import DTYPES
 PIPELINES = {
     "PixArtSigmaPipeline": ("transformer", "PixArtTransformer2DModel", 300, {"guidance": 4.5, "sample_steps": 20}),
     "StableDiffusionXLPipeline": ("unet", "UNet2DConditionModel", 77 + 1, {"guidance": 5.0, "sample_steps": 30})}
+# what a pipeline decides: a training that starts from one has these settings of it
+DECIDED = ("pipeline", "shell", "encoder", "encoder_width", "text_length", "text_vocab", "autoencoder",
+           "latent_channels", "latent_stride", "latent_scale", "conditions", "resolution", "noise_base_resolution",
+           "grid", "logsnr_max", "logsnr_min", "prediction", "inner_resolution", "width", "depth", "heads", "mlp_ratio",
+           "channels", "residual_blocks", "entry_channels", "patch", "image_skip")
+USUAL = "weighting", "encoder_weights"                         # and these, where no flag says otherwise,
+ADVISED = "guidance", "sampler", "sample_steps"                # and these, where they stand at their defaults
+MERGE = "kv_merge", "kv_merge_layers", "kv_merge_norm"         # and these, where no other merge is asked for
 
 
 def pipeline_index(folder):
@@ -61,9 +70,10 @@ class Published(nn.Module):
     The network of config["pipeline"]: z (B, c, h, w), logsnr (B,), text (B, L, E), conditions (B, 6), those of
     size_and_crop, or None -> v (B, c, h, w). Zeros in place of a caption are the null caption here as everywhere; the
     network gets its own.
+    kv_merge(k, v, weight, bias, norm_weight, norm_bias, hw, r) merges keys and values in the blocks `merged`.
     """
 
-    def __init__(self, config):
+    def __init__(self, config, merged=(), kv_merge=None):
         super().__init__()
         self.config, folder = config, config["pipeline"]
         part, kind, _, _ = PIPELINES[pipeline_index(folder)["_class_name"]]
@@ -71,6 +81,11 @@ class Published(nn.Module):
         self.core, self.shell = network.from_config(read_json(folder, part, "config.json")), nn.Identity()
         self.logsnrs, self.predicts_v = noise_levels(folder)   # no buffer: it stays in float64
         self.null = None                                       # its null caption, (L, E), where one is needed
+        if merged and part == "unet":
+            raise UserError("kv_merge merges in the blocks of PixArt-Sigma, and this is a U-Net: leave it out")
+        self.merges = [MergedAttention(self.core.inner_dim, config, kv_merge) for _ in merged]
+        for number, merge in zip(merged, self.merges):         # its parameters now belong to the core
+            self.core.transformer_blocks[number].attn1.set_processor(merge)
 
     def forward(self, z, logsnr, text, conditions=None):
         dtype, t, text = self.core.dtype, self.timestep(logsnr), self.with_null(text)
@@ -84,6 +99,8 @@ class Published(nn.Module):
             out = self.core(z.to(dtype), t, text[:, :-1].to(dtype), added_cond_kwargs=added).sample
         else:
             added = {"resolution": None, "aspect_ratio": None}
+            for merge in self.merges:
+                merge.hw = [side // self.core.config.patch_size for side in z.shape[2:]]
             out = self.core(z.to(dtype), text.to(dtype), t, added, encoder_attention_mask=text.any(-1)).sample
             out = out[:, :z.shape[1]]                          # behind it the learned variance, which no sampler takes
         if self.predicts_v:
@@ -106,6 +123,28 @@ class Published(nn.Module):
         if self.null is None:
             self.null = open_pipeline(text.shape[1], self.config["encoder_weights"], encoder_dtype(self.config)).null
         return torch.where(blank[:, None, None], self.null.to(text), text)
+
+
+class MergedAttention(nn.Module):
+    """
+    Self-attention in which keys and values of r x r neighbours are merged into one (PixArt-Sigma), in place of the
+    processor of one of diffusers' attentions. It starts as their mean.
+    """
+
+    def __init__(self, width, config, kv_merge):
+        super().__init__()
+        self.r, self.kv_merge, self.hw = config["kv_merge"], kv_merge, None        # hw: sides of the grid of tokens
+        self.merge = nn.Conv2d(width, width, self.r, stride=self.r, groups=width)
+        self.merge_norm = nn.LayerNorm(width) if config["kv_merge_norm"] else None
+        nn.init.constant_(self.merge.weight, 1 / self.r ** 2)
+        nn.init.zeros_(self.merge.bias)
+
+    def forward(self, attn, x, encoder_hidden_states=None, attention_mask=None):
+        norm = (self.merge_norm.weight, self.merge_norm.bias) if self.merge_norm else (None, None)
+        k, v = self.kv_merge(attn.to_k(x), attn.to_v(x), self.merge.weight, self.merge.bias, *norm, self.hw, self.r)
+        q, k, v = (y.unflatten(2, (attn.heads, -1)).transpose(1, 2) for y in (attn.to_q(x), k, v))
+        y = F.scaled_dot_product_attention(q, k, v)            # (B, heads, N, D/heads), of N/r^2 keys
+        return attn.to_out[0](y.transpose(1, 2).flatten(2))    # (B, N, D)
 
 
 def in_dtype(model, config, dtype):
@@ -158,7 +197,8 @@ class PipelineEncoder:
     @torch.no_grad()
     def __call__(self, captions):
         texts = list(dict.fromkeys(["", *captions]))           # each once, and "" while the networks are open
-        spans = [self.embed(part, texts) for part in self.parts]                   # [[(rows, pooled)]]
+        with torch.autocast(self.device, enabled=False):       # the null caption may be asked for in a training pass
+            spans = [self.embed(part, texts) for part in self.parts]               # [[(rows, pooled)]]
         rows = [torch.cat([hidden for hidden, _ in parts], 1) for parts in zip(*spans)]
         if len(self.parts) == 2:
             pooled = [F.pad(text, (0, self.width - len(text)))[None] for _, text in spans[1]]
@@ -256,29 +296,78 @@ def read_published(folder):
 
 def read_pipeline(folder):
     """A pipeline as the state of a run that took no steps, weights mapped into memory and read where they are used."""
-    name = pipeline_index(folder)["_class_name"]
-    part, _, tokens, advice = PIPELINES[name]
-    about, vae = read_json(folder, part, "config.json"), read_json(folder, "vae", "config.json")
-    encoder = PipelineEncoder(tokens, folder, "fp32")          # which opens nothing yet
-    files = weight_files(os.path.join(folder, part))[1]
+    config, part = pipeline_config(folder), os.path.join(folder, PIPELINES[pipeline_index(folder)["_class_name"]][0])
+    files = weight_files(part)[1]
     if not files:
-        raise UserError(f"no .safetensors in {os.path.join(folder, part)!r}: bring them, since pickled weights (.bin) "
-                        "could run code")
-    if vae.get("latents_mean") or vae.get("shift_factor"):
-        raise UserError(f"the latents of {folder!r} are shifted: take a pipeline whose autoencoder scales them alone")
+        raise UserError(f"no .safetensors in {part!r}: bring them, since pickled weights (.bin) could run code")
     load_file = import_extra("safetensors.torch", "a published pipeline", "safetensors").load_file
     weights = {f"core.{key}": value for file in files for key, value in load_file(file).items()}
+    name = pipeline_index(folder)["_class_name"]
+    return {"name": name, "stage": "published", "step": 0, "config": config, "parents": [], "model": weights, "ema": {}}
+
+
+def pipeline_config(folder):
+    """The config of a run that would have made this pipeline."""
+    part, _, tokens, advice = PIPELINES[pipeline_index(folder)["_class_name"]]
+    about, vae = read_json(folder, part, "config.json"), read_json(folder, "vae", "config.json")
+    encoder = PipelineEncoder(tokens, folder, "fp32")          # which opens nothing yet
+    if vae.get("latents_mean") or vae.get("shift_factor"):
+        raise UserError(f"the latents of {folder!r} are shifted: take a pipeline whose autoencoder scales them alone")
     stride, side, logsnrs = 2 ** (len(vae["block_out_channels"]) - 1), about["sample_size"], noise_levels(folder)[0]
     unet = part == "unet"
     patch = 2 ** (len(about["block_out_channels"]) - 1) if unet else about["patch_size"]   # a token's, in latents
-    config = default_config() | advice | {
+    return default_config() | advice | {
         "pipeline": folder, "shell": "published", "data": "", "sampler": "dpm", "dtype": "fp32", "weighting": "eps",
         "encoder": f"pipeline:{tokens}", "encoder_width": (encoder.width,), "encoder_weights": folder,
         "text_length": tokens, "autoencoder": os.path.join(folder, "vae"), "latent_channels": vae["latent_channels"],
         "latent_stride": stride, "latent_scale": vae["scaling_factor"], "conditions": SIZES * unet,
         "resolution": side * stride, "noise_base_resolution": side * stride, "grid": side // patch,
+        "depth": about.get("num_layers", 1),                   # blocks that kv_merge can name
         "logsnr_max": float(logsnrs[0]), "logsnr_min": float(logsnrs[-1]), "steps": 0}
-    return {"name": name, "stage": "published", "step": 0, "config": config, "parents": [], "model": weights, "ema": {}}
+
+
+def start_config(config, path, flags):
+    """
+    The config of a training that starts with all weights of `path`: where that is a pipeline, or a run of its network,
+    with all that this decides, and with what is usual for it where config and `flags`, [(key, text)], leave it open.
+    UserError for a flag that it contradicts.
+    """
+    if config["pipeline"]:
+        raise UserError(f"pipeline = {config['pipeline']}: that is filled in: give --core FOLDER or --teacher FOLDER")
+    there, given = network_config(path), {key for key, _ in flags}
+    if not there:
+        return config
+    for key in DECIDED:
+        if key in given and config[key] != there[key]:
+            raise UserError(f"--{key}: the network of {path} decides it, {there[key]!r}: leave it out")
+    if config["fsdp"]:
+        raise UserError("fsdp = True: the network of a pipeline is not cut into shards: --fsdp False, and for memory "
+                        "--checkpointing and --micro")
+    defaults, student = default_config(), config["objective"] != "diffusion"       # a student has its own steps
+    advised = [key for key in (ADVISED[:1] if student else ADVISED) if config[key] == defaults[key]]
+    merge = MERGE if not config["kv_merge"] else ()
+    taken = {key: there[key] for key in (*USUAL, *advised, *merge) if key not in given}
+    return config | {key: there[key] for key in DECIDED} | taken
+
+
+def network_config(path):
+    """The config of a pipeline's folder, or of a run or export whose network is that of one; None of all others."""
+    if not path:
+        return None
+    if os.path.exists(os.path.join(path, "model_index.json")):
+        return pipeline_config(path)
+    state = read_export(path) if os.path.exists(os.path.join(path, "config.json")) else newest_about(path)
+    return default_config() | state["config"] if state and state["config"].get("pipeline") else None
+
+
+def check_encoder(config):
+    """UserError where the captions of a training were embedded by others than the encoders of its pipeline."""
+    if not config["pipeline"]:
+        return
+    own, known = open_pipeline(config["text_length"], config["encoder_weights"], "fp32").id, config["encoder_id"]
+    if known.split(" ")[2:] != own.split(" ")[2:]:             # behind the dtype
+        raise UserError(f"the captions were embedded by {known}, and the pipeline holds {own}: embed them with "
+                        f"--weights {config['encoder_weights']}")
 
 
 def describe_published(state):
@@ -313,7 +402,10 @@ def export(state, folder):
     what = "EMA weights of nanoVermeer, v of (z, logsnr, text, conditions): model.load(FOLDER)"
     text = json.dumps({"what": what} | about, indent=1)
     atomic_write(os.path.join(folder, "config.json"), lambda f: f.write(text.encode()))        # last: now it is whole
-    return f"{folder}: {len(weights)} tensors of {state['stage']}, step {state['step']}: python sample.py {folder}"
+    pipeline = state["config"]["pipeline"]
+    needs = f"; encoders, autoencoder and the network's settings stay in {pipeline}" * bool(pipeline)
+    return (f"{folder}: {len(weights)} tensors of {state['stage']}, step {state['step']}: python sample.py {folder}"
+            f"{needs}")
 
 
 def read_export(folder):

@@ -102,8 +102,11 @@ def check_settings(run, saved, about, free_keys):
 
 
 def newest_about(run):
-    """What the newest checkpoint of a run says of itself, or None: a broken one is for the run itself to mend."""
-    file = os.path.join(run, "last.pt")
+    """
+    What the newest checkpoint of a run, or a checkpoint, says of itself, or None: a broken one is for the run itself to
+    mend.
+    """
+    file = run if os.path.isfile(run) else os.path.join(run, "last.pt")
     try:
         return read_about(file) if os.path.exists(file) else None
     except Exception:

@@ -23,12 +23,14 @@ CONFIGS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 class UserError(SystemExit):
     """
     What the user can mend. Making one prints `error: WHAT: HOW TO FIX`, so make none that is to be caught; raising it
-    ends the program with status 2 and without a traceback.
+    ends the program with status 2 and without a traceback. A program that goes on all the same, such as a server, shows
+    its `message`.
     """
 
     def __init__(self, message):
         print_error(message)
         super().__init__(2)
+        self.message = message
 
 
 @functools.lru_cache(4)

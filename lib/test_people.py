@@ -59,7 +59,9 @@ def browser(tmp_path):
         except OSError:
             return None
     wait_for(ready)
-    words = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=500,900"]
+    words = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--window-size=500,900",
+             "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+             "--disable-sync", f"--user-data-dir={tmp_path / 'browser'}"]
     options = {"binary": chromium, "args": words, "prefs": {"download.default_directory": str(tmp_path)}}
     capabilities = {"alwaysMatch": {"goog:chromeOptions": options}}
     session = "/session/" + ask("POST", "/session", capabilities=capabilities)["sessionId"]

@@ -1,6 +1,7 @@
 """pytest lib/test_published.py: pipelines as diffusers saves them, and runs as they are exported."""
 import copy
 import json
+import math
 import os
 import shutil
 
@@ -12,10 +13,11 @@ import sample as sampling
 from lib.checkpoint import FORMAT
 from lib.encoders import EmbeddingCache, embed_captions, embed_now, open_encoders
 from lib.pictures import write_png
+from lib.files import file_hash, weights_hash
 from lib.published import PipelineEncoder, in_dtype
 from lib.settings import load_config
 from lib.test_encoders import Trap, captions, refused  # noqa: captions is a fixture
-from model import alpha_sigma, build, load, read_checkpoint
+from model import SelfAttention, alpha_sigma, build, diffusion_loss, init_from, load, read_checkpoint
 from sample import describe_run
 
 VOCABULARY = "a big small red blue circle square on the left right of white".split()
@@ -180,6 +182,62 @@ def test_at_the_timesteps_nearest_to_our_levels_pictures_are_the_same(pipelines,
     assert deviation(ours, theirs) < 1e-2
 
 
+@pytest.mark.parametrize("kind", ["pixart", "sdxl"])
+def test_the_training_loss_is_that_of_diffusers_own_network(pipelines, kind):
+    """The squared error of the noise in what its scheduler adds, with its gradients."""
+    (pipeline, folder), diffusers = pipelines[kind], pytest.importorskip("diffusers")
+    net, config = load(folder)
+    times, size = torch.tensor([20, 900]), torch.tensor([[16.0, 24, 0, 0, 16, 24]] * 2)
+    x, eps = torch.randn(2, 2, 4, 8, 12, generator=torch.Generator().manual_seed(0))
+    scheduler = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
+    (positive, _), own = embeddings_of(pipeline, CAPTIONS), getattr(pipeline, "transformer", None) or pipeline.unet
+    theirs = (noise_of(pipeline, scheduler.add_noise(x, eps, times), times, positive, size) - eps).square()
+    theirs = theirs.mean((1, 2, 3))                            # (2,)
+    ends = [math.atan(math.exp(-config[key] / 2)) for key in ("logsnr_max", "logsnr_min")]
+    t = (torch.atan(torch.exp(-net.logsnrs[times] / 2)) - ends[0]) / (ends[1] - ends[0])     # where ours is at `times`
+    ours = diffusion_loss(net, x, sampling.encode_captions(CAPTIONS, config), t.float(), eps, config, size)
+    assert torch.allclose(ours, theirs, rtol=1e-4)
+    slopes = [torch.autograd.grad(loss.sum(), list(of.parameters())) for loss, of in ((ours, net.core), (theirs, own))]
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max())) for a, b in zip(*slopes))
+
+
+def test_kv_merge_is_switched_on_from_outside_and_is_that_of_our_own_attention(pipelines, capsys):
+    folder = pipelines["pixart"][1]
+    (plain, config), state = load(folder), read_checkpoint(folder)
+    merged = config | {"kv_merge": 2, "kv_merge_layers": "1"}
+    weights, report = init_from(state, merged, "")
+    net = build(merged).eval()
+    net.load_state_dict({**net.state_dict(), **weights})
+    assert "4 new" in report and "KV merge by 2, blocks 1, as the mean" in report
+    text, level = sampling.encode_captions(CAPTIONS, config), torch.tensor([0.5, -2.0])
+    z = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert 0 < deviation(net(z, level, text), plain(z, level, text)) < 0.5
+    theirs, ours = net.core.transformer_blocks[1].attn1, SelfAttention(32, 2, r=2)
+    for p in theirs.processor.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    ours.qkv.weight.data = torch.cat([part.weight for part in (theirs.to_q, theirs.to_k, theirs.to_v)])
+    ours.qkv.bias.data = torch.cat([part.bias for part in (theirs.to_q, theirs.to_k, theirs.to_v)])
+    ours.out.load_state_dict(theirs.to_out[0].state_dict())
+    ours.load_state_dict(ours.state_dict() | theirs.processor.state_dict())
+    x = torch.randn(2, 4 * 6, 32)
+    assert theirs.processor.hw == [4, 6] and torch.allclose(theirs(x), ours(x, (4, 6)), atol=1e-5)
+    other = read_checkpoint(pipelines["sdxl"][1])["config"] | {"kv_merge": 2, "kv_merge_layers": "0"}
+    refused(capsys, lambda: build(other), "this is a U-Net: leave it out")
+
+
+def test_a_pipeline_is_hashed_part_by_part_and_each_once(pipelines, monkeypatch):
+    folder = pipelines["sdxl"][1]
+    parts = [os.path.join(folder, part) for part in ("text_encoder", "text_encoder_2", "unet", "vae")]
+    known = dict(zip(parts, map(weights_hash, parts)))
+    monkeypatch.setattr("hashlib.file_digest", lambda *_: pytest.fail("read again"))
+    one = file_hash(folder)
+    assert len(one) == 64 and PipelineEncoder(78, folder, "fp32").id.endswith(known[parts[1]])
+    monkeypatch.setattr("lib.files.weights_hash", lambda part: known[part].replace("0", "1") if "vae" in part
+                        else known[part])
+    assert (file_hash(folder) != one) == ("0" in known[parts[3]])
+
+
 def copied(folder, tmp_path, name="copy"):
     """A folder that a test may spoil."""
     return shutil.copytree(folder, tmp_path / name)
@@ -262,7 +320,8 @@ def test_the_null_caption_is_the_published_one(pipelines, tmp_path):
         folder = copied(folder, tmp_path, kind + str(zero))
         edit_json(folder / "model_index.json", **changes)
         net, config = load(str(folder))
-        null = net.with_null(torch.zeros(1, config["text_length"], config["encoder_width"][0]))[0]
+        with torch.autocast("cpu", torch.bfloat16):            # as in a training pass, which it does not depend on
+            null = net.with_null(torch.zeros(1, config["text_length"], config["encoder_width"][0]))[0]
         pipeline.register_to_config(**changes)
         rows, other = embeddings_of(pipeline, CAPTIONS)[1]
         pipeline.register_to_config(**{key: True for key in changes})
@@ -344,6 +403,8 @@ BAD_FOLDERS = [
     ("pixart", lambda f: spoil_weights(f, "transformer", lambda w: w.pop("proj_out.bias")), "proj_out.bias is missing"),
     ("sdxl", lambda f: spoil_weights(f, "unet", lambda w: w.update({"conv_in.bias": torch.zeros(3)})),
      "core.conv_in.bias is (3,), not (16,)"),
+    ("sdxl", lambda f: spoil_weights(f, "unet", lambda w: w.update(other=torch.zeros(3))),
+     "core.other is none of its weights"),
     ("sdxl", lambda f: spoil_weights(f, "text_encoder", lambda w: w.pop(sorted(w)[0])), "is missing"),
     ("sdxl", lambda f: spoil_weights(f, "vae", lambda w: w.pop("decoder.conv_in.bias")), "conv_in.bias is missing"),
     ("sdxl", lambda f: edit_json(f / "vae/config.json", latents_mean=[0.0] * 4), "take a pipeline whose autoencoder"),
