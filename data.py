@@ -36,13 +36,10 @@ L caption tokens, E their width, K numbers that condition a picture, n items of 
 """
 import functools
 import itertools
-import json
 import math
 import os
-import re
 import signal
 import sys
-import time
 import zlib
 from collections import namedtuple
 
@@ -65,33 +62,19 @@ parser.answer(__name__)                                        # --help need not
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
+from lib.buckets import bucket_sizes, nearest_bucket
 from lib.conditions import condition_names, condition_row, ranges_seen
+from lib.datasets import LOOK, check, index, open_data, stats, vocabulary
 from lib.draws import generator, uniforms
 from lib.encoders import (EmbeddingCache, LatentCache, embed_captions, embed_images, embed_now, encoder_identity,
-                          has_pretrained_encoder, latents_path, open_encoders, to_pieces, train_pieces)
-from lib.files import atomic_write
-from lib.images import Unfit, covering, index_folder, jittered, write_index
-from lib.nouns import noun_table
+                          has_pretrained_encoder, latents_path, open_encoders, to_pieces)
+from lib.images import Unfit, covering, jittered
+from lib.nouns import words
 from lib.pictures import contact_sheet, to_tensor, write_png
 from lib.processes import get_world_size, join
-from lib.scan import MUTE, open_images, require, scan
-from lib.scenes import Scenes
 from lib.tables import is_begun
 from model import token_size
-
-
-def open_data(config, allow=()):
-    """The data set that `data` names: scenes, or images by their index, or scanned now where they have none."""
-    return Scenes(config) if config["data"] == "scenes" else open_images(config["data"], allow)
-
-
-def open_style(config):
-    """The style set that `style` names, the style token before each caption."""
-    styled = Scenes(config, "style") if config["style"] == "scenes" else open_images(config["style"])
-    styled.prefix = f"{config['style_token']} "
-    return styled
 
 
 # ---- batches: which samples make up the batch of a step, and how each is cropped, mirrored, recoloured and captioned -
@@ -117,7 +100,7 @@ class Batches(torch.utils.data.Dataset):
         self.data, self.config, self.stage, c = data, config, stage, config
         b = c["batch"] // world                                # rows of one device
         self.rows = slice(rank * b, (rank + 1) * b)            # of the whole batch: this device's
-        self.sizes, images = bucket_sizes(c), data.all_sizes()                     # [(H, W)], (n, 2)
+        self.sizes, images = bucket_sizes(c["aspects"], c["resolution"], token_size(c)), data.all_sizes()
         self.bucket = nearest_bucket(self.sizes, images)       # (n,)
         target = np.array(self.sizes, np.int32)[self.bucket][:, ::-1]              # (n, 2), width first as in images
         large = (images >= target).all(1)                      # both sides at least as large as the target (Sec. 3.3)
@@ -273,44 +256,6 @@ class Batches(torch.utils.data.Dataset):
         return "\n".join(lines)
 
 
-# ---- buckets: the sizes that images are brought to, each a batch of its own ------------------------------------------
-
-
-def bucket_sizes(config):
-    """
-    [(height, width)] in pixels. `aspects` lists them, or gives a rule: "every 64" takes long sides in steps of 64 px up
-    to twice the resolution, with the largest short side whose area stays within resolution^2 (SDXL's table, Appendix I,
-    and PixArt's are made of these). Raises UserError where a side is no whole number of tokens.
-    """
-    side, aspects, token, sizes = config["resolution"], config["aspects"], token_size(config), []
-    if not aspects:
-        return [(side, side)]
-    if rule := re.fullmatch(r"every (\d+)", aspects):
-        step = max(1, int(rule[1]))
-        pairs = [(side * side // long // step * step, long) for long in range(side, 2 * side + 1, step)]
-        sizes = sorted({p for short, long in pairs if short for p in ((short, long), (long, short))})      # wide, tall
-    elif re.fullmatch(r"\d+x\d+(, *\d+x\d+)*", aspects):
-        sizes = [tuple(map(int, part.split("x"))) for part in aspects.split(",")]
-    if not sizes:                                              # neither, or a step above the resolution
-        raise UserError(f"aspects = {aspects!r}: write HxW,HxW,... or every N, "
-                        "such as 1024x1024,768x1376,1376x768 or every 64")
-    for h, w in sizes:                                         # whole tokens, or the grid would not fit
-        if not h * w or h % token or w % token:
-            raise UserError(f"aspects = {aspects!r}: {h}x{w} must be multiples of a token, {token} px at {side} px")
-    return sizes
-
-
-def nearest_bucket(sizes, images):
-    """For each image, (n, 2) of (width, height), the number in `sizes` of the nearest aspect ratio: int16 (n,)."""
-    aspect = np.log(images[:, 0] / images[:, 1])               # in logarithms 2:1 is as far from 1:1 as 1:2 is
-    best, where = np.full(len(images), np.inf), np.zeros(len(images), np.int16)
-    for k, (h, w) in enumerate(sizes):                         # one at a time: memory does not grow with their number
-        distance = abs(aspect - math.log(w / h))
-        closer = distance < best
-        best[closer], where[closer] = distance[closer], k
-    return where
-
-
 # ---- captions -> tokens or embeddings --------------------------------------------------------------------------------
 
 
@@ -340,11 +285,6 @@ def tokenize(captions, length, vocab):
     return padded([[1 + zlib.crc32(w.encode()) % (vocab - 1) for w in words(c)[:length]] for c in captions], length)
 
 
-def words(caption):
-    """Words and punctuation marks, in lower case."""
-    return re.findall(r"\w+|[^\w\s]", caption.lower())
-
-
 def padded(rows, length):
     """Lists of tokens -> (B, L) int64, zeros behind; what is longer is cut."""
     tokens = np.zeros((len(rows), length), np.int64)
@@ -371,44 +311,7 @@ def open_cache(pairs):
     return EmbeddingCache(open_data(dict(pairs)), dict(pairs))
 
 
-# ---- commands: each takes (args, config), the flags of main and a config's dict --------------------------------------
-
-LOOK = ("incomplete", "uncaptioned")                           # what show and stats do not refuse: they are for looking
-
-
-def check(args, config):
-    """What was found, how many images each resolution would keep, and what training would refuse. Writes nothing."""
-    data, bad = (open_data(config), []) if args.path == "scenes" else scan(args.path, config["workers"])
-    print("\n".join(data.table()))
-    if args.path == "scenes":
-        print(f"pictures of one caption lie {data.left_open():.3f} of [0, 1] (rms) round their mean; near 0 a "
-              "regression would do")
-    mute = [f"no caption: {name}" for name, reason in bad if reason in MUTE]
-    print("\n".join(mute[:20] + [f"no caption: {len(mute) - 20} more"] * (len(mute) > 20) + [""]), end="")
-    if len(data):
-        lengths = np.array([len(words(data.caption(i))) for i in range(min(len(data), 10000))])    # enough for a share
-        cut = np.mean(lengths > config["text_length"])         # their last words are never read
-        print(f"captions of {lengths.mean():.1f} words; {cut:.1%} are cut at text_length = {config['text_length']}")
-        short = data.all_sizes().min(1)                        # (n,), the short sides
-        for resolution in 16, 32, 64, 128, 256, 512, 1024:
-            print(f"{resolution:5d} px keeps {np.mean(short >= resolution):7.1%}")
-    if bad:
-        require(data, bad)
-
-
-def index(args, config):
-    """Scan, print what was found, and write the index beside the data or to --to."""
-    begin, folder = time.perf_counter(), args.to or index_folder(args.path)        # seconds
-    data, bad = scan(args.path, config["workers"])
-    print("\n".join(data.table()))
-    if args.json:
-        report = data.head["report"]
-        captions = {k: report["captions"][k] for k in ("missing", "empty", "truncated")}           # what is promised
-        atomic_write(args.json, lambda file: file.write(json.dumps(report | {"captions": captions}).encode()))
-    require(data, bad, args.allow.split(","))                  # after the table, which tells more than the refusal
-    write_index(folder, data, bad)                             # as a whole: readers see the old or the new
-    print(f"{folder}: {len(data)} images indexed in {time.perf_counter() - begin:.1f} s; bad.tsv there names what was "
-          f"not. Train on it: python train.py --data {args.to or args.path}")
+# ---- commands (the others: lib/datasets.py): each takes (args, config), the flags of main and a config's dict --------
 
 
 def show(args, config):
@@ -429,25 +332,6 @@ def show(args, config):
     print(f"{file}: {len(images)} images of {w}x{h} px, in the order above\n{batches.summary()}")
 
 
-def stats(args, config):
-    """The columns of PixArt-Sigma's Table 1, for plain and for long captions."""
-    data, captions = open_data(config, LOOK), {"plain": [], "long": []}            # one of each for an image
-    for i in tqdm(range(len(data)), "stats", disable=None):
-        plain, long = data.choose(i), data.choose(i, long=True)
-        captions["plain"] += [data.text(plain)] * (plain >= 0)
-        captions["long"] += [data.text(long)] * (long != plain)                    # or: it stands in for a missing one
-    print("\n".join(noun_table({kind: [words(text) for text in texts] for kind, texts in captions.items()})))
-
-
-def vocabulary(args, config):
-    """Train a SentencePiece model on all captions (unigram, --size pieces at most; PixelGen-V2: 32,000)."""
-    data, to = open_data(config), args.to or "captions.model"
-    texts = (data.text(n) for n in tqdm(range(data.captions_count), "captions", disable=None))
-    pieces = train_pieces(texts, args.size, to)
-    print(f"{to}: {pieces} pieces of {data.captions_count} captions. "
-          f"Train with --encoder sentencepiece:{to} --text_vocab {pieces + 1}")
-
-
 def embed(args, config):
     """Embed all captions with each encoder, or all images with an autoencoder, into tables beside the index."""
     if get_world_size() > 1 and join(timeout=7 * 24 * 3600)[0]:                    # seconds: others may take longer
@@ -459,7 +343,7 @@ def embed(args, config):
         raise UserError("nothing to embed with: give --encoder t5-xxl:128 --weights FOLDER, or --vae FOLDER")
     data.prefix = config["prefix"] and config["prefix"] + " "  # of a style set: its token
     if args.vae:
-        sizes = bucket_sizes(config)
+        sizes = bucket_sizes(config["aspects"], config["resolution"], token_size(config))
         targets = np.array(sizes)[nearest_bucket(sizes, data.all_sizes())]         # (n, 2), as in Batches
         embed_images(data, config | {"autoencoder": args.vae}, targets, args.dtype)
     for encoder in open_encoders(args.encoder, args.weights, args.dtype) if args.encoder else ():

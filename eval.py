@@ -74,7 +74,7 @@ from lib.results import accuracy, best_point, make_card, over_seeds, report, tun
 from lib.scenes import describe, world_name
 from lib.tasks import Task, dsg_task, in_style, keep_pictures, prompts_task
 from model import diffusion_loss, load, read_checkpoint
-from sample import SAMPLERS, check_student, is_student, sample
+from sample import check_student, is_student, sample
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What a run is asked to draw, and who looks at it: a Task (lib/tasks.py)

@@ -46,6 +46,7 @@ import sample as sampling
 from data import Batches
 from lib import tables, triton_tools
 from lib.conditions import count_columns
+from lib.datasets import open_style
 from lib.encoders import open_autoencoder
 from lib.images import INDEX
 from lib.judge import look
@@ -286,7 +287,7 @@ def test_twins_train_and_sample_in_every_stage(name):
             continue
         seen.append({**config, "lr": 0, "steps": 0})
         net = shaken(models.build(config))
-        styled = data.open_style(config) if config["style"] else None
+        styled = open_style(config) if config["style"] else None
         batches = Batches(data.open_data(config), config, filtered=False, styled=styled)
         x, text, size = (part[:2] for part in batches[0])
         x = open_autoencoder(config).encode(x)
@@ -797,23 +798,27 @@ def test_every_batch_is_of_one_bucket_and_none_is_left_out(wide):
         assert (size[:, 4:] == torch.tensor(x.shape[2:])).all()
 
 
+def buckets_of(config):
+    return data.bucket_sizes(config["aspects"], config["resolution"], models.token_size(config))
+
+
 def test_vermeers_sizes_and_sdxls_rule():
     vermeer = tiny(resolution=1024, grid=32, aspects="1024x1024,768x1376,1376x768")
-    assert data.bucket_sizes(vermeer) == [(1024, 1024), (768, 1376), (1376, 768)]
-    sizes = data.bucket_sizes(tiny(resolution=1024, grid=16, aspects="every 64"))
+    assert buckets_of(vermeer) == [(1024, 1024), (768, 1376), (1376, 768)]
+    sizes = buckets_of(tiny(resolution=1024, grid=16, aspects="every 64"))
     table = ("512x2048 512x1984 512x1920 512x1856 576x1792 576x1728 576x1664 640x1600 "
              "640x1536 704x1472 704x1408 768x1280 832x1216 896x1152 960x1088 1024x1024")
     assert {tuple(map(int, s.split("x"))) for s in table.split()} <= set(sizes)    # SDXL, Appendix I
     assert all(0.85 * 2 ** 20 <= h * w <= 2 ** 20 and (w, h) in sizes for h, w in sizes) and len(sizes) == 33
     images = np.array([[1024, 1024], [1920, 1080], [1080, 1920], [800, 1000]])
-    assert data.nearest_bucket(data.bucket_sizes(vermeer), images).tolist() == [0, 1, 2, 0]
+    assert data.nearest_bucket(buckets_of(vermeer), images).tolist() == [0, 1, 2, 0]
 
 
 @pytest.mark.parametrize("aspects, words", [
     ("1024", "write HxW"), ("every 2048", "write HxW"), ("1000x1000", "multiples of a token, 32 px"),
     ("every 60", "multiples of a token, 32 px"), ("0x32", "multiples")])
 def test_aspects_that_do_not_fit_the_grid_are_refused(aspects, words, capsys):
-    refused(capsys, lambda: data.bucket_sizes(tiny(resolution=1024, grid=32, aspects=aspects)), words)
+    refused(capsys, lambda: buckets_of(tiny(resolution=1024, grid=32, aspects=aspects)), words)
 
 
 def test_size_tells_where_the_crop_came_from(wide):
@@ -980,7 +985,7 @@ def test_rows_of_a_style_set_depend_on_the_step_alone_and_carry_its_token():
 
     def mixed(rank=0, world=1, **changes):
         c = config | changes
-        return Batches(data.open_data(c), c, True, "style", rank, world, data.open_style(c))
+        return Batches(data.open_data(c), c, True, "style", rank, world, open_style(c))
     batches = mixed()
     rows = [row for step in range(40) for row in batches.sources(step)]
     styled = [(epoch, i) for own, epoch, i in rows if own is batches.styled]
@@ -1003,7 +1008,7 @@ def test_rows_of_a_style_set_depend_on_the_step_alone_and_carry_its_token():
 
 def test_a_bucket_without_images_of_the_style_keeps_to_the_data(wide):
     config = tiny(resolution=32, grid=8, aspects="32x32,24x48,48x24", batch=4, style="scenes", style_share=1.0)
-    batches = Batches(wide, config, False, styled=data.open_style(config))         # scenes are square
+    batches = Batches(wide, config, False, styled=open_style(config))         # scenes are square
     for step in range(30):
         bucket = batches.bucket_at(step)[0]
         assert all((own is batches.styled) == (bucket == 0) for own, _, _ in batches.sources(step))
@@ -1022,10 +1027,10 @@ def test_a_style_set_is_embedded_with_its_token(photos, encoders, tmp_path, caps
     for folder, prefix in ((photos, ""), (other, "other")):    # another token than the run's
         args.path = str(indexed(folder))
         data.embed(args, tiny(data=str(folder), prefix=prefix))
-    refused(capsys, lambda: Batches(data.open_data(config), config, False, styled=data.open_style(config)),
+    refused(capsys, lambda: Batches(data.open_data(config), config, False, styled=open_style(config)),
             "other captions than the index", "--prefix 'styled'")
     config |= {"style_token": "other"}
-    batches = Batches(data.open_data(config), config, False, styled=data.open_style(config))
+    batches = Batches(data.open_data(config), config, False, styled=open_style(config))
     captions = [own.sample(epoch, i).caption for own, epoch, i in batches.sources(2)]
     weights = {"encoder_weights": args.weights, "encoder_id": batches.identity["encoder_id"]}
     assert all(caption.startswith("other grey level") for caption in captions)
@@ -1045,9 +1050,10 @@ def test_memory_of_workers_is_flat_over_200_000_captions(tmp_path):
         shard(tmp_path / f"{s}.tar", members)
     code = f"""
 import data, os, re
+from lib import datasets
 flags = [("data", {str(tmp_path)!r}), ("batch", "200"), ("workers", "4"), ("steps", "1501")]
 config = data.load_config("toy", "pretrain", flags)
-data.write_index({str(tmp_path / 'ix')!r}, *data.scan(config["data"], 2))
+datasets.write_index({str(tmp_path / 'ix')!r}, *datasets.scan(config["data"], 2))
 config["data"] = {str(tmp_path / 'ix')!r}
 def private():
     total = 0

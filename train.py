@@ -63,10 +63,11 @@ import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from data import Batches, open_data, open_style
+from data import Batches, open_data
 from eval import evaluate, report
 from lib import checkpoint
 from lib.conditions import count_columns, ranges_known
+from lib.datasets import open_style
 from lib.draws import normals, uniforms
 from lib.encoders import open_autoencoder
 from lib.files import file_hash

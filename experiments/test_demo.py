@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.demo import STRIP, draw
+from experiments import demo
 from lib.checkpoint import FORMAT
 from lib.pictures import make_grid, to_uint8
 from lib.settings import UserError, load_config
@@ -37,16 +37,16 @@ def drawer(tmp_path_factory):
 @pytest.mark.parametrize("sampler", ["ddpm", "exp_heun"])
 def test_the_page_draws_what_sample_draws_and_how_it_came_about(drawer, sampler):
     model, config = load(drawer)
-    pictures, strip = draw(model, config, " a red circle ", 17, 10, 3.0, sampler, 5, "")
+    pictures, strip = demo.draw(model, config, " a red circle ", 17, 10, 3.0, sampler, 5, "")
     x = sample(model, config, ["a red circle"] * 17, seed=5, steps=10, guidance=3.0, sampler=sampler)
     assert np.array_equal(pictures, make_grid(to_uint8(x), 4, most=256))
     side = 128 + 2                                             # of a picture in the strip, and a line between two
-    assert strip.shape == (2 * side + 2, STRIP * side + 2, 3)
+    assert strip.shape == (2 * side + 2, demo.STRIP * side + 2, 3)
     last = strip[side + 2:-2, -side:-2]                        # below, on the right: the first picture
     assert np.array_equal(last, make_grid(to_uint8(x[:1]), 1, 0, 128))
     first = strip[2:side, 2:side]                              # above, on the left: noise alone
     assert first.std() > 60 and not np.array_equal(first, last)
-    few = draw(model, config, "", 1, 2, None, sampler, 5, "")[1]
+    few = demo.draw(model, config, "", 1, 2, None, sampler, 5, "")[1]
     assert few.shape[1] == (2 if sampler == "ddpm" else 3) * side + 2              # as many as there are evaluations
 
 
@@ -61,7 +61,7 @@ def test_the_page_refuses_in_sentences(drawer, capsys):
             (student, dict(steps=3), "3 steps: with sample_steps = 16"),
             (student, dict(steps=16, sampler="dpm"), "a student of consistency takes ddim or ddpm or lcm")]:
         with pytest.raises(UserError) as error:
-            draw(model, config_, **plain | changes)
+            demo.draw(model, config_, **plain | changes)
         assert words in error.value.message and f"error: {error.value.message}" in capsys.readouterr().err
 
 

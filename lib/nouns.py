@@ -15,6 +15,11 @@ FUNCTION_WORDS = frozenset("""
     capture""".split())
 
 
+def words(caption):
+    """Words and punctuation marks, in lower case."""
+    return re.findall(r"\w+|[^\w\s]", caption.lower())
+
+
 def nouns(words):
     """
     The nouns among the words of a caption: of each unbroken run of content words the last one, since a noun phrase ends
