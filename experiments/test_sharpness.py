@@ -1,7 +1,7 @@
 """The command of experiments.sharpness, on real renderings in place of a model's pictures."""
 import torch
 
-from experiments.sharpness import resized, scores, table
+from experiments import sharpness
 from lib.pictures import to_tensor
 from lib.scenes import Scenes
 from lib.settings import load_config
@@ -13,9 +13,9 @@ def renderings(world, side, n=24):
 
 def test_real_pictures_are_sharp_at_their_own_size_and_when_pooled_and_not_when_enlarged():
     world = Scenes(load_config("toy", "grow", []) | {"scene_textured": 0.0}).held_out()
-    small, large = (scores(renderings(world, side), world, (32, 64)) for side in (32, 64))
+    small, large = (sharpness.scores(renderings(world, side), world, (32, 64)) for side in (32, 64))
     assert min(small[32][1], large[64][1]) > 40 and large[32][1] > 35              # dB
     assert small[64][1] < 35                                                       # what is not there cannot be seen
-    assert resized(torch.ones(1, 3, 8, 8), 16).shape == (1, 3, 16, 16)
-    lines = table([(small, large), (small, large)]).splitlines()
+    assert sharpness.resized(torch.ones(1, 3, 8, 8), 16).shape == (1, 3, 16, 16)
+    lines = sharpness.table([(small, large), (small, large)]).splitlines()
     assert len({line.count("|") for line in lines}) == 1 and lines[-1].count("± 0.0 dB") == 2
