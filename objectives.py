@@ -14,6 +14,7 @@ import math
 
 import torch
 
+from lib.conditions import untold
 from lib.settings import UserError
 from model import WEIGHTINGS, alpha_sigma, build, diffusion_loss, get_logsnr, load
 from sample import guided
@@ -98,7 +99,9 @@ def distill_turns(own, path, config, device, in_half, second_turn):
     limit = math.inf if config["autoencoder"] else 1.0
 
     def sees(model, guidance):                                 # (z, logsnr, text, conditions) -> x
-        return lambda z, logsnr, text, conditions: guided(in_half(model), text, guidance, conditions, limit)(z, logsnr)
+        def x(z, logsnr, text, conditions):
+            return guided(in_half(model), text, guidance, conditions, limit, untold(config, conditions))(z, logsnr)
+        return x
     teacher = sees(master, config["guidance"])
 
     def averaged(z, *batch):                                   # the student with its EMA weights

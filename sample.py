@@ -48,7 +48,7 @@ import torch
 from tqdm import tqdm
 
 from data import encode_captions
-from lib.conditions import condition_row, parse_set
+from lib.conditions import condition_row, parse_set, untold
 from lib.draws import normals
 from lib.encoders import open_autoencoder
 from lib.files import free_name
@@ -158,22 +158,22 @@ def get_logsnrs(config, steps, sampler, device="cpu"):
 # Guidance, and pictures of captions
 
 
-def guided(model, text, guidance, conditions=None, limit=1.0):
+def guided(model, text, guidance, conditions=None, limit=1.0, null_conditions=None):
     """
     denoise(z, logsnr) -> x for these captions (B, L) or (B, L, E), with classifier-free guidance on all channels
     (Ho and Salimans 2021): v = v_null + guidance (v_caption - v_null). 1 means no guidance, 0 no caption. The null
-    caption is the one of training; conditions (1 or B, K) are told with both. x is clipped to [-limit, limit]: pixels
-    have a limit, latents have none.
+    caption is the one of training; with it null_conditions (B, K) take the place of conditions (B, K). x is clipped to
+    [-limit, limit]: pixels have a limit, latents have none.
     """
-    null = torch.zeros_like(text)                              # padding alone
-    captions = {0: null, 1: text}.get(guidance, torch.cat([text, null]))           # (B or 2 B, L...): one pass for both
+    def both(given, null):                                     # (B or 2 B, ...): one pass for both
+        return {0: null, 1: given}.get(guidance, torch.cat([given, null]))
+    captions = both(text, torch.zeros_like(text))              # padding alone
+    told = None if conditions is None else both(conditions, conditions if null_conditions is None else null_conditions)
     copies = len(captions) // len(text)                        # 1 or 2
-    if conditions is not None:
-        conditions = conditions.to(text.device).expand(len(text), -1).repeat(copies, 1)      # (B or 2 B, K)
 
     def denoise(z, logsnr):                                    # one level for all images, or one for each
         logsnrs = logsnr.expand(len(text)).repeat(copies)                          # (B or 2 B,)
-        v = model(z.repeat(copies, 1, 1, 1), logsnrs, captions, conditions).float()      # (B or 2 B, C, H, W)
+        v = model(z.repeat(copies, 1, 1, 1), logsnrs, captions, told).float()      # (B or 2 B, C, H, W)
         if copies == 2:
             v_caption, v_null = v.chunk(2)                                         # (B, C, H, W)
             v = v_null + guidance * (v_caption - v_null)
@@ -202,7 +202,7 @@ def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, 
     uncropped = height, width, 0, 0, height, width
     numbers = {name: torch.as_tensor(number).expand(len(captions)).tolist() for name, number in numbers.items()}
     conditions = torch.tensor([condition_row(config, uncropped, lambda name: numbers[name][i] if name in numbers else
-                                             math.nan) for i in range(len(captions))])       # (B, K)
+                                             math.nan) for i in range(len(captions))], device=device)      # (B, K)
     limit = math.inf if config["autoencoder"] else 1.0         # of x
     text = encode_captions(worded(captions, config), config).to(device)            # (B, L) or (B, L, E)
     logsnrs = get_logsnrs(config, steps, sampler, device)                          # (steps,)
@@ -211,7 +211,8 @@ def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, 
     images, progress = [], tqdm(total=total, desc="sampling", leave=False, disable=None if bar else True)
     for start in range(0, len(captions), batch):
         rows = range(start, min(start + batch, len(captions)))                     # b captions
-        denoise = guided(model, text[rows.start:rows.stop], guidance, conditions[rows.start:rows.stop], limit)
+        told = conditions[rows.start:rows.stop]                # (b, K)
+        denoise = guided(model, text[rows.start:rows.stop], guidance, told, limit, untold(config, told))
 
         def noise_sampler(step):
             return normals([("sampling", seed, first + i, step) for i in rows], shape, device)     # (b, C, H, W)

@@ -45,7 +45,7 @@ import objectives
 import sample as sampling
 from data import Batches
 from lib import tables, triton_tools
-from lib.conditions import count_columns
+from lib.conditions import count_columns, untold
 from lib.datasets import open_style
 from lib.encoders import open_autoencoder
 from lib.images import INDEX
@@ -1443,6 +1443,19 @@ def test_latents_are_sampled_without_clipping_and_decoded(vae):
     assert x.shape == (1, 3, 32, 48) and x.abs().max() <= 1
     denoise = sampling.guided(net, torch.zeros(1, 18, dtype=torch.long), 1, limit=float("inf"))
     assert denoise(torch.full((1, 4, 16, 16), 50.0), torch.tensor(9.0)).abs().max() > 40
+
+
+def test_guidance_counts_numbers_as_it_counts_words():
+    config = tiny("grow", conditions="size,size_and_crop")
+    net, (z, logsnr, text) = shaken(models.build(config)), models.example(config, 2)
+    z, tokens, told = torch.randn_like(z), text + 5, torch.full((2, 7), 0.3)
+    null = untold(config, told)
+    assert null[:, 0].isnan().all() and torch.equal(null[:, 1:], told[:, 1:])      # crops are told to both
+    with torch.no_grad():
+        x = [sampling.guided(net, tokens, g, told, math.inf, null)(z, logsnr) for g in (0, 1, 3)]
+        assert torch.allclose(x[2], x[0] + 3 * (x[1] - x[0]), atol=1e-4)
+        assert torch.equal(x[0], sampling.guided(net, tokens * 0, 1, null, math.inf)(z, logsnr))
+        assert not torch.allclose(x[1], sampling.guided(net, tokens, 1, null, math.inf)(z, logsnr), atol=1e-3)
 
 
 def test_sizes_that_a_model_can_make(capsys):

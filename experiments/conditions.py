@@ -36,7 +36,7 @@ from lib.processes import join
 from lib.runs import is_finished
 from lib.scenes import measure_objects
 from lib.settings import Parser, UserError, parse_numbers
-from model import load
+from model import load, read_checkpoint
 from sample import sample
 
 CAPTIONS = {"no caption": lambda caption: "",                  # what is said of a scene's caption
@@ -47,16 +47,20 @@ CHECKS = [("size", "no caption"), ("size", "no words of size"), ("size", "whole 
 SAMPLING = {"sampler": "dpm", "sample_steps": 20}              # a tenth of the time of 256 steps of ddpm
 
 
-def train(base, folder, seed, keys):
+def train(base, stage, folder, seed, keys):
     """The finished model, if it is missing, and the run that takes up the conditions: by train.py, which goes on."""
+    path = os.path.join(base, "toy", stage)
+
     def run(out, stage, **own):
         flags = {**own, "stage": stage, "out": out, "seed": seed, "eval_n": 0, "sample_every": 0}
         command = [sys.executable, os.path.join(HERE, "train.py"), *(f"--{key}={flags[key]}" for key in flags)]
         if subprocess.run(command).returncode:
             raise UserError(f"{' '.join(command)} failed: mend what it says, and the same command goes on")
-    if not is_finished(os.path.join(base, "toy", "grow")):
-        run(base, "grow", **{key: value for key, value in keys.items() if key not in ("conditions", "steps")})
-    run(folder, "condition", core=os.path.join(base, "toy", "grow"), **keys)
+    if not is_finished(path):
+        run(base, stage, **{key: value for key, value in keys.items() if key != "conditions"})
+    config = read_checkpoint(path)["config"]
+    shape = {key: config[key] for key in ("shell", "resolution", "inner_resolution")}
+    run(folder, "condition", core=path, **shape | keys)
 
 
 def asked_numbers(world, name, n):
@@ -144,6 +148,7 @@ def main():
     parser.add_argument("--n", type=int, default=100, help="pictures for a correlation; twice as many for dsg")
     parser.add_argument("--out", default="out/conditions", help="folder")
     parser.add_argument("--bases", help="folder with SEED/toy/grow, such as out/few of experiments.few_steps")
+    parser.add_argument("--of", default="grow", help="the finished model's stage: grow, or pretrain for the core")
     args, keys = parser.parse_keys()
     keys = {"conditions": "objects,size,x"} | dict(keys)
     names = condition_names(keys)
@@ -155,8 +160,8 @@ def main():
     before, after, seeds = [], [], [int(seed) for seed in parse_numbers(args.seeds, "--seeds")]
     for seed in seeds:
         base, folder = os.path.join(args.bases or args.out, str(seed)), os.path.join(args.out, str(seed))
-        train(base, folder, seed, keys)
-        runs = os.path.join(base, "toy", "grow"), os.path.join(folder, "toy", "condition")
+        train(base, args.of, folder, seed, keys)
+        runs = os.path.join(base, "toy", args.of), os.path.join(folder, "toy", "condition")
         files = [os.path.join(folder, f"{when}.json") for when in ("before", "after")]
         before.append(measure(runs[0], files[0], checks, args.n, told=False))
         after.append(measure(runs[1], files[1], checks, args.n, told=True))

@@ -13,19 +13,19 @@ HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="slow: SLOW=1 pytest test_all.py")
 
 
-def tuned(rate, dsg):
+def styled_scores(rate, dsg):
     kinds = dict.fromkeys(styles.KINDS, 0.5)
     return {"questions": {"dsg": dsg, **kinds}, "fidelity": {"psnr": 25.04}, "style": {"rate": rate}, "loss": 0.03,
             "fd_random": 0.1, "mmd_random": 0.2}
 
 
 def test_both_tables_have_a_row_for_each_variant_with_mean_and_spread():
-    scores = {variant: [tuned(0.8, 0.8), tuned(1.0, 0.9), tuned(0.9, 0.85)] for variant in styles.FORGETTING}
+    scores = {variant: [styled_scores(0.8, 0.8), styled_scores(1.0, 0.9), styled_scores(0.9, 0.85)] for variant in styles.FORGETTING}
     rows = styles.table(styles.FIRST, scores).splitlines()
     assert len(rows) == 2 + len(styles.FORGETTING) and len({row.count("|") for row in rows}) == 1
     assert rows[2] == "| before | 0.900 ± 0.100 | 0.850 ± 0.050 | 25.0 ± 0.0 | 0.03000 ± 0.00000 |"
     # a student has no held-out loss, and the second table, of Vermeer's variants, asks for none
-    student = {key: value for key, value in tuned(1.0, 0.9).items() if key != "loss"}
+    student = {key: value for key, value in styled_scores(1.0, 0.9).items() if key != "loss"}
     rows = styles.table(styles.SECOND, {variant: [student] for variant in styles.ABLATION}).splitlines()
     assert len(rows) == 2 + 4 and rows[-1].startswith("| + distilled, 16 steps | 0.10 | 0.200 | 1.000 | 25.0 | 0.900 |")
 

@@ -13,6 +13,8 @@ import re
 import sys
 from typing import NamedTuple
 
+import torch
+
 from lib.settings import UserError, closest
 
 SIZES = "size_and_crop"
@@ -97,6 +99,12 @@ def condition_row(config, sizes, value):
     """The numbers of a picture, a list: `sizes` are those of size_and_crop, value(name) is any other."""
     rows = [sizes if name == SIZES else [value(name)] for name in condition_names(config)]
     return [float(number) for row in rows for number in row]
+
+
+def untold(config, conditions):
+    """(B, K) -> (B, K): NaN, but for size_and_crop, which models are always told."""
+    kept = [c.name == SIZES for c in read_conditions(config) for _ in range(c.columns)]
+    return conditions.where(torch.tensor(kept, dtype=torch.bool, device=conditions.device), math.nan)
 
 
 def parse_set(text, config):

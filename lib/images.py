@@ -279,7 +279,7 @@ class Indexed:
 
     def number(self, i, name):
         """That of image i, NaN where it has none."""
-        return float(self.number_columns[name][i])
+        return float(self.number_columns[name][i]) if name in self.number_columns else np.nan
 
     def held_out(self):
         """The data that a run is scored on: a folder holds nothing back, so these are the images of training."""

@@ -105,7 +105,8 @@ class Scenes:
                 "textured": (float(textured == 1), float(textured > 0))}
 
     def number(self, i, name):
-        return measure_objects(self.scene(i)["objects"])[name]
+        """That of scene i, NaN where scenes have no such number."""
+        return measure_objects(self.scene(i)["objects"]).get(name, np.nan)
 
     def where(self, i):
         return f"scene {i}"
