@@ -224,8 +224,8 @@ if distills != is_student(config) or args.teacher and not distills:
     raise UserError(f"--stage {args.stage}, objective = {config['objective']}: distill takes --objective consistency, "
                     "lcm or dmd, and --teacher RUN; all other stages take diffusion")
 if bool(config["style"]) != (args.stage == "style") and not distills or config["style"] == "scenes" != config["data"]:
-    raise UserError(f"--stage {args.stage}, data = {config['data']}, style = {config['style']!r}: give --style PATH, or "
-                    "with scenes --style scenes, to --stage style and to its students alone")
+    raise UserError(f"--stage {args.stage}, data = {config['data']}, style = {config['style']!r}: give --style PATH, "
+                    "or with scenes --style scenes, to --stage style and to its students alone")
 if stage.freeze and not stage.init_prefix and not config["conditions"]:
     raise UserError(f"--stage {args.stage}: of which numbers is the model to be told? --conditions objects,size")
 if distills:
