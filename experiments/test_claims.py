@@ -69,7 +69,8 @@ def test_a_claim_that_is_true_is_confirmed_and_one_that_is_false_refuted(tmp_pat
 
 def test_damage_is_scaled_between_the_core_and_first_weights(tmp_path):
     for lost in (0.0, 0.3, 1.0):
-        found = claims.forgetting(lab_of(tmp_path, dsg={"F": 0.5, "F+": 0.4}, damage=lost), text_of("forgetting"), SEEDS)
+        lab = lab_of(tmp_path, dsg={"F": 0.5, "F+": 0.4}, damage=lost)
+        found = claims.forgetting(lab, text_of("forgetting"), SEEDS)
         assert found["primary"].mean + 0.05 == pytest.approx(lost, abs=0.02) and found["sensitive"]
     steps, values = found["panels"][0]["lines"]["F, new shell"]
     assert steps == [10, 200] and np.shape(values) == (4, 2)
