@@ -10,9 +10,11 @@ What experiments.claims measures of one set of weights; each measure is made onc
 All runs sit one exam: held-out scenes 0, 1, ... with noise (0, picture, step). Exam B, by which rates are chosen, is of
 scenes EXAM_B and on. Letters: n pictures, K seeds, M values on an axis.
 """
+import functools
 import json
 import math
 import os
+import time
 
 import numpy as np
 import torch
@@ -24,7 +26,8 @@ from lib.files import file_hash
 from lib.judge import judge, look, picture_scores, seen_features
 from lib.networks import random_features
 from lib.pictures import to_tensor
-from model import build, diffusion_loss, ema_weights, freeze_core, read_checkpoint
+from lib.plan import measure_step
+from model import Block, build, diffusion_loss, ema_weights, example, freeze_core, read_checkpoint
 
 EXAM_B = 10000                                                 # its first scene
 REFERENCE = range(5000, 6000)                                  # held-out scenes to which pictures are compared
@@ -193,3 +196,42 @@ def fit_shell(model, config, steps, seed):
         torch.nn.utils.clip_grad_norm_(trained, config["clip"] or math.inf)
         optimizer.step()
         model.zero_grad()
+
+
+# ---- costs -----------------------------------------------------------------------------------------------------------
+
+def gflop_of_step(config, freeze, images):
+    """Of a forward and backward, counted on shapes alone."""
+    shape = {key: value for key, value in config.items() if key not in ("seed", "steps", "snapshots", "lr", "muon_lr")}
+    return images * gflop_of_image(tuple(sorted(shape.items())), freeze)
+
+
+@functools.lru_cache(64)                                       # building a model takes a second
+def gflop_of_image(items, freeze):
+    """The same for one image; `items` are those of the config."""
+    config = dict(items)
+
+    def model():
+        net = build(config)
+        if freeze:
+            freeze_core(net)
+        return net
+
+    def loss(net, b):
+        x, t, text = example(config, b)
+        return diffusion_loss(net, x, text, t, x, config, torch.zeros(b, 6)).sum()
+    return measure_step(model, loss)[1] / 1e9
+
+
+def timed_saving(side, repeats):
+    """[1 - seconds with merged keys / without] of a block of PixArt-Sigma, the two in turn."""
+    blocks, spent = [Block(1152, 16, 4), Block(1152, 16, 4, 2)], []
+    x, text = torch.randn(1, side * side, 1152), torch.randn(1, 300, 1152)
+    modulation, real = torch.zeros(1, 6, 1152), torch.tensor([300])
+    with torch.no_grad():
+        for _ in range(repeats + 1):                           # the first warms up
+            for block in blocks:
+                start = time.perf_counter()
+                block(x, modulation, text, real, (side, side))
+                spent.append(time.perf_counter() - start)
+    return [1 - merged / plain for plain, merged in zip(spent[2::2], spent[3::2])]

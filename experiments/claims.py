@@ -12,7 +12,6 @@ text that differs later is refused. OUT/ARM-sSEED is a run by train.py, shared b
 was measured of it. Whatever is there is not made again, so the same command goes on after a stop. Verdicts follow from
 lib/contrasts.py; no run is left out. Any key of configs.txt is a flag, for all runs, as is --config.
 """
-import functools
 import json
 import math
 import os
@@ -24,16 +23,15 @@ from collections import namedtuple
 import numpy as np
 import torch
 
-from experiments.claim_measures import EXAM_B, Measures, ceiling, reference_features, standardised, vertex
+from experiments.claim_measures import (EXAM_B, Measures, ceiling, gflop_of_step, reference_features, standardised,
+                                        timed_saving, vertex)
 from lib.contrasts import ALPHA, Estimate, contrast, holm, one_sample, residual_spread, spread_interval, verdict
 from lib.files import atomic_write
 from lib.metrics import fd, mmd
 from lib.pictures import draw_seeds
-from lib.plan import measure_step
 from lib.processes import join
 from lib.runs import is_finished
 from lib.settings import Parser, UserError, closest, load_config, read_sections
-from model import Block, build, diffusion_loss, example, freeze_core
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # A run: its stage, the arm whose core (or all) it starts from, its share of the stage's steps, its own keys
@@ -142,29 +140,6 @@ def train(lab, arm, seed):
         raise UserError(f"{' '.join(command)} failed: mend what it says, and the same command goes on")
     minutes = json.dumps({"minutes": (time.time() - start) / 60, "gflop": gflop_of(lab, arm)})
     atomic_write(os.path.join(words["out"], "took.json"), lambda f: f.write(minutes.encode()))
-
-
-def gflop_of_step(config, freeze, images):
-    """Of a forward and backward, counted on shapes alone."""
-    shape = {key: value for key, value in config.items() if key not in ("seed", "steps", "snapshots", "lr", "muon_lr")}
-    return images * gflop_of_image(tuple(sorted(shape.items())), freeze)
-
-
-@functools.lru_cache(64)                                       # building a model takes a second
-def gflop_of_image(items, freeze):
-    """The same for one image; `items` are those of the config."""
-    config = dict(items)
-
-    def model():
-        net = build(config)
-        if freeze:
-            freeze_core(net)
-        return net
-
-    def loss(net, b):
-        x, t, text = example(config, b)
-        return diffusion_loss(net, x, text, t, x, config, torch.zeros(b, 6)).sum()
-    return measure_step(model, loss)[1] / 1e9
 
 
 def gflop_of(lab, arm):
@@ -374,20 +349,6 @@ def costs(lab, text, seeds):
                         f"FLOPs of a frozen step over a free one, {lab.config}": f"{step:.3f}"},
             "panels": [{"title": "saved by merging keys 2 x 2 in half of the blocks", "x": "tokens", "y": "share saved",
                         "lines": lines, "levels": {"claimed": 0.34}, "settings": {"xscale": "log"}}]}
-
-
-def timed_saving(side, repeats):
-    """[1 - seconds with merged keys / without] of a block of PixArt-Sigma, the two in turn."""
-    blocks, spent = [Block(1152, 16, 4), Block(1152, 16, 4, 2)], []
-    x, text = torch.randn(1, side * side, 1152), torch.randn(1, 300, 1152)
-    modulation, real = torch.zeros(1, 6, 1152), torch.tensor([300])
-    with torch.no_grad():
-        for _ in range(repeats + 1):                           # the first warms up
-            for block in blocks:
-                start = time.perf_counter()
-                block(x, modulation, text, real, (side, side))
-                spent.append(time.perf_counter() - start)
-    return [1 - merged / plain for plain, merged in zip(spent[2::2], spent[3::2])]
 
 
 CLAIMS = {"spread": spread, "costs": costs, "frozen": frozen, "forgetting": forgetting, "guidance": guidance}
