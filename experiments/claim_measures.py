@@ -27,7 +27,7 @@ from lib.judge import judge, look, picture_scores, seen_features
 from lib.networks import random_features
 from lib.pictures import to_tensor
 from lib.plan import measure_step
-from model import Block, build, diffusion_loss, ema_weights, example, freeze_core, read_checkpoint
+from model import Block, build, diffusion_loss, ema_weights, example, freeze_core, init_weights, read_checkpoint
 
 EXAM_B = 10000                                                 # its first scene
 REFERENCE = range(5000, 6000)                                  # held-out scenes to which pictures are compared
@@ -41,18 +41,21 @@ class Measures:
         self.file, self.known = file, {}
         if os.path.exists(file):
             with open(file) as f:
-                for line in filter(lambda line: line.endswith("\n"), f):           # else cut off
-                    key, value = json.loads(line)
-                    self.known[json.dumps(key, sort_keys=True)] = value
+                for line in f:
+                    try:
+                        key, value = json.loads(line)
+                        self.known[json.dumps(key, sort_keys=True)] = value
+                    except ValueError:                         # cut off
+                        pass
 
     def once(self, key, work):
         """work(), or what it was when this key was measured before."""
         name = json.dumps(key, sort_keys=True)
         if name not in self.known:
             self.known[name] = work()
-            line = json.dumps([key, self.known[name]]) + "\n"
+            line = "\n" + json.dumps([key, self.known[name]])  # after a line that was cut off a new one begins
             with open(self.file, "a") as f:
-                f.write(line)                                  # whole lines, also of two processes
+                f.write(line)
         return self.known[name]
 
     def pictures(self, file, n, guidance, noise=0, first=0):
@@ -225,7 +228,7 @@ def gflop_of_image(items, freeze):
 
 def timed_saving(side, repeats):
     """[1 - seconds with merged keys / without] of a block of PixArt-Sigma, the two in turn."""
-    blocks, spent = [Block(1152, 16, 4), Block(1152, 16, 4, 2)], []
+    blocks, spent = [init_weights(Block(1152, 16, 4, r)) for r in (1, 2)], []
     x, text = torch.randn(1, side * side, 1152), torch.randn(1, 300, 1152)
     modulation, real = torch.zeros(1, 6, 1152), torch.tensor([300])
     with torch.no_grad():
