@@ -312,7 +312,7 @@ def guidance(lab, text, seeds):
     return {"primary": main, "sensitive": known(one_sample(np.subtract(apart[::2], apart[1::2]))),
             "here": f"log g* of MMD on the judge's features - Frechet on random ones {said(main, 2)}, optima "
                     f"{optima['G', 'mmd', 'judge']:.2f} and {optima['G', 'fd', 'random']:.2f}", "figures": figures,
-            "panels": [{"title": "distance to real pictures, G: 0 lowest, 1 highest of a seed", "x": "guidance", "y": "",
+            "panels": [{"title": "distance to real pictures (G): lowest 0, highest 1", "x": "guidance", "y": "",
                         "lines": lines, "settings": {"xscale": "log"}},
                        {"title": "score, G", "x": "guidance", "y": "dsg", "lines": {"dsg": (grid, scores)},
                         "settings": {"xscale": "log"}}]}
