@@ -26,7 +26,7 @@ from lib.files import file_hash
 from lib.judge import judge, look, picture_scores, seen_features
 from lib.networks import random_features
 from lib.pictures import to_tensor
-from lib.plan import measure_step
+from lib.plan import count_flops
 from model import Block, build, diffusion_loss, ema_weights, example, freeze_core, init_weights, read_checkpoint
 
 EXAM_B = 10000                                                 # its first scene
@@ -222,8 +222,8 @@ def gflop_of_image(items, freeze):
 
     def loss(net, b):
         x, t, text = example(config, b)
-        return diffusion_loss(net, x, text, t, x, config, torch.zeros(b, 6)).sum()
-    return measure_step(model, loss)[1] / 1e9
+        return diffusion_loss(net, x, text, t, x, config).sum()
+    return count_flops(model, loss) / 1e9
 
 
 def timed_saving(side, repeats):
