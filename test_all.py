@@ -2754,6 +2754,17 @@ def test_a_broken_checkpoint_falls_back_to_the_one_before(runs, tmp_path):
     assert "can be read: start anew with --fresh" in run("train.py", *words, code=2)
 
 
+def test_a_model_grows_from_a_snapshot_that_is_named(tmp_path):
+    run("train.py", *PRETRAIN, tmp_path, *changed(TINY, snapshots="(2, 4)", num_checkpoints=1))
+    assert sorted(os.listdir(folder(tmp_path)))[-2:] == ["step_2.pt", "step_4.pt"]
+    words = ["--stage", "grow", "--out", tmp_path / "grown", *TINY]
+    said = run("train.py", *words, "--core", folder(tmp_path) / "step_2.pt")
+    assert "is a snapshot, of step 2 of 6" in said
+    assert "(pretrain, step 2)" in checkpoint_of(tmp_path / "grown", "grow")["parents"][-1]
+    os.remove(folder(tmp_path) / "last.pt")                    # a run that stopped is not taken for one
+    assert "stopped at step 4 of 6" in run("train.py", *words, "--fresh", "--core", folder(tmp_path), code=2)
+
+
 # train.py: looking and planning
 
 def test_scores_on_the_way_and_a_picture_of_the_curves(runs, tmp_path):
@@ -3030,6 +3041,7 @@ def test_readme_tells_true_line_counts():
 # ---- tests of lib/ and experiments/ ----------------------------------------------------------------------------------
 
 from experiments.test_bench import *  # noqa
+from experiments.test_claims import *  # noqa
 from experiments.test_conditions import *  # noqa
 from experiments.test_demo import *  # noqa
 from experiments.test_few_steps import *  # noqa
@@ -3037,6 +3049,7 @@ from experiments.test_sharpness import *  # noqa
 from experiments.test_styles import *  # noqa
 from lib.test_checkpoint import *  # noqa
 from lib.test_conditions import *  # noqa
+from lib.test_contrasts import *  # noqa
 from lib.test_draws import *  # noqa
 from lib.test_encoders import *  # noqa
 from lib.test_files import *  # noqa

@@ -98,7 +98,8 @@ OUTSIDE = ("conv_in", "conv_out", "proj_out", "temb_proj", "table")
 # what may change when a run goes on: how it is looked at and spread over devices, the steps and the learning rates
 FREE_KEYS = ("steps", "lr", "muon_lr", "lr_end", "micro", "workers", "compile", "checkpointing", "fsdp", "sharded",
              "dist_timeout", "num_checkpoints", "guidance", "sampler", "sample_steps", "log_every", "sample_every",
-             "save_every", "eval_every", "eval_n", "tensorboard", "encoder_weights", "prefix", "suffix")
+             "save_every", "snapshots", "eval_every", "eval_n", "tensorboard", "encoder_weights", "prefix",
+             "suffix")
 
 
 # ---- the step: what is trained, by which optimizers, at which rates, on which noise ----------------------------------
@@ -345,8 +346,10 @@ elif stage.sources:                                            # new, from anoth
         if other["stage"] == "published":                      # a pipeline, which learned from no data of ours
             other["config"] |= batches.identity
         if other["step"] < other["config"]["steps"]:
-            raise UserError(f"{path} stopped at step {other['step']} of {other['config']['steps']}: finish it with "
-                            f"--stage {other['stage']}")
+            if args.core != path or not os.path.basename(path).startswith("step_"):          # no snapshot by its name
+                raise UserError(f"{path} stopped at step {other['step']} of {other['config']['steps']}: finish it with "
+                                f"--stage {other['stage']}, or name a snapshot, --core {path}/step_N.pt")
+            print0(f"{path} is a snapshot, of step {other['step']} of {other['config']['steps']}")
         if differ := [key for key in keys if other["config"][key] != config[key]]:
             differences = ", ".join(f"{key} {other['config'][key]} there, {config[key]} here" for key in differ[:3])
             raise UserError(f"{path} does not fit ({differences}): use its settings, or train another")
@@ -445,7 +448,7 @@ if saved:
 if rank == 0:
     sizes = state_bytes(model, count_moments)
     checkpoint_size = sum(sizes[part] for part in ("weights", "optimizer", "ema")) * len(turns)
-    check_room(run, (config["num_checkpoints"] + 1) * checkpoint_size)
+    check_room(run, (config["num_checkpoints"] + 1 + len(config["snapshots"])) * checkpoint_size)
 # on shapes alone: counting inside a real step would change how attention is carried out
 uncounted = distills or config["pipeline"]
 flops = 0 if uncounted else config["batch"] * count_flops(lambda: make_model(config, stage.freeze), example_loss)
@@ -460,7 +463,7 @@ def save(step, data_step):
     state = {turn.name: (counted[turn.name], turn.scaler.state_dict()) for turn in turns}
     try:
         checkpoint.save(file, about | {"step": step, "data_step": data_step, "turns": state}, training_state(),
-                        config["sharded"], config["num_checkpoints"])
+                        config["sharded"], config["num_checkpoints"], config["snapshots"])
     except FloatingPointError as e:
         fail(f"{e} is not finite and is not saved: start anew with a lower --lr and --fresh, or go on from {file}", 3)
     except OSError as e:
@@ -586,7 +589,7 @@ while step < config["steps"]:
     except InterruptedError:                                   # a signal: save first
         pass
     stopped = int(all_reduce_max(signals[0] if signals else 0))                    # one signal stops all at this step
-    if "save_every" in due or last or stopped:
+    if "save_every" in due or last or stopped or moved and step in config["snapshots"]:
         save(step, data_step)
     if stopped and not last:
         bar.close()

@@ -169,10 +169,11 @@ def newest_checkpoint(run, defaults=None):
 
 # ---- writing ---------------------------------------------------------------------------------------------------------
 
-def save(file, about, parts, sharded=False, num_checkpoints=1):
+def save(file, about, parts, sharded=False, num_checkpoints=1, snapshots=()):
     """
-    Replace the checkpoint `file` by a new one; the last `num_checkpoints` stay, with this one. All processes call it
-    and get the same error: FloatingPointError, the name of a tensor that is not finite; OSError, where it fails.
+    Replace the checkpoint `file` by a new one; the last `num_checkpoints` stay, with this one, and those of the steps
+    `snapshots`. All processes call it and get the same error: FloatingPointError, the name of a tensor that is not
+    finite; OSError, where it fails.
     """
     bad = [key for key, v in flatten(parts).items() if not torch.isfinite(local(v)).all()]
     if bad := sum(all_gather(bad), []):                        # no run could recover from them
@@ -184,7 +185,7 @@ def save(file, about, parts, sharded=False, num_checkpoints=1):
     except OSError:
         together(first, remove, part)                          # the room that it takes
         raise
-    together(first, rotate, file, about["step"], num_checkpoints)
+    together(first, rotate, file, about["step"], num_checkpoints, snapshots)
 
 
 def together(mine, work, *args):
@@ -225,8 +226,8 @@ def write(path, about, parts, sharded):
             raise OSError("what was read back differs from what was written")
 
 
-def rotate(file, step, num_checkpoints):
-    """The new checkpoint takes the name `file`, the one before it becomes step_N.pt, and the oldest go."""
+def rotate(file, step, num_checkpoints, snapshots=()):
+    """The new checkpoint takes the name `file`, the one before it becomes step_N.pt, and the oldest go, no snapshot."""
     run = os.path.dirname(file)
     try:
         before = os.path.join(run, f"step_{read_about(file)['step']}.pt")
@@ -239,7 +240,8 @@ def rotate(file, step, num_checkpoints):
         except OSError:                                        # a folder, or a disk without links
             os.rename(file, before)
     os.replace(file + ".part", file)
-    older = older_checkpoints(run)
+    kept = {f"step_{step}.pt" for step in snapshots if step}   # for good
+    older = [old for old in older_checkpoints(run) if os.path.basename(old) not in kept]
     # the rehearsal before the first step, and the same step saved twice
     useless = [old for old in older if os.path.basename(old) in ("step_0.pt", f"step_{step}.pt")]
     for old in useless + [old for old in older if old not in useless][num_checkpoints - 1:]:

@@ -15,7 +15,7 @@ from collections import namedtuple
 
 import numpy as np
 
-from lib.questions import dsg_corpus
+from lib.questions import dsg_corpus, dsg_score
 from lib.scenes import COLOURS, CONTRAST, FRAME, GROUNDS, SHAPES, TEXTURES, distance, frame_mask, render, texture_wave
 
 Look = namedtuple("Look", ["ground", "objects", "psnr", "framed"], defaults=[False])         # what `look` sees
@@ -171,19 +171,29 @@ def is_alike(o, group):
     return o["shape"] == group["shape"] and o["colour"] == group["colour"]
 
 
-def questions_score(scenes, looks, middle):
-    """
-    {"entities", "attributes", "relations", "counts", "global": share of questions right, "dsg": mean over captions of
-    each caption's share}, by the rule of dsg_corpus, of what `look` returned for each scene. A kind of question that no
-    caption has is nan.
-    """
+def dsg_prompts(scenes, looks, middle):
+    """A dict of answers, categories and parents for each scene, as dsg_corpus takes them."""
     prompts = []
     for scene, seen in zip(scenes, looks):
         questions = list(enumerate(judge_answers(scene, seen, middle), 1))         # from 1: 0 is the root
         prompts.append({"answers": {i: answer for i, (_, _, answer) in questions},
                         "categories": {i: category for i, (category, _, _) in questions},
                         "parents": {i: [p + 1 for p in parents] for i, (_, parents, _) in questions}})
-    score = dsg_corpus(prompts)
+    return prompts
+
+
+def picture_scores(scenes, looks, middle):
+    """[share of the caption's questions that are right] of each picture, whose mean is dsg."""
+    return [dsg_score(prompt["answers"], prompt["parents"]) for prompt in dsg_prompts(scenes, looks, middle)]
+
+
+def questions_score(scenes, looks, middle):
+    """
+    {"entities", "attributes", "relations", "counts", "global": share of questions right, "dsg": mean over captions of
+    each caption's share}, by the rule of dsg_corpus, of what `look` returned for each scene. A kind of question that no
+    caption has is nan.
+    """
+    score = dsg_corpus(dsg_prompts(scenes, looks, middle))
     order = ("entities", "attributes", "relations", "counts", "global")
     return {c: score.get(c, float("nan")) for c in order} | {"dsg": score["overall"]}
 
@@ -195,6 +205,21 @@ def judge(world, scenes, looks):
     """
     score = questions_score(scenes, looks, world.middle)
     return score | {"chance_dsg": questions_score(scenes[1:] + scenes[:1], looks, world.middle)["dsg"]}
+
+
+def seen_features(looks):
+    """
+    What the judge sees as numbers, (n, 18): one-hot ground (3); how many objects, blobs, of each shape (4), colour
+    (6); the first object's diameter and centre. For distances between two sets of pictures, as by a network's features.
+    """
+    rows = []
+    for seen in looks:
+        first = seen.objects[0] if seen.objects else {"diameter": 0.0, "centre": (0.5, 0.5)}
+        rows.append([*(seen.ground == name for name in GROUNDS), len(seen.objects),
+                     *(sum(o["shape"] == shape for o in seen.objects) for shape in ("blob", *SHAPES)),
+                     *(sum(o["colour"] == colour for o in seen.objects) for colour in COLOURS),
+                     first["diameter"], *first["centre"]])
+    return np.array(rows, float)
 
 
 def counting(scenes, looks):

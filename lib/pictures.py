@@ -11,6 +11,7 @@ import zlib
 import numpy as np
 import torch
 
+from lib.contrasts import one_sample
 from lib.files import atomic_write
 
 
@@ -98,6 +99,43 @@ def draw_panels(panels, file, xlabel, ranges=()):
         panel.set(title=title, xlabel=xlabel, **settings)
         panel.legend(frameon=False)
     atomic_write(file, lambda f: figure.savefig(f, dpi=120, format="png"))
+    plt.close(figure)
+    return True
+
+
+def draw_seeds(panels, file):
+    """
+    Save panels side by side as a PNG: of each label the mean over seeds with its 95 % interval, and a faint line a
+    seed. A panel is {"title", "x", "y", "lines": {label: (xs, [a list of ys for each seed])}} and perhaps "names" of
+    xs, "levels" {label: y}, "settings" of its axes. Without matplotlib it says so and returns False.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"optional: pip install matplotlib, for the picture {file}")
+        return False
+    matplotlib.use("Agg")                                      # no window
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.5 * len(panels), 3.6), squeeze=False, layout="constrained")
+    for panel, wanted in zip(axes[0], panels):
+        for label, (xs, seeds) in wanted["lines"].items():
+            means = np.mean(seeds, 0)
+            if len(seeds) > 1:
+                estimates = [one_sample(column) for column in zip(*seeds)]         # of each x
+                halves = [estimate.interval()[1] - estimate.mean for estimate in estimates]
+                shown = panel.errorbar(xs, means, halves, marker="o", ms=3, capsize=2, label=label)
+                for ys in seeds:
+                    panel.plot(xs, ys, color=shown[0].get_color(), alpha=0.25, lw=0.8)
+            else:
+                panel.plot(xs, means, marker="o", ms=3, label=label)
+        for label, y in wanted.get("levels", {}).items():
+            panel.axhline(y, color="0.5", ls=":", lw=1)
+            panel.annotate(label, (0.01, y), xycoords=("axes fraction", "data"), color="0.4", fontsize=7, va="bottom")
+        panel.set(title=wanted["title"], xlabel=wanted["x"], ylabel=wanted["y"], **wanted.get("settings", {}))
+        if "names" in wanted:
+            panel.set_xticks(range(len(wanted["names"])), wanted["names"])
+        panel.legend(frameon=False, fontsize=8)
+    atomic_write(file, lambda f: figure.savefig(f, dpi=100, format="png"))
     plt.close(figure)
     return True
 

@@ -27,11 +27,11 @@ def step_small(model, optimizers):
     model.zero_grad()
 
 
-def save_small(folder, step=3, sharded=False, num_checkpoints=2, **more):
+def save_small(folder, step=3, sharded=False, num_checkpoints=2, snapshots=(), **more):
     """The path of a checkpoint of that training, and its tensors."""
     parts = checkpoint.training_state(*train_small())
     file = os.path.join(str(folder), "last.pt")
-    checkpoint.save(file, {"step": step, "config": {"lr": 0.1}, **more}, parts, sharded, num_checkpoints)
+    checkpoint.save(file, {"step": step, "config": {"lr": 0.1}, **more}, parts, sharded, num_checkpoints, snapshots)
     return file, parts
 
 
@@ -67,6 +67,9 @@ def test_the_last_checkpoints_stay_and_broken_ones_do_not_push_them_out(tmp_path
     assert checkpoint.open_checkpoint(str(tmp_path / "step_4.pt"))[0]["step"] == 4
     save_small(tmp_path, 8, num_checkpoints=1)
     assert files() == ["last.pt"]
+    for step in (10, 12, 14):                                  # snapshots are kept for good
+        save_small(tmp_path, step, num_checkpoints=1, snapshots=(0, 8, 10, 14))
+    assert files() == ["last.pt", "step_10.pt", "step_8.pt"]
 
 
 @pytest.mark.parametrize("sharded", [False, True])

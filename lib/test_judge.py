@@ -4,9 +4,9 @@ import time
 import numpy as np
 import pytest
 
-from lib.judge import (Look, components, counting, diversity, fidelity, judge, judge_answers, look, questions_score,
-                       style)
-from lib.scenes import render
+from lib.judge import (Look, components, counting, diversity, fidelity, judge, judge_answers, look, picture_scores,
+                       questions_score, seen_features, style)
+from lib.scenes import COLOURS, SHAPES, render
 from lib.test_scenes import WHOLE_WORLD, open_world
 
 RED = dict(shape="circle", colour="red", texture="plain")
@@ -117,3 +117,18 @@ def test_diversity_is_1_for_the_world_itself_and_0_for_one_picture_a_caption():
     assert all(np.isnan(value) for value in nothing.values())
     with pytest.raises(ValueError, match="each needs as many"):
         diversity(world, numbers, [Look("white", [], 50.0)] * 150)
+
+
+def test_scores_and_features_of_single_pictures():
+    world = open_world(3, **WHOLE_WORLD)
+    looks = [look(world.image(i, 64), world.cycles) for i in range(20)]
+    scenes = [world.scene(i) for i in range(20)]
+    scores = picture_scores(scenes, looks, world.middle)
+    assert len(scores) == 20 and np.mean(scores) == pytest.approx(judge(world, scenes, looks)["dsg"])
+    features = seen_features(looks)
+    assert features.shape == (20, 18) and (features[:, :3].sum(1) == 1).all()
+    for row, scene in zip(features, scenes):                   # as many objects, shapes and colours as were drawn
+        shapes, colours = ([o[key] for o in scene["objects"]] for key in ("shape", "colour"))
+        assert row[3] == len(shapes) and row[5:9].tolist() == [shapes.count(s) for s in SHAPES]
+        assert row[9:15].tolist() == [colours.count(c) for c in COLOURS]
+    assert seen_features([Look("black", [], 20.0)])[0].tolist() == [0, 1, 0] + 13 * [0] + [0.5, 0.5]
