@@ -364,6 +364,7 @@ def score_run(args, metrics, networks, task, vqa, device):
         checkpoint=file_hash(checkpoint if os.path.exists(checkpoint) else args.run[0]), checkpoint_step=step, ema=True,
         sampler=config["sampler"], steps=config["sample_steps"], seeds=list(range(args.seeds)),
         prefix=config["prefix"], suffix=config["suffix"], processes=get_world_size(),
+        **({"perceptual": config["vgg_id"]} if config["vgg_id"] else {}),
         **({"classes": f"{args.classes}, {args.template!r}"} if classes else {}))
     (guidance, mean, spread), why = best_point(points)         # by which metric, the words tell
     print(f"{n} images, {card['sampler']}, {card['steps']} steps, EMA weights of step {step}"

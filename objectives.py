@@ -4,9 +4,10 @@ What a network learns beyond the plain loss (model.py: diffusion_loss). Each obj
     consistency    a student sees at once where its teacher would arrive in many steps          (Heek et al. 2024)
     lcm            the same with one segment from noise to image                                (Luo et al. 2023)
     dmd            a student's images are moved to where real ones would be                     (Yin et al. 2024)
+    critics        VGG-19 and a discriminator say in pixels what the model's images lack       (Esser et al. 2021)
 
 Networks are (z, logsnr, text, conditions) -> v; the teacher, which a student starts as, is the same -> x, with guidance
-inside. `distill_turns` puts them together: a step of training is a list of turns (train.py: Turn).
+inside. `distill_turns` and `critic_turns` put them together: a step of training is a list of turns (train.py: Turn).
 
 Letters: B images, C channels, H W pixels or latents.
 """
@@ -15,6 +16,7 @@ import math
 import torch
 
 from lib.conditions import untold
+from lib.perceptual import Discriminator, hinge, slope_penalty
 from lib.settings import UserError
 from model import WEIGHTINGS, alpha_sigma, build, diffusion_loss, get_logsnr, load
 from sample import guided
@@ -124,3 +126,94 @@ def distill_turns(own, path, config, device, in_half, second_turn):
         return fake_loss(net, in_half(own.model), text, t, noises, conditions, config)
     return [own._replace(every=config["fake_updates"], noises=2, loss=of_student),
             second_turn("fake", fake)._replace(noises=2, loss=of_fake)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Critics: networks that look at pixels. Each says in which direction an image should move, and the model's loss gets
+# that direction as a gradient, so that nothing reaches the critics' weights.
+
+
+def along(x_hat, field):
+    """
+    (n,): zeros, whose gradient at x_hat (n, C, H, W) is the field, of that shape. What is logged stays the plain loss.
+    """
+    product = (x_hat * field).flatten(1).sum(1)
+    return product - product.detach()
+
+
+def gradient(term, at):
+    """Of each image's term, (n,), at these images, (n, C, H, W). Unlike a backward it leaves all weights alone."""
+    return torch.autograd.grad(term.sum(), at, retain_graph=True)[0]
+
+
+def critic_field(at, image, real, slope, vgg, discriminator, config):
+    """
+    Where critics would move images `at` (n, C, H, W), (n, 3, H, W) as pixels: `perceptual` times the gradient of VGG's
+    distance to the real ones; and that of the discriminator's opinion, scaled to `adversarial` times the length of all
+    other gradients there, of which `slope` is the plain loss's. VQGAN does so at its decoder's last layer (Esser et al.
+    2021, eq. 7); image by image at x it does not depend on how a batch is spread. A critic that is None has no say.
+    """
+    field = torch.zeros_like(at)
+    if vgg:
+        field = config["perceptual"] * gradient(vgg.distance(image, real), at)
+    if discriminator:
+        doubt = gradient(-discriminator(image).mean((1, 2, 3)), at)                # against it an image looks more real
+        length, own = (g.flatten(1).norm(dim=1)[:, None, None, None] for g in (slope + field, doubt))
+        field = field + config["adversarial"] * length / (own + 1e-6) * doubt
+    return field
+
+
+def discriminator_loss(net, real, fake, r1):
+    """(n,): hinge loss of pictures (n, 3, H, W), and r1 times that of its slope at real ones. One pass for both."""
+    real = real.detach().requires_grad_(r1 > 0)
+    of_real, of_fake = net(torch.cat([real, fake])).chunk(2)                       # (n, 1, H / 8, W / 8) each
+    loss = hinge(of_real, of_fake)
+    return loss + r1 * slope_penalty(of_real, real) if r1 else loss
+
+
+def critic_turns(own, vgg, autoencoder, config, second_turn):
+    """
+    The turns of a stage with `perceptual` or `adversarial`: `own`, the model's, whose loss, whatever it is, gets the
+    field of the critics; and the discriminator's, which learns from the first step on. Images seen through more noise
+    than critic_logsnr are left alone: they are means of many, which should be soft. vgg is None without `perceptual`;
+    second_turn(name, model, lr) makes a turn.
+    """
+    discriminator = Discriminator(config["discriminator_width"]) if config["adversarial"] else None
+    seen = {}                                                  # by part of the batch: what the model saw in this step
+
+    def of_model(net, step, x, *batch):
+        calls = []
+
+        def watched(z, logsnr, *rest):
+            calls.append((z, logsnr, net(z, logsnr, *rest).float()))
+            return calls[-1][-1]
+        loss = own.loss(watched, step, x, *batch)                                  # (b,)
+        if not torch.is_grad_enabled():                        # a fault is being looked for
+            return loss
+        (z, logsnr, v), = calls
+        (alpha, sigma), near = alpha_sigma(logsnr), logsnr > config["critic_logsnr"]       # (b, 1, 1, 1) each, (b,)
+        if not near.any():
+            seen[x.storage_offset()] = near, *x.new_zeros(2, 0, 3, 8, 8)
+            return loss
+        x_hat = (alpha * z - sigma * v)[near]                                      # (n, C, H, W)
+        at = x_hat.detach().requires_grad_()
+        image = autoencoder.pixels(at)                                             # (n, 3, H, W)
+        with torch.no_grad():                                  # through the decoder as well, which leaves its traces
+            real = autoencoder.pixels(x[near])
+        seen[x.storage_offset()] = near, real, image.detach()
+        heard = discriminator if step >= config["adversarial_start"] else None
+        if not vgg and not heard:
+            return loss
+        slope = (-gradient(loss, v) / sigma)[near] if heard else 0.0               # at x_hat: v = (alpha z - x) / sigma
+        field = critic_field(at, image, real, slope, vgg, heard, config)
+        return loss.index_add(0, near.nonzero()[:, 0], along(x_hat, field))
+
+    def of_discriminator(net, step, x, *batch):
+        near, real, fake = seen[x.storage_offset()]
+        r1 = 16 * config["r1"] * (step % 16 == 0 and torch.is_grad_enabled())      # lazily (Karras et al. 2020)
+        return x.new_zeros(len(near)).index_add(0, near.nonzero()[:, 0], discriminator_loss(net, real, fake, r1))
+    turns = [own._replace(loss=of_model)]
+    if discriminator:                                          # its turn draws no noise of its own
+        turn = second_turn("discriminator", discriminator, lr=config["discriminator_lr"])
+        turns.append(turn._replace(noises=0, loss=of_discriminator))
+    return turns

@@ -8,6 +8,7 @@ What the README promises, one test each, in the order of the files.
 Tests of the scripts start them as a user would, with a few steps of a small model.
 """
 import ast
+import collections
 import functools
 import glob
 import hashlib
@@ -51,6 +52,7 @@ from lib.encoders import open_autoencoder
 from lib.images import INDEX
 from lib.judge import look
 from lib.networks import open_vqa, random_features
+from lib.perceptual import STAND_IN, open_vgg
 from lib.pictures import to_tensor, to_uint8, write_png
 from lib.plan import count_flops, measure_step
 from lib.results import flat
@@ -291,8 +293,11 @@ def test_twins_train_and_sample_in_every_stage(name):
         batches = Batches(data.open_data(config), config, filtered=False, styled=styled)
         x, text, size = (part[:2] for part in batches[0])
         x = open_autoencoder(config).encode(x)
-        loss = models.diffusion_loss(net, x, text, torch.tensor([0.3, 0.7]), torch.randn_like(x), config, size)
-        loss.sum().backward()
+        turns = critics(config) if config["perceptual"] or config["adversarial"] else [plain_turn(config)]
+        for turn, trained in zip(turns, (net, turns[-1].model)):
+            batch = x, text, torch.tensor([0.1, 0.7]), torch.randn_like(x), size
+            turn.loss(trained, config["steps"], *batch).sum().backward()
+        assert len(turns) == 1 + name.startswith("pixelgen")
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
         picture = sampling.sample(net, config, ["a red circle"], steps=2)
         assert picture.shape == (1, 3, config["resolution"], config["resolution"]) and picture.abs().max() <= 1
@@ -1758,7 +1763,7 @@ def test_evaluation_from_the_command_line(runs, tmp_path, says):
     result = json.load(open(file))
     assert "FID" not in output and result["n"] == 12 and len(result["all"]) == 4 and output.count("spread") == 2
     assert set(result["metrics"]) == {"questions", "fidelity", "diversity", "fd_random", "mmd_random"}
-    assert set(result["metrics"]["fidelity"]) == {"psnr", "fit"}
+    assert set(result["metrics"]["fidelity"]) == {"psnr", "fit", "detail"}
     assert set(result["metrics"]["diversity"]) == {"places", "sizes", "narrow"}
     assert set(result["metrics"]["questions"]) == {
         "entities", "attributes", "relations", "counts", "global", "dsg", "chance_dsg"}
@@ -1982,6 +1987,107 @@ def test_twelve_thousand_rows_stay_under_one_and_a_half_gigabytes():
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE, check=True)
     assert int(done.stdout) * 1024 < 1.5e9
+
+
+# ---- critics: what VGG-19, here with random weights, and a discriminator say of an image
+
+CriticTurn = collections.namedtuple("CriticTurn", "model loss noises lr", defaults=[None] * 4)
+
+
+def plain_turn(config):
+    """What train.py's turn of the model has that matters here."""
+    return CriticTurn(loss=lambda net, step, x, text, t, eps, size: models.diffusion_loss(net, x, text, t, eps, config,
+                                                                                          size))
+
+
+def critics(config):
+    """The turns of a config with critics; VGG-19 is the random stand-in."""
+    torch.manual_seed(0)
+    vgg = open_vgg("random")[0] if config["perceptual"] else None
+    second_turn = lambda name, model, lr: CriticTurn(model=model, lr=lr)
+    return objectives.critic_turns(plain_turn(config), vgg, open_autoencoder(config), config, second_turn)
+
+
+def slopes(turn, batch, v, step=0):
+    """(loss, its gradient at v) where v is what the network says."""
+    v = v.clone().requires_grad_()
+    loss = turn.loss(lambda *_: v, step, *batch, None)
+    (slope,) = torch.autograd.grad(loss.sum(), v)
+    return loss, slope
+
+
+def of_batch(config, batch, v):
+    """x_hat, sigma (b, 1, 1, 1) and who is seen through less noise than critic_logsnr."""
+    logsnr = models.get_logsnr(batch[2], config)
+    alpha, sigma = models.alpha_sigma(logsnr)
+    return alpha * (alpha * batch[0] + sigma * batch[3]) - sigma * v, sigma, logsnr > config["critic_logsnr"]
+
+
+def test_the_field_of_vgg_reaches_what_is_seen_well_through_the_decoder_and_nothing_else():
+    shape = dict(autoencoder="space_to_depth", latent_channels=12, latent_stride=2, latent_scale=0.5, resolution=32)
+    config = tiny(perceptual=0.3, critic_logsnr=0.0, **shape)
+    x, text, t, eps = batch_of()
+    fold = lambda image: F.pixel_unshuffle(image, 2).repeat(1, 1, 2, 2)            # latents of 32 px
+    batch = fold(x), text, t, fold(eps)
+    v = torch.randn_like(batch[0])
+    x_hat, sigma, near = of_batch(config, batch, v)
+    (turn,), vgg = critics(config), open_vgg("random")[0]
+    (plain, before), (loss, after) = slopes(plain_turn(config), batch, v), slopes(turn, batch, v)
+    assert torch.equal(plain, loss) and 0 < near.sum() < 6     # what is logged is the plain loss
+    assert torch.equal(before[~near], after[~near])            # to the bit
+    at = x_hat.clone().requires_grad_()
+    distance = vgg.distance(F.pixel_shuffle(at / 0.5, 2), F.pixel_shuffle(batch[0] / 0.5, 2))
+    (field,) = torch.autograd.grad(0.3 * distance.sum(), at)   # dx / dv = -sigma
+    wanted = (-sigma * field)[near]
+    assert wanted.abs().max() > 0 and torch.allclose((after - before)[near], wanted, rtol=1e-3, atol=1e-7)
+
+
+def test_the_discriminators_gradient_is_as_long_as_asked_for_and_starts_when_it_should():
+    config = tiny(adversarial=0.5, adversarial_start=3, critic_logsnr=-1.0)
+    batch = batch_of()
+    v = torch.randn_like(batch[0])
+    x_hat, sigma, near = of_batch(config, batch, v)
+    own, other = critics(config)
+    (plain, before), (loss, early) = slopes(plain_turn(config), batch, v), slopes(own, batch, v, step=2)
+    assert torch.equal(plain, loss) and torch.equal(before, early) and 0 < near.sum() < 6
+    loss, after = slopes(own, batch, v, step=3)
+    assert torch.equal(plain, loss) and torch.equal(before[~near], after[~near])
+    assert all(p.grad is None for p in other.model.parameters())                   # the model's turn leaves them empty
+    length = lambda g: g[near].flatten(1).norm(dim=1)
+    assert torch.allclose(length(after - before), 0.5 * length(before), rtol=1e-3)
+    moved = x_hat - 0.3 * (after - before) / -sigma            # down the field an image looks more real
+    real = lambda image: other.model(image).mean((1, 2, 3))[near]
+    assert (real(moved) > real(x_hat)).all()
+    halves = [slopes(own, [part[rows] for part in batch], v[rows], 3)[1] for rows in (slice(3), slice(3, 6))]
+    assert torch.allclose(torch.cat(halves), after, rtol=1e-4, atol=1e-7)          # whatever the micro-batch
+    _, both = slopes(critics(config | {"perceptual": 50.0})[0], batch, v, 3)
+    _, vgg = slopes(critics(config | {"perceptual": 50.0, "adversarial": 0.0})[0], batch, v, 3)
+    assert torch.allclose(length(both - vgg), 0.5 * length(vgg), rtol=1e-3)        # VGG's is one of all others
+
+
+def test_the_discriminator_learns_from_what_the_model_saw_in_the_same_step():
+    config = tiny(adversarial=0.5, critic_logsnr=-1.0, r1=0.7)
+    batch = batch_of()
+    v = torch.randn_like(batch[0])
+    x_hat, sigma, near = of_batch(config, batch, v)
+    own, other = critics(config)
+    assert other.noises == 0 and other.lr == config["discriminator_lr"]
+    slopes(own, batch, v)
+    for step in (1, 16):                                       # R1 in every 16th
+        loss = other.loss(other.model, step, *batch, None)
+        real = batch[0][near].requires_grad_()
+        of_real, of_fake = other.model(real), other.model(x_hat[near])
+        wanted = 0.5 * (F.relu(1 - of_real) + F.relu(1 + of_fake)).mean((1, 2, 3))
+        if step == 16:
+            (slope,) = torch.autograd.grad(of_real.mean((1, 2, 3)).sum(), real)
+            wanted = wanted + 16 * 0.7 / 2 * slope.square().sum((1, 2, 3))
+        assert torch.allclose(loss[near], wanted, rtol=1e-4) and not loss[~near].any()
+    loss.sum().backward()
+    assert all(p.grad.any() for p in other.model.parameters() if p.ndim > 1)
+    shut = critics(config | {"critic_logsnr": 99.0})           # in a whole part of a batch nothing may be seen
+    assert torch.equal(slopes(shut[0], batch, v)[1], slopes(plain_turn(config), batch, v)[1])
+    shut[1].loss(shut[1].model, 16, *batch, None).sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in shut[1].model.parameters())
 
 
 # ---- train.py --------------------------------------------------------------------------------------------------------
@@ -2226,6 +2332,73 @@ def test_a_stopped_student_goes_on_to_the_bit_between_any_two_turns(runs, object
     assert one["turns"] == two["turns"]
     for part in ("fake_model", "fake_moments") if objective == "dmd" else ():
         assert tensors_hash(one[part]) == tensors_hash(two[part])
+
+
+def test_critics_that_are_off_or_wait_leave_a_run_as_it_was_to_the_bit(tmp_path):
+    """The discriminator learns all the while; from its start on the model hears it."""
+    words = [*changed(TINY, steps=3, sample_every=0, discriminator_width=4)]
+    run("train.py", *PRETRAIN, tmp_path / "plain", *changed(TINY, steps=3, sample_every=0))
+    run("train.py", *PRETRAIN, tmp_path / "off", *words, *"--r1 1 --critic_logsnr 2 --adversarial_start 1".split())
+    said = run("train.py", *PRETRAIN, tmp_path / "waits", *words, *"--adversarial 0.5 --adversarial_start 3".split())
+    assert "perceptual term: none; adversarial term: 0.5" in said
+    run("train.py", *PRETRAIN, tmp_path / "hears", *words, *"--adversarial 0.5 --adversarial_start 2".split())
+    assert_same_run(tmp_path / "plain", tmp_path / "off")
+    assert_same_run(tmp_path / "plain", tmp_path / "waits")
+    plain, waits, hears = (checkpoint_of(tmp_path / name) for name in ("plain", "waits", "hears"))
+    assert tensors_hash(plain["model"]) != tensors_hash(hears["model"])
+    assert tensors_hash(waits["discriminator_model"]) == tensors_hash(hears["discriminator_model"])
+    assert waits["turns"]["discriminator"][0] == 3 and "discriminator_model" not in plain
+
+
+def test_a_twin_with_critics_says_that_its_vgg_is_none(tmp_path):
+    words = ["--config", "pixelgen-v2-tiny", "--out", tmp_path, *"--steps 2 --eval_n 0 --sample_every 0".split()]
+    said = run("train.py", "--stage", "pretrain", *words, "--adversarial_start", 1)
+    assert "perceptual term: random weights in place of VGG-19: gradients and cost, not quality" in said
+    out = tmp_path / "pixelgen-v2-tiny/pretrain"
+    state = models.read_checkpoint(str(out))
+    assert state["config"]["vgg_id"] == STAND_IN and "discriminator_moments" in state
+    assert {"loss", "loss_discriminator"} <= set(json.loads(open(out / "log.jsonl").readline()))
+    said = run("eval.py", out, "--n", 2, "--metrics", "questions")
+    assert re.search(r"perceptual +random weights in place of VGG-19", said)
+    for more, message in (("--stage scratch --vgg nowhere.pth", "no weights of VGG-19 at 'nowhere.pth', and nothing"),
+                          (f"--stage scratch --vgg {HERE}/train.py", "..., not dcbb9e9d...: put torchvision's vgg19"),
+                          ("--stage distill --objective lcm --perceptual 1", "a student takes neither")):
+        assert message in run("train.py", *words, *more.split(), code=2)
+
+
+def test_a_stopped_run_with_critics_goes_on_to_the_bit(tmp_path):
+    words = ["--stage", "pretrain", *changed(TINY, steps=20, sample_every=0, discriminator_width=4, adversarial=0.5),
+             "--adversarial_start", 4, "--r1", 0.1]
+    run("train.py", *words, "--out", tmp_path / "whole")
+    process, said = start("train.py", *words, "--out", tmp_path / "broken")
+    until(said, "\nstep", process)
+    process.terminate(), process.join()
+    assert process.exitcode == 143 and 2 <= checkpoint_of(tmp_path / "broken")["step"] < 20
+    run("train.py", *words, "--out", tmp_path / "broken")
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+    one, two = checkpoint_of(tmp_path / "whole"), checkpoint_of(tmp_path / "broken")
+    assert one["turns"] == two["turns"]
+    for part in ("discriminator_model", "discriminator_moments"):
+        assert tensors_hash(one[part]) == tensors_hash(two[part])
+
+
+def nan_of_the_discriminator():
+    """Its third loss is not a number."""
+    hinge, calls = objectives.hinge, []
+
+    def spoilt(real, fake):
+        calls.append(1)
+        return hinge(real, fake) * (math.nan if len(calls) == 3 else 1)
+    objectives.hinge = spoilt
+
+
+def test_a_turn_that_is_not_finite_moves_nothing_of_its_own(tmp_path):
+    words = changed(TINY, steps=4, sample_every=0, adversarial=0.5, discriminator_width=4)
+    said = run("train.py", *PRETRAIN, tmp_path, *words, fault=nan_of_the_discriminator)
+    assert "step 2 of discriminator: gradient is not finite, skipped (1 in a row)" in said
+    state = checkpoint_of(tmp_path)
+    assert (state["step"], state["data_step"]) == (4, 5)       # a step counts when both have moved
+    assert {name: updates for name, (updates, _) in state["turns"].items()} == {"": 5, "discriminator": 4}
 
 
 @pytest.mark.parametrize("words, message", [
@@ -2506,6 +2679,23 @@ def test_a_student_learns_the_same_on_two_devices(runs, objective, steps, tmp_pa
     for other in ("ddp", "fsdp") if objective != "lcm" else ("ddp",):
         two = checkpoint_of(out[other], "distill")
         for part in ("moments", "fake_moments") if objective == "dmd" else ("moments",):
+            first = {k: v for k, v in one[part].items() if k.endswith("exp_avg")}  # a tenth of the gradient
+            norm = sum(v.square().sum() for v in first.values()).sqrt()
+            apart = sum((two[part][k] - v).square().sum() for k, v in first.items()).sqrt()
+            assert norm > 0 and apart < 1e-5 * norm, (other, part)
+
+
+def test_critics_are_the_same_on_two_devices(tmp_path):
+    """Copies, and shards of the model with a copy of the discriminator on each; of one no image may be seen well."""
+    words = ["--stage", "pretrain", *changed(TINY, steps=1, clip=0, muon_lr=0, sample_every=0, micro=2, adversarial=0.5,
+                                             discriminator_width=4), "--r1", 0.1]
+    run("train.py", "--out", tmp_path / "one", *words)
+    run_ranks(2, "--out", tmp_path / "ddp", *words)
+    run_ranks(2, "--out", tmp_path / "fsdp", *words, "--fsdp")
+    one = checkpoint_of(tmp_path / "one")
+    for other in ("ddp", "fsdp"):
+        two = checkpoint_of(tmp_path / other)
+        for part in ("moments", "discriminator_moments"):
             first = {k: v for k, v in one[part].items() if k.endswith("exp_avg")}  # a tenth of the gradient
             norm = sum(v.square().sum() for v in first.values()).sqrt()
             apart = sum((two[part][k] - v).square().sum() for k, v in first.items()).sqrt()
@@ -3060,6 +3250,7 @@ from lib.test_muon import *  # noqa
 from lib.test_networks import *  # noqa
 from lib.test_nouns import *  # noqa
 from lib.test_people import *  # noqa
+from lib.test_perceptual import *  # noqa
 from lib.test_pictures import *  # noqa
 from lib.test_plan import *  # noqa
 from lib.test_processes import *  # noqa

@@ -72,6 +72,7 @@ from lib.draws import normals, uniforms
 from lib.encoders import open_autoencoder
 from lib.files import file_hash
 from lib.muon import Muon
+from lib.perceptual import open_vgg
 from lib.pictures import draw_curves, make_grid, to_uint8, write_png
 from lib.plan import (choose_dtype, count_flops, peak_memory, peak_rate, plan_training, print_plan, sgemm_rate,
                       split_batch, state_bytes)
@@ -83,7 +84,7 @@ from lib.runs import (RUN_FIRST, Log, check_room, check_settings, finish_first, 
 from lib.tables import DTYPES
 from model import (build, check_sizes, checkpointed_modules, diffusion_loss, enable_activation_checkpointing, example,
                    freeze_core, init_from, read_checkpoint)
-from objectives import distill_turns
+from objectives import critic_turns, distill_turns
 from sample import STUDENTS, check_student, is_student, sample
 
 # A turn is one update within a step: who is trained, by which loss per image, loss(net, step, *batch), of how many
@@ -98,8 +99,8 @@ OUTSIDE = ("conv_in", "conv_out", "proj_out", "temb_proj", "table")
 # what may change when a run goes on: how it is looked at and spread over devices, the steps and the learning rates
 FREE_KEYS = ("steps", "lr", "muon_lr", "lr_end", "micro", "workers", "compile", "checkpointing", "fsdp", "sharded",
              "dist_timeout", "num_checkpoints", "guidance", "sampler", "sample_steps", "log_every", "sample_every",
-             "save_every", "snapshots", "eval_every", "eval_n", "tensorboard", "encoder_weights", "prefix",
-             "suffix")
+             "save_every", "snapshots", "eval_every", "eval_n", "tensorboard", "encoder_weights", "prefix", "suffix", "vgg",
+             "discriminator_lr")
 
 
 # ---- the step: what is trained, by which optimizers, at which rates, on which noise ----------------------------------
@@ -233,6 +234,9 @@ if distills:
     check_student(config, sampler=dict(flags).get("sampler"))
     if config["sampler"] not in (samplers := STUDENTS[config["objective"]][0]):
         config["sampler"] = samplers[0]
+critics = config["perceptual"] > 0 or config["adversarial"] > 0
+if critics and distills:
+    raise UserError("a student takes neither perceptual nor adversarial terms: give --perceptual 0 --adversarial 0")
 plan_flags = {flag: value for flag in ("devices", "kind", "mfu", "json") if (value := getattr(args, flag)) is not None}
 if plan_flags and not args.plan:
     raise UserError(f"--{next(iter(plan_flags))} belongs to --plan: add it, or leave --{next(iter(plan_flags))} out")
@@ -259,7 +263,8 @@ if args.plan:
         dtype=DTYPES.get(config["dtype"], auto), tf32=config["tf32"], moments=count_moments,
         blocks=checkpointed_modules if config["checkpointing"] else None,
         units=lambda model: (model.shell, *model.core.blocks), **plan_flags)
-    print(f"{args.stage} of config {args.config}" + ", without its teacher and fake network" * distills + ":")
+    print(f"{args.stage} of config {args.config}" + ", without its teacher and fake network" * distills
+          + ", without its critics" * critics + ":")
     print_plan(plan, json_file)
     sys.exit(0)
 
@@ -281,6 +286,7 @@ styled = open_style(config) if config["style"] else None       # a second set, m
 batches = Batches(data, config, stage.large_only, args.stage, rank, world, styled)
 config |= batches.identity                                     # which data, which encoder: compared when a run goes on
 check_encoder(config)                                          # of a pipeline
+vgg, config["vgg_id"] = open_vgg(config["vgg"], device) if config["perceptual"] else (None, "")
 example_caption = next(filter(None, map(data.caption, range(len(data)))), "")
 
 # ---- the run: finished, to go on, or new, from nothing or from another one -------------------------------------------
@@ -389,7 +395,8 @@ def prepare(model):
     """Put a model on the device, in shards under FSDP. -> the network that training calls, with the same weights."""
     if config["checkpointing"]:
         enable_activation_checkpointing(model)                 # less memory, a third more time
-    if config["fsdp"]:                                         # shards of weights, gradients and moments
+    shards = config["fsdp"] and hasattr(model, "core")         # a discriminator is small: a copy on each device
+    if shards:                                                 # weights, gradients and moments
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
         mesh = torch.distributed.init_device_mesh(device.split(":")[0], (world,))
         for unit in (*model.core.blocks, model.core, model):   # before the optimizers, which must see the shards
@@ -398,16 +405,16 @@ def prepare(model):
         register_fsdp_forward_method(model.core, "embed")      # called from outside the core's forward
     model.to(device)                                           # under FSDP each process's shards
     net = torch.compile(model) if config["compile"] else model # names are those of `model`
-    if world > 1 and not config["fsdp"]:
+    if world > 1 and not shards:
         net = torch.nn.parallel.DistributedDataParallel(net)   # frozen weights take no part in the exchange
     return net
 
 
-def second_turn(name, model):
-    """The turn of a network beside the model, in every step; its loss is still to be told."""
+def second_turn(name, model, **keys):
+    """The turn of a network beside the model, in every step, with settings of its own; its loss is still to be told."""
     net, trained = prepare(model), dict(model.named_parameters())
     own_scaler = torch.amp.GradScaler(device.split(":")[0], enabled=dtype == torch.float16)
-    return Turn(name, model, net, trained, make_optimizers(trained, config), {}, own_scaler, 1, 1, None)
+    return Turn(name, model, net, trained, make_optimizers(trained, config | keys), {}, own_scaler, 1, 1, None)
 
 
 net = prepare(model)
@@ -422,6 +429,9 @@ turns = [Turn("", model, net, trained, optimizers, ema_params, scaler, 1, 1,
 if distills:
     half = functools.partial(in_half, dtype=dtype)
     turns = distill_turns(turns[0], about["teacher"][0], config, device, half, second_turn)
+elif critics:
+    turns = critic_turns(turns[0], vgg, autoencoder, config, second_turn)
+    print0(f"perceptual term: {config['vgg_id'] or 'none'}; adversarial term: {config['adversarial']:g}")
 print0(f"model: {counts[0]} parameters in the core, {counts[1]} in the {config['shell']} shell, {counts[2]} trained, "
        f"on {device} in {str(dtype).split('.')[1]}")
 
@@ -450,7 +460,7 @@ if rank == 0:
     checkpoint_size = sum(sizes[part] for part in ("weights", "optimizer", "ema")) * len(turns)
     check_room(run, (config["num_checkpoints"] + 1 + len(config["snapshots"])) * checkpoint_size)
 # on shapes alone: counting inside a real step would change how attention is carried out
-uncounted = distills or config["pipeline"]
+uncounted = distills or critics or config["pipeline"]
 flops = 0 if uncounted else config["batch"] * count_flops(lambda: make_model(config, stage.freeze), example_loss)
 peak = peak_rate(torch.cuda.get_device_name(), dtype, config["tf32"]) if device != "cpu" else None         # FLOP/s
 first, bad, skipped = step, dict.fromkeys(counted, 0), 0       # bad: updates in a row that were not finite
@@ -547,7 +557,7 @@ while step < config["steps"]:
     for turn in turns:
         if step % turn.every:                                  # not due
             continue
-        shape = (turn.noises,) * (turn.noises > 1) + x.shape[1:]                   # (C, H, W), or (2, C, H, W)
+        shape = (turn.noises,) * (turn.noises != 1) + x.shape[1:]                  # (C, H, W), or (2, C, H, W)
         t, eps = draw_noise(rows, shape, (args.stage, config["seed"], data_step, *turn.name.split()), config, device)
         batch = x, text, t, eps, conditions                    # all of this process's rows
         loss = forward_backward(turn, step, batch, micro, world, dtype, config)    # (b,)

@@ -212,8 +212,11 @@ class SpaceToDepth:
     def encode(self, x):
         return torch.nn.functional.pixel_unshuffle(x, self.stride) * self.scale   # (B, 3, H, W) -> (B, 3 s^2, H/s, W/s)
 
+    def pixels(self, latents):
+        return torch.nn.functional.pixel_shuffle(latents / self.scale, self.stride)
+
     def decode(self, latents):
-        return torch.nn.functional.pixel_shuffle(latents / self.scale, self.stride).clamp(-1, 1)
+        return self.pixels(latents).clamp(-1, 1)
 
 
 class Autoencoder:
@@ -233,10 +236,13 @@ class Autoencoder:
         with torch.autocast(x.device.type, enabled=False):     # float32 also where the training pass is in bf16
             return self.vae.encode(x.float()).latent_dist.mode() * self.scale      # (B, 3, H, W) -> (B, c, H/s, W/s)
 
+    def pixels(self, latents):
+        with torch.autocast(latents.device.type, enabled=False):
+            return self.vae.decode(latents.float() / self.scale).sample
+
     @torch.no_grad()
     def decode(self, latents):
-        with torch.autocast(latents.device.type, enabled=False):
-            return self.vae.decode(latents.float() / self.scale).sample.clamp(-1, 1)
+        return self.pixels(latents).clamp(-1, 1)
 
 
 @functools.lru_cache(2)
@@ -253,8 +259,8 @@ def read_autoencoder(folder, device):
 def open_autoencoder(config, device="cpu"):
     """
     An object with encode: x (B, 3, H, W) in [-1, 1] -> latents (B, latent_channels, H / latent_stride, W /
-    latent_stride), scaled by latent_scale to a variance near 1; and with decode, its inverse, clamped to [-1, 1]. For a
-    model of pixels both leave x as it is.
+    latent_stride), scaled by latent_scale to a variance near 1; and with decode, its inverse, clamped to [-1, 1], or
+    pixels, the same with gradients and without the clamp. For a model of pixels all leave x as it is.
     """
     name, stride, scale = config["autoencoder"], config["latent_stride"], config["latent_scale"]
     if not name:

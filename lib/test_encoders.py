@@ -208,6 +208,10 @@ def test_latents_of_an_autoencoder_are_its_scaled_mean_and_decode_in_tiles(vae, 
         assert opened.decode(large).shape == (1, 3, 80, 96)
         whole = plain.decode(large / 0.5).sample.clamp(-1, 1)
         assert not torch.allclose(opened.decode(large), whole, atol=1e-5)
+    latents = mean.requires_grad_()                            # `pixels` has gradients, in the latents alone
+    opened.pixels(latents).square().sum().backward()
+    assert latents.grad.abs().min() > 0 and not any(p.grad is not None for p in opened.vae.parameters())
+    assert torch.equal(opened.pixels(latents).clamp(-1, 1), opened.decode(latents))
     refused(capsys, lambda: open_autoencoder(config | {"latent_scale": 0.13025}), "set latent_scale = 0.5")
     refused(capsys, lambda: open_autoencoder(config | {"latent_channels": 8}), "set latent_channels = 4")
     refused(capsys, lambda: open_autoencoder(config | {"autoencoder": "/nowhere"}), "no autoencoder in '/nowhere'")

@@ -4,8 +4,8 @@ import time
 import numpy as np
 import pytest
 
-from lib.judge import (Look, components, counting, diversity, fidelity, judge, judge_answers, look, picture_scores,
-                       questions_score, seen_features, style)
+from lib.judge import (Look, components, counting, diversity, fidelity, high_power, judge, judge_answers, look,
+                       picture_scores, questions_score, seen_features, style)
 from lib.scenes import COLOURS, SHAPES, render
 from lib.test_scenes import WHOLE_WORLD, open_world
 
@@ -86,6 +86,8 @@ def test_fidelity_falls_with_speckle_softness_and_wrong_shapes():
     assert measure(clean)["psnr"] > 45 and measure(clean)["fit"] > 0.97
     assert 28 < measure(noisy)["psnr"] < 31.2                  # a noise of 10 of 255: 28.1 dB, less what is cut
     assert measure(soft)["psnr"] < 35 and measure(soft)["fit"] < measure(clean)["fit"]
+    assert measure(clean)["detail"] == pytest.approx(1, abs=0.05)
+    assert measure(soft)["detail"] < 0.6 and measure(noisy)["detail"] > 1.1
     stray = clean[0].copy()
     stray[2:4, 2:4] = (217, 38, 38)                            # four red pixels, too few for an object
     assert look(stray, 16).objects == look(clean[0], 16).objects and look(stray, 16).psnr < look(clean[0], 16).psnr - 10
@@ -102,6 +104,18 @@ def test_a_frame_is_seen_and_changes_no_other_answer(resolution):
     half = draw(scenes[0] | {"framed": True}, resolution)
     half[:, :resolution // 4] = 128                            # the frame must go all round
     assert not look(half, 16).framed
+
+
+def test_power_at_high_frequencies_is_that_of_fine_waves_alone():
+    x = np.arange(32)
+
+    def wave(period):
+        return np.broadcast_to(0.5 + 0.3 * np.cos(2 * np.pi * x / period)[:, None], (32, 32, 3))
+    power = 0.3 ** 2 / 2                                       # the mean square of a cosine
+    coarse, fine = wave(8), wave(3.2)                          # 1/8 and 1/3.2 of a cycle per pixel
+    assert high_power(coarse) == pytest.approx(0, abs=1e-9) and high_power(fine) == pytest.approx(power)
+    assert high_power(fine.swapaxes(0, 1)) == pytest.approx(power)
+    assert high_power(coarse + fine) == pytest.approx(power)
 
 
 def test_diversity_is_1_for_the_world_itself_and_0_for_one_picture_a_caption():
