@@ -99,8 +99,8 @@ OUTSIDE = ("conv_in", "conv_out", "proj_out", "temb_proj", "table")
 # what may change when a run goes on: how it is looked at and spread over devices, the steps and the learning rates
 FREE_KEYS = ("steps", "lr", "muon_lr", "lr_end", "micro", "workers", "compile", "checkpointing", "fsdp", "sharded",
              "dist_timeout", "num_checkpoints", "guidance", "sampler", "sample_steps", "log_every", "sample_every",
-             "save_every", "snapshots", "eval_every", "eval_n", "tensorboard", "encoder_weights", "prefix", "suffix", "vgg",
-             "discriminator_lr")
+             "save_every", "snapshots", "eval_every", "eval_n", "tensorboard", "encoder_weights", "prefix", "suffix",
+             "vgg", "discriminator_lr")
 
 
 # ---- the step: what is trained, by which optimizers, at which rates, on which noise ----------------------------------

@@ -18,7 +18,6 @@ model, which is told nothing: what the caption alone explains.
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 

@@ -20,7 +20,8 @@ def styled_scores(rate, dsg):
 
 
 def test_both_tables_have_a_row_for_each_variant_with_mean_and_spread():
-    scores = {variant: [styled_scores(0.8, 0.8), styled_scores(1.0, 0.9), styled_scores(0.9, 0.85)] for variant in styles.FORGETTING}
+    seeds = [styled_scores(0.8, 0.8), styled_scores(1.0, 0.9), styled_scores(0.9, 0.85)]
+    scores = {variant: seeds for variant in styles.FORGETTING}
     rows = styles.table(styles.FIRST, scores).splitlines()
     assert len(rows) == 2 + len(styles.FORGETTING) and len({row.count("|") for row in rows}) == 1
     assert rows[2] == "| before | 0.900 ± 0.100 | 0.850 ± 0.050 | 25.0 ± 0.0 | 0.03000 ± 0.00000 |"
