@@ -1165,7 +1165,7 @@ def test_outputs_meant_to_be_zero_are_exactly_zero_in_the_finished_model(stage, 
     shell = {k for k in net.state_dict() if k.startswith("shell.") and ("temb_proj.weight" in k or "scale_shift" in k)}
     assert zero == core | shell | {f"shell.{last}.weight"}
     z, logsnr, text = models.example(config, 2)
-    z, text, size = torch.randn_like(z), text + 1, torch.full((2, 6), 50.0)
+    z, text, size = torch.randn_like(z), text + 1, torch.full((2, count_columns(config)), 50.0)
     assert not net(z, logsnr, text, size).any()
     temb, text, text_len = net.core.embed(logsnr, text, size)
     features = torch.randn(2, 32, 8, 6)
