@@ -248,7 +248,7 @@ def test_every_preset_gives_a_velocity_of_the_shape_of_its_image(name):
         v = on_meta(config)(z, logsnr, text, torch.zeros(2, count_columns(config), device="meta"))
         assert v.shape == z.shape == (2, *models.image_shape(config))
         assert config["sampler"] in sampling.SAMPLERS
-        if name not in ("toy", "speedrun", "small", "tiny"):               # the papers' recipes are AdamW's
+        if name not in ("toy", "speedrun", "small", "tiny", "claims"):     # the papers' recipes are AdamW's
             assert config["muon_lr"] == 0 and config["data"] != "scenes"
 
 
@@ -980,7 +980,7 @@ def test_both_data_sets_serve_all_that_data_py_lists(photos):
     table = data.__doc__.partition("same methods:\n")[2].partition("\n\n")[0]
     columns = [re.sub(r"\([^()]*(\([^()]*\)[^()]*)?\)", "", line) for line in table.splitlines()]
     names = {name for column in columns for name in re.match(r"    (\w+(, \w+)*)", column)[1].split(", ")}
-    assert len(names) == 15 and {"len", "name", "choose", "caption", "held_out"} <= names
+    assert len(names) == 18 and {"len", "name", "choose", "caption", "held_out"} <= names
     for world in (data.open_data(tiny()), data.open_data(tiny(data=str(photos)))):
         assert [n for n in names if not hasattr(world, "__len__" if n == "len" else n)] == []
 
