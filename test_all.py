@@ -2497,8 +2497,8 @@ def tuned(pipelines, tmp_path_factory):
     run("data.py", "embed", data_, "--encoder", "pipeline:300", "--weights", origin, "--dtype", "bf16")
     run("data.py", "embed", data_, "--vae", os.path.join(origin, "vae"), "--resolution", 16, "--latent_stride", 2,
         "--latent_scale", 0.18215, "--latent_channels", 4)
-    words = ["--core", origin, "--data", data_, "--kv_merge", 2, "--kv_merge_layers", 1, "--sample_steps", 2]
-    said = run("train.py", *words, *pipeline_words(out, "defrost", steps=4, sample_every=4))
+    keys = dict(steps=4, sample_every=4, sample_steps=2, kv_merge=2, kv_merge_layers=1)
+    said = run("train.py", "--core", origin, "--data", data_, *pipeline_words(out, "defrost", **keys))
     return folder(out, "defrost"), said, origin
 
 

@@ -85,12 +85,12 @@ def build_page(gradio, model, config, name):
             side = config["resolution"]
             size = gradio.Textbox("", placeholder=f"{side}x{side}", label="size, HxW in pixels", elem_id="size")
         button = gradio.Button("draw", variant="primary", elem_id="draw")
-        shown = [gradio.Image(label=label, format="png", interactive=False, elem_id=label.split()[0])
-                 for label in ("pictures", "path from noise to image")]
+        pictures_shown, path_shown = (gradio.Image(show_label=False, format="png", interactive=False, elem_id=name,
+                                                   buttons=["fullscreen", "download"]) for name in ("pictures", "path"))
         gradio.Markdown(SENTENCE)
         fields = [caption, n, steps, guidance, sampler, seed, size]
         for event in (button.click, caption.submit):
-            event(pictures, fields, shown, api_visibility="private")
+            event(pictures, fields, [pictures_shown, path_shown], api_visibility="private")
     return page
 
 

@@ -197,8 +197,10 @@ def test_the_training_loss_is_that_of_diffusers_own_network(pipelines, kind):
     t = (torch.atan(torch.exp(-net.logsnrs[times] / 2)) - ends[0]) / (ends[1] - ends[0])     # where ours is at `times`
     ours = diffusion_loss(net, x, sampling.encode_captions(CAPTIONS, config), t.float(), eps, config, size)
     assert torch.allclose(ours, theirs, rtol=1e-4)
-    slopes = [torch.autograd.grad(loss.sum(), list(of.parameters())) for loss, of in ((ours, net.core), (theirs, own))]
-    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max())) for a, b in zip(*slopes))
+    # as one vector: the gradient of a key's bias is zero, and its rounding is no measure
+    a, b = (torch.cat([slope.flatten() for slope in torch.autograd.grad(loss.sum(), list(of.parameters()))])
+            for loss, of in ((ours, net.core), (theirs, own)))
+    assert (a - b).norm() < 1e-3 * b.norm()
 
 
 def test_kv_merge_is_switched_on_from_outside_and_is_that_of_our_own_attention(pipelines, capsys):
