@@ -4,8 +4,8 @@ What experiments.claims measures of one set of weights; each measure is made onc
     measures = Measures("out/claims/measures.jsonl")
     measures.pictures(file, n, guidance)                       # {"dsg": (n,), "chance", "judge": (n, 18), "random"}
     measures.loss(file, n)                                     # mean of (n,) held-out losses: no sampler, no judge
-    measures.damage(file, parent)                              # loss of a core inside its parent's shell
-    measures.damage(file, parent, refit=100)                   # the same inside a new shell, trained for so many steps
+    measures.damage(file, parent, n, seed)                     # loss of a core inside its parent's shell
+    measures.damage(file, parent, n, seed, refit=80)           # the same inside a new shell, trained for so many steps
 
 All runs sit one exam: held-out scenes 0, 1, ... with noise (0, picture, step). Exam B, by which rates are chosen, is of
 scenes EXAM_B and on. Letters: n pictures, K seeds, M values on an axis.
@@ -71,16 +71,19 @@ class Measures:
 
     def damage(self, file, parent, n, seed, refit=0):
         """
-        Held-out loss at the parent's resolution of the core in `file`, text encoding and blocks, plain weights, in the
-        parent's shell and time encoding; or with `refit` in a new shell, trained for so many steps round the still
-        core. Without a file: of a core with first weights.
+        Held-out loss at the parent's resolution of the core in `file`, text encoding, modulation and blocks, plain
+        weights (of the parent itself the average, from which growing starts), in the parent's shell and time encoding;
+        or with `refit` in a new shell, trained for so many steps round the still core. Without a file: of a core with
+        first weights.
         """
         key = {"of": "damage", "weights": file and weights_of(file), "parent": weights_of(parent), "n": n,
                "seed": seed, "refit": refit}
 
         def work():
-            state = read_checkpoint(parent)
-            model = transplant(state, file and read_checkpoint(file)["model"], seed, keep_shell=not refit)
+            state, core = read_checkpoint(parent), file and read_checkpoint(file)
+            if core:                                           # growing starts from the parent's average: it is 0
+                core = ema_weights(core) if weights_of(file) == weights_of(parent) else core["model"]
+            model = transplant(state, core, seed, keep_shell=not refit)
             if refit:
                 fit_shell(model, state["config"], refit, seed)
             return held_out_loss(model.eval(), state["config"], n)
@@ -151,7 +154,7 @@ def vertex(x, y):
     a, b, _ = np.polyfit(x[start:start + 5], y[start:start + 5], 2)
     place = -b / (2 * a) if a > 0 else x[lowest]
     place = float(np.clip(place, x[0], x[-1]))
-    return place, bool(x[0] < place < x[-1])
+    return place, bool(a > 0 and x[0] < place < x[-1])
 
 
 # ---- loss ------------------------------------------------------------------------------------------------------------
@@ -194,7 +197,8 @@ def fit_shell(model, config, steps, seed):
         x, text, _ = batches[step]                                                 # (b, 3, H, W), (b, L)
         t = torch.arange(len(x)) / len(x) + float(uniforms(1, "times", "refit", seed, step)[0]) / len(x)
         eps = normals([("noise", "refit", seed, step, row) for row in range(len(x))], x.shape[1:])
-        optimizer.param_groups[0]["lr"] = config["lr"] * min(1, (step + 1) / config["warmup"]) * (1 - step / steps)
+        warmed = min(1, (step + 1) / max(1, config["warmup"]))
+        optimizer.param_groups[0]["lr"] = config["lr"] * warmed * (1 - step / steps)
         diffusion_loss(model, x, text, t, eps, config).mean().backward()
         torch.nn.utils.clip_grad_norm_(trained, config["clip"] or math.inf)
         optimizer.step()

@@ -25,7 +25,8 @@ import torch
 
 from experiments.claim_measures import (EXAM_B, Measures, ceiling, gflop_of_step, reference_features, standardised,
                                         timed_saving, vertex)
-from lib.contrasts import ALPHA, Estimate, contrast, holm, one_sample, residual_spread, spread_interval, verdict
+from lib.contrasts import (ALPHA, Estimate, contrast, holm, one_sample, residual_spread, spread_interval,
+                           student_quantile, verdict)
 from lib.files import atomic_write
 from lib.metrics import fd, mmd
 from lib.pictures import draw_seeds
@@ -197,10 +198,11 @@ def spread(lab, text, seeds):
     scores = [pictures(lab, text, "G", seed)["dsg"] for seed in seeds]             # (K, n)
     one = float(np.std(scores, 1, ddof=1).mean())
     losses = [lab.measures.loss(run_of(lab, "G", seed), int(text["loss_n"])) for seed in seeds]
-    detectable = 2.8 * noises * math.sqrt(2 / len(seeds))      # 1.96 + 0.84 errors
+    df = len(seeds) - 1                                        # of a pair of arms; pooled over several it is less
+    detectable = (student_quantile(0.975, df) + student_quantile(0.8, df)) * noises * math.sqrt(2 / len(seeds))
     return {"primary": contrast(table, weights_in(text["primary"])),
-            "here": f"standard deviation over {len(seeds)} trainings {s:.3f} [{low:.3f}, {high:.3f}], between two "
-                    f"noises of one {noises:.3f}; of a picture {one:.2f}",
+            "here": f"standard deviation over {len(seeds)} trainings, each the mean of two noises, {s:.3f} "
+                    f"[{low:.3f}, {high:.3f}], between two noises of one {noises:.3f}; of a picture {one:.2f}",
             "figures": {"dsg of each training": ", ".join(f"{v:.3f}" for v in both),
                         "held-out loss, spread over its mean": f"{np.std(losses, ddof=1) / np.mean(losses):.3f}",
                         "difference that is seen four times in five, were noise the only error": f"{detectable:.3f}"},
@@ -370,6 +372,7 @@ def investigate(lab, name, text, seeds):
         CLAIMS[name](lab, text, 2 * seeds)                     # to measure; twice, since one seed has no spread
         print(f"{name}: seeds {seeds} are done; the verdict waits for all of {text['seeds']}")
         return
+    lab = lab._replace(measures=Measures(lab.measures.file))   # with what other processes have measured meanwhile
     found = CLAIMS[name](lab, text, everything)
     panels = found.pop("panels")
     with open(os.path.join(lab.out, name, "registered.txt")) as f:
@@ -386,6 +389,7 @@ def judged(lab, claims):
     results = {}
     for name in claims:
         if os.path.exists(result_file(lab, name)):
+            register(lab, name, claims[name])                  # the margin that decides is the one registered
             with open(result_file(lab, name)) as f:
                 results[name] = json.load(f)
     tested = [name for name, result in results.items() if "primary" in result and claims[name].get("same") != "True"]

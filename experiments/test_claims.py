@@ -152,7 +152,7 @@ def test_a_transplant_has_the_core_of_one_and_the_shell_of_another():
 def test_runs_are_made_by_train_measured_judged_and_drawn_and_made_once(tmp_path):
     small = "n = 200", "n = 8"
     text = open(TEXTS).read().replace(*small).replace("loss_n = 128", "loss_n = 8")
-    text = text.replace("refit = 100", "refit = 2").replace("share = 0.05", "share = 0.25").replace("1-4", "1-2")
+    text = text.replace("refit = 80", "refit = 2").replace("share = 0.05", "share = 0.25").replace("1-4", "1-2")
     text = text.replace("grid = 16 32 64", "grid = 4").replace("repeats = 5", "repeats = 2")
     (tmp_path / "texts.txt").write_text(text)
     tiny = "--width 16 --depth 1 --entry_channels 8 --channels 8 --steps 8 --batch 4 --sample_steps 2 --log_every 0"

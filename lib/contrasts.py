@@ -124,9 +124,9 @@ def holm(ps):
 
 
 def seeds_needed(estimate, margin, most=1000):
-    """The least number of seeds at which a truth of 0 would lie within +- margin, by the spread seen here."""
+    """The least number of seeds above today's at which a truth of 0 would lie within +- margin, by the spread seen."""
     each = estimate.error * math.sqrt(estimate.seeds)          # what a seed adds to the error
-    for seeds in range(estimate.seeds, most):
+    for seeds in range(estimate.seeds + 1, most):
         df = estimate.df * (seeds - 1) // (estimate.seeds - 1)
         if student_quantile(0.95, df) * each / math.sqrt(seeds) <= margin:
             return seeds
