@@ -22,6 +22,7 @@ is asked to draw, and who looks at it; `evaluate` is where pictures meet tasks a
 Letters: n and m images, D features, H W height and width in pixels.
 """
 import itertools
+import math
 import os
 import sys
 
@@ -59,6 +60,7 @@ import torch
 from data import Batches, encode_captions, open_data
 from lib.answers import score_answers, score_people
 from lib.checkpoint import is_run
+from lib.conditions import condition_row
 from lib.draws import normals
 from lib.encoders import open_autoencoder
 from lib.files import file_hash, free_name
@@ -112,10 +114,12 @@ def best_caption(model, config, image, text, number, seed=0, draws=16):
     x = open_autoencoder(config, device).encode(to_tensor(image[None]).to(device)) # (1, C, H, W): pixels, or latents
     times = ((torch.arange(draws) + 0.5) / draws).to(device)   # (draws,)
     eps = normals([("zeroshot", seed, number, k) for k in range(draws)], x.shape[1:], device)      # (draws, C, H, W)
-    losses = []
+    height, width = image.shape[:2]
+    row = condition_row(config, (height, width, 0, 0, height, width), lambda name: math.nan)
+    told, losses = torch.tensor([row] * draws, device=device), []                  # (draws, K): its size alone
     for option in text.split(1):                               # (1, L) or (1, L, E)
         repeated = option.expand(draws, *option.shape[1:])     # no copy
-        losses.append(diffusion_loss(model, x.expand_as(eps), repeated, times, eps, config).mean())
+        losses.append(diffusion_loss(model, x.expand_as(eps), repeated, times, eps, config, told).mean())
     return int(torch.stack(losses).argmin())                   # the first of equals
 
 

@@ -50,7 +50,7 @@ def consistency_loss(net, target, teacher, x, text, t, eps, conditions, config, 
     with torch.no_grad():
         x_teacher = teacher(z, logsnr, text, conditions)
         eps_teacher = (z - alpha * x_teacher) / sigma
-        # of the way to the end of the segment, what the teacher's step makes: all in the last, of lcm else nearly none
+        # share of the way to the segment's end that this step makes: 1 in the segment's last; with lcm else near 0
         share = torch.expm1((logsnr_next - logsnr) / 2) / torch.expm1((logsnr_end - logsnr) / 2)
         spread = sigma_next
         if config["objective"] == "consistency":               # aDDIM (ibid., Algorithm 3): few steps of DDIM blur

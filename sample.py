@@ -30,7 +30,7 @@ parser = Parser(__doc__, keys=("encoder_weights", "prefix", "suffix"))
 parser.add_argument("run", help="run folder, such as out/toy/grow")
 parser.add_argument("captions", nargs="*", help="one or more captions in quotes; '' is the null caption")
 parser.add_argument("--n", type=int, default=4, help="images per caption; default 4")
-parser.add_argument("--steps", type=int, help="of the sampler; default 256, as in the paper; of a student its own")
+parser.add_argument("--steps", type=int, help="default 256, as in the paper; a student or pipeline has its own")
 parser.add_argument("--guidance", type=float, help="default: the run's own; 1 is none")
 parser.add_argument("--sampler", choices="ddpm ddim dpm exp_heun lcm".split(), help="default ddpm; a student's own")
 parser.add_argument("--seed", type=int, default=0)
@@ -189,8 +189,8 @@ def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, 
     One image per caption, x (B, 3, H, W) in [-1, 1] on the CPU; latents are decoded. Image i draws from (seed,
     first + i, step) alone, so it does not depend on `batch`. `steps`, `guidance`, `sampler` and `size` (height,
     width in pixels) default to the config's. `numbers` {name: number, or one for each caption} are told to the model,
-    all other conditions are absent. `poll`, if given, is called at every evaluation and may raise, `watch` after it
-    with z and x (b, C, H, W).
+    size_and_crop is filled in, all other conditions are absent. `poll`, if given, is called at every evaluation and may
+    raise, `watch` after it with z and x (b, C, H, W).
     """
     steps, sampler = steps or config["sample_steps"], sampler or config["sampler"]
     guidance = 1 if is_student(config) else config["guidance"] if guidance is None else guidance
@@ -299,7 +299,7 @@ def describe_run(path):
              f"core   {counts['core']:>12,} parameters: {blocks}, grid {token_grid(c)} x {token_grid(c)}",
              f"shell  {counts['shell']:>12,} parameters: {c['shell']}",
              f"data   {c['data']}, batch {c['batch']}, seed {c['seed']}"]
-    lines += [f"told   {ranges}: --set" for ranges in (c["condition_ranges"],) if ranges]
+    lines += [f"told   {c['condition_ranges']} (numbers for --set)"] if c["condition_ranges"] else []
     lines += [f"parent {parent}" for parent in state["parents"]]
     return "\n".join(lines + ["config " + " ".join(f"{k}={v}" for k, v in c.items())])
 

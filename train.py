@@ -58,6 +58,7 @@ parser.add_argument("--kind", help="    of this kind: v100, a100-80g, h100 or h2
 parser.add_argument("--mfu", type=float, help="    at this share of their peak rate")
 parser.add_argument("--json", metavar="FILE", help="    and write the numbers to a file")
 args, flags = parser.parse_keys()                              # flags: [(key, text)]; --help need not wait for torch
+args.core, args.teacher = (path and os.path.normpath(path) for path in (args.core, args.teacher))      # out/x/ is out/x
 
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
@@ -88,7 +89,7 @@ from objectives import critic_turns, distill_turns
 from sample import STUDENTS, check_student, is_student, sample
 
 # A turn is one update within a step: who is trained, by which loss per image, loss(net, step, *batch), of how many
-# noises, at every how many steps. Plain training is a list of one; distribution matching trains two networks.
+# noises, at every how many steps. Plain training is a list of one; distribution matching and a critic add a second one.
 Turn = namedtuple("Turn", "name model net trained optimizers ema_params scaler every noises loss")
 # settings that weights depend on: of the core, and of the shell
 CORE_KEYS = ("pipeline", "width", "depth", "heads", "mlp_ratio", "text_vocab", "encoder_id")
@@ -178,7 +179,7 @@ def in_half(net, dtype):
 def forward_backward(turn, step, batch, micro, world, dtype, config):
     """
     Loss of each image, (b,), and its gradients, over micro-batches: they add up to those of the whole batch. batch is
-    x (b, C, H, W), text (b, L) or (b, L, E), t (b,), eps (b, C, H, W), or (b, 2, C, H, W) for two noises, and
+    x (b, C, H, W), text (b, L) or (b, L, E), t (b,), eps (b, C, H, W), or (b, n, C, H, W) of n noises, two or none, and
     conditions (b, K).
     """
     losses, parts = [], list(zip(*(part.split(micro) for part in batch)))          # parts: micro-batches
@@ -255,7 +256,8 @@ def count_moments(name, p):
 
 if args.plan:
     if config["pipeline"]:
-        raise UserError("--plan counts the models of this repository: leave --core away, with a config of that size")
+        raise UserError("--plan counts the models of this repository: leave --core and "
+                        "--teacher away, and name a config of that size")
     json_file = plan_flags.pop("json", None)                   # the others are arguments of plan_training
     auto = torch.float16 if args.kind == "v100" else torch.bfloat16                # a V100 has no bfloat16
     plan = {"config": args.config, "stage": args.stage} | plan_training(
@@ -301,6 +303,8 @@ parent = None                                                  # the run that th
 if saved:
     config |= {"condition_ranges": ranges_known(config, saved["config"])}
     free = set(FREE_KEYS) - ({"guidance", "sample_steps"} if distills else set())  # a student has learned with these
+    if (saved["config"]["muon_lr"] > 0) != (config["muon_lr"] > 0):                # other moments than are saved
+        free -= {"muon_lr"}
     changes = check_settings(run, saved, about, free)          # refuses another run's
     about["parents"] = saved["parents"]                        # all runs before this one, and their steps
     if distills:
@@ -319,11 +323,12 @@ if saved:
     print0(f"{run}: going on at step {saved['step']} of {config['steps']}{changes}")
 elif stage.sources:                                            # new, from another run
     made = [name for name in stage.sources if is_finished(os.path.join(args.out, args.config, name))]
-    source_run = f"{args.config}/{(made or stage.sources[-1:])[0]}"                # CONFIG/STAGE
-    if stage.init_prefix == "" and config["starts"] and made[:1] in ([], ["grow"]):
+    usual = ("defrost",) if config["starts"] and len(stage.sources) > 1 else stage.sources[-1:]
+    source_run = f"{args.config}/{(made or usual)[0]}"         # CONFIG/STAGE
+    if stage.sources == ("grow",) and config["starts"]:
         source_run = config["starts"]                          # weak to strong: all weights of another config's run
     if distills:                                               # its flags are not its teacher's, so it trains none
-        latest = os.path.join(args.out, args.config, (made or stage.sources[-1:])[0])
+        latest = os.path.join(args.out, source_run)
         teacher = args.teacher or args.core or (latest if made else "")
         if not teacher:
             raise UserError(f"no finished run to learn from: train {latest} first, or give --teacher RUN")
@@ -356,6 +361,9 @@ elif stage.sources:                                            # new, from anoth
                 raise UserError(f"{path} stopped at step {other['step']} of {other['config']['steps']}: finish it with "
                                 f"--stage {other['stage']}, or name a snapshot, --core {path}/step_N.pt")
             print0(f"{path} is a snapshot, of step {other['step']} of {other['config']['steps']}")
+        if other["config"]["pipeline"] != config["pipeline"] and other["config"]["pipeline"]:
+            raise UserError(f"{path} has the network of a pipeline, whose settings count where it is named: take "
+                            "--stage defrost or style and --core, or distill and --teacher")
         if differ := [key for key in keys if other["config"][key] != config[key]]:
             differences = ", ".join(f"{key} {other['config'][key]} there, {config[key]} here" for key in differ[:3])
             raise UserError(f"{path} does not fit ({differences}): use its settings, or train another")
@@ -456,9 +464,9 @@ if saved:
     checkpoint.restore(saved, saved_file, training_state())
     saved = None                                               # its memory
 if rank == 0:
-    sizes = state_bytes(model, count_moments)
-    checkpoint_size = sum(sizes[part] for part in ("weights", "optimizer", "ema")) * len(turns)
-    check_room(run, (config["num_checkpoints"] + 1 + len(config["snapshots"])) * checkpoint_size)
+    sizes = [state_bytes(turn.model, count_moments) for turn in turns]
+    checkpoint_size = sum(size[part] for size in sizes for part in ("weights", "optimizer", "ema"))
+    check_room(run, (config["num_checkpoints"] + 1 + sum(k > 0 for k in config["snapshots"])) * checkpoint_size)
 # on shapes alone: counting inside a real step would change how attention is carried out
 uncounted = distills or critics or config["pipeline"]
 flops = 0 if uncounted else config["batch"] * count_flops(lambda: make_model(config, stage.freeze), example_loss)
@@ -490,7 +498,8 @@ def preview(step):
     """samples/step_N.png: the same captions and noise every time, plain weights above, EMA weights below."""
     held_out = data.held_out()
     captions = [held_out.caption(i % len(held_out)) for i in range(8)]             # a row of the grid
-    if styled:                                                 # half a row, then the same captions in the style
+    # half a row, then the same captions in the style: of embedded ones only the data's own are known
+    if styled and (config["encoder_weights"] or not batches.embeddings):
         captions[4:] = [styled.prefix + caption for caption in captions[:4]]
     images = [sample(model, config, captions, poll=poll)]      # (8, 3, H, W)
     with checkpoint.ema_weights_in_place(model, trained, ema_params):
@@ -557,7 +566,7 @@ while step < config["steps"]:
     for turn in turns:
         if step % turn.every:                                  # not due
             continue
-        shape = (turn.noises,) * (turn.noises != 1) + x.shape[1:]                  # (C, H, W), or (2, C, H, W)
+        shape = (turn.noises,) * (turn.noises != 1) + x.shape[1:]                  # (C, H, W), or (n, C, H, W)
         t, eps = draw_noise(rows, shape, (args.stage, config["seed"], data_step, *turn.name.split()), config, device)
         batch = x, text, t, eps, conditions                    # all of this process's rows
         loss = forward_backward(turn, step, batch, micro, world, dtype, config)    # (b,)

@@ -6,9 +6,10 @@ extensive re-training", as the paper of the visual foundation model has it).
     python -m experiments.conditions                   three seeds: trains what is missing, scores it, prints the table
     python -m experiments.conditions --seeds 0 --n 40  a look at one
 
-BASES/SEED/toy/grow is a finished model, OUT/SEED/toy/condition the same with the conditions, OUT/SEED/scores.json what
-was measured of it. What is there is not made again, so the same command goes on after a stop. OUT/table.md is the
-table; OUT/pictures.png has one check a row, and asks for more from left to right, from the same noise.
+BASES/SEED/toy/grow is a finished model, OUT/SEED/toy/condition the same with the conditions, OUT/SEED/before.json and
+after.json what was measured of the two. What is there is not made again, so the same command goes on after a stop.
+OUT/table.md is the table; OUT/pictures.png has one check a row, and asks for more from left to right, from the same
+noise.
 
 What is asked is possible: the number of another picture that has the same caption. A caption says small or large, and
 sizes lie 5 % about two means, so a number that contradicts a caption was never seen; hence the null caption, and

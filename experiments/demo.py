@@ -31,15 +31,15 @@ SENTENCE = ("The path of the first picture, from noise to image. Above: what the
 
 def draw(model, config, caption, n, steps, guidance, sampler, seed, size):
     """
-    Pictures of a caption as they would be seen: (h, w, 3) uint8 of n side by side, and the strip that `path` makes of
-    the first. A guidance of None is the run's own, a size of "" too. UserError for what this run does not draw.
+    Pictures of a caption as they would be seen: (h, w, 3) uint8 of n in rows of four, and the strip that `path` makes
+    of the first. A guidance of None is the run's own, a size of "" too. UserError for what this run does not draw.
     """
     if None in (n, steps, seed) or min(n, steps) < 1:
         raise UserError("pictures, steps, seed: give whole numbers, of pictures and steps at least 1")
     check_student(config, steps, guidance, sampler)
     size, seen = parse_size(size.strip() or None, config), []  # seen: (z, x) of every evaluation, of the first picture
     x = sample(model, config, [caption.strip()] * n, seed, steps=steps, guidance=guidance, sampler=sampler, size=size,
-               watch=lambda z, x: seen.append((z[:1], x[:1])))                     # x (n, 3, H, W)
+               watch=lambda z, x: seen.append((z[:1].clone(), x[:1].clone())))     # x (n, 3, H, W)
     evaluations = SAMPLERS[sampler][2](steps)                  # more are of a second batch
     return make_grid(to_uint8(x), min(n, 4), most=256), path(config, seen[:evaluations])
 
@@ -47,8 +47,9 @@ def draw(model, config, caption, n, steps, guidance, sampler, seed, size):
 def path(config, seen):
     """Of [(z, x)], each (1, C, H, W), at most STRIP in even distances: (h, w, 3) uint8, z above, x below."""
     places = np.linspace(0, len(seen) - 1, min(STRIP, len(seen))).round().astype(int)
-    rows = torch.cat([seen[place][which] for which in (0, 1) for place in places])           # (2 places, C, H, W)
-    pixels = open_autoencoder(config, rows.device).decode(rows).cpu()                        # (2 places, 3, H, W)
+    rows = [seen[place][which] for which in (0, 1) for place in places]            # (1, C, H, W) each
+    autoencoder = open_autoencoder(config, rows[0].device)
+    pixels = torch.cat([autoencoder.decode(row).cpu() for row in rows])            # (2 places, 3, H, W), one at a time
     pixels = F.avg_pool2d(pixels, max(1, pixels.shape[2] // 128))                  # a strip need not be large
     return make_grid(to_uint8(pixels), len(places), most=128)
 

@@ -72,9 +72,11 @@ def main():
         raise UserError(f"{len(args.run)} runs, --n {args.n}: give a core and a grown model, and n of at least 2")
     join(600)
     pairs = list(zip(args.run[::2], args.run[1::2]))
-    sides = sorted({load(path)[1]["resolution"] for path in pairs[0]})
-    if len(sides) < 2:
-        raise UserError(f"{' and '.join(pairs[0])} make pictures of one size: give a core, then what was grown from it")
+    sizes = [[load(path)[1]["resolution"] for path in pair] for pair in pairs]
+    sides = sizes[0]                                           # px, of the core's pictures and of the grown model's
+    if sides[0] >= sides[1] or any(pair != sides for pair in sizes):
+        raise UserError(f"pictures of {sizes} px: give a core, then what was grown from it, of the same two sizes each "
+                        "time")
     found = []
     for pair in pairs:
         found.append([of_run(path, sides, args.n) for path in pair])

@@ -86,11 +86,13 @@ def open_variant(variant, folder, model):
 @torch.no_grad()
 def held_out_loss(model, config, n):
     """The loss of training on n held-out scenes, with their plain captions, each at a time and noise of its own."""
-    device, exam = next(model.parameters()).device, {"caption_dropout": 0.0, "seed": 0, "batch": n, "scene_count": n}
-    x, text, size = (part.to(device) for part in Batches(open_data(config | exam).held_out(), config | exam, False)[0])
+    exam = {"caption_dropout": 0.0, "condition_dropout": 0.0, "seed": 0, "batch": n, "scene_count": n}
+    batches = Batches(open_data(config | exam).held_out(), config | exam, False)
+    device = next(model.parameters()).device
+    x, text, conditions = (part.to(device) for part in batches[0])
     x, times = open_autoencoder(config, device).encode(x), ((torch.arange(n) + 0.5) / n).to(device)
     eps = normals([("held-out loss", i) for i in range(n)], x.shape[1:], device)   # (n, C, H, W)
-    parts = zip(*(part.split(50) for part in (x, text, times, eps, size)))
+    parts = zip(*(part.split(50) for part in (x, text, times, eps, conditions)))
     return float(torch.cat([diffusion_loss(model, *part[:4], config, part[4]) for part in parts]).mean())
 
 
@@ -163,10 +165,11 @@ def main():
         for variant in variants:
             scores[variant].append(score(variant, *place, args.n))
     shown = [(FIRST, FORGETTING), (SECOND, ABLATION)][:1 + bool(scores[ABLATION[0]])]
-    draw([*FORGETTING, *ABLATION[-1:] * (len(shown) > 1)], *places[0], os.path.join(args.out, "pictures.png"))
     text = "\n".join(table(columns, {variant: scores[variant] for variant in variants}) for columns, variants in shown)
     atomic_write(os.path.join(args.out, "tables.md"), lambda f: f.write(text.encode()))
     print(text)
+    at = next((place for seed, place in zip(seeds, places) if seed in ablation), places[0])    # has all that is drawn
+    draw([*FORGETTING, *ABLATION[-1:] * (len(shown) > 1)], *at, os.path.join(args.out, "pictures.png"))
 
 
 if __name__ == "__main__":

@@ -73,8 +73,8 @@ def ranges_seen(config, data):
         if name == SIZES:
             continue
         if name not in data.numbers:
-            raise UserError(f"conditions: no picture of {data.name} has a number {name!r} beside it: "
-                            f"{closest(name, sorted(data.numbers)) if data.numbers else 'they have none'}")
+            remedy = closest(name, sorted(data.numbers)) if data.numbers else "put it into NAME.json beside the images"
+            raise UserError(f"conditions: no picture of {data.name} has a number {name!r} beside it: {remedy}")
         ranges[name] = low, high = data.numbers[name]
         if not float(f"{low:.6g}") < float(f"{high:.6g}"):
             raise UserError(f"conditions: {name} is {low:.6g} in every picture of {data.name}: leave it out")
@@ -114,8 +114,9 @@ def parse_set(text, config):
         name, _, number = (word.strip() for word in part.partition("="))
         c = next((c for c in known if c.name == name), None)
         if c is None:
-            raise UserError(f"--set {part}: this model knows {', '.join(c.name for c in known) or 'no condition'}: "
-                            f"set one of these, or teach it: train.py --stage condition --conditions {name}")
+            ours = f"{', '.join(c.name for c in known)}: set one of these, or" if known else "no condition:"
+            raise UserError(f"--set {part}: this model knows {ours} teach it: train.py --stage condition --conditions "
+                            f"{name}")
         try:
             values[name] = float(number)
         except ValueError:

@@ -2,9 +2,10 @@
 Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): gradient descent with momentum, for matrices, whose every
 step is made orthogonal first, so that all directions of a matrix learn at the same rate.
 
-torch.optim.Muon does the same in bfloat16 on any machine, for which a CPU without such products takes 13 times as long
-as in float32 (AMD EPYC of the third generation, matrices of 96 x 96 to 96 x 864): three quarters of a step of training.
-Here products are bfloat16 on a GPU and float32 on a CPU, and matrices of one shape go through them together.
+torch.optim.Muon does the same with products in bfloat16 on any machine. A CPU without instructions for that takes 13
+times as long for them as in float32 (AMD EPYC of the third generation, matrices of 96 x 96 to 96 x 864): three quarters
+of the time of a training step went there. Here products are bfloat16 on a GPU and float32 on a CPU, and matrices of one
+shape go through them together.
 """
 import torch
 

@@ -90,8 +90,8 @@ class Published(nn.Module):
     def forward(self, z, logsnr, text, conditions=None):
         dtype, t, text = self.core.dtype, self.timestep(logsnr), self.with_null(text)
         if self.config["conditions"]:                          # SDXL
-            side = self.config["latent_stride"]
-            h, w = side * z.shape[2], side * z.shape[3]        # pixels
+            stride = self.config["latent_stride"]
+            h, w = stride * z.shape[2], stride * z.shape[3]    # pixels
             size = torch.tensor([[h, w, 0, 0, h, w]] * len(z), device=z.device) if conditions is None else conditions
             about = self.core.config                           # the pooled text's width, and six of an embedded size
             pooled = about.projection_class_embeddings_input_dim - 6 * about.addition_time_embed_dim
@@ -296,13 +296,13 @@ def read_published(folder):
 
 def read_pipeline(folder):
     """A pipeline as the state of a run that took no steps, weights mapped into memory and read where they are used."""
-    config, part = pipeline_config(folder), os.path.join(folder, PIPELINES[pipeline_index(folder)["_class_name"]][0])
+    name, config = pipeline_index(folder)["_class_name"], pipeline_config(folder)
+    part = os.path.join(folder, PIPELINES[name][0])
     files = weight_files(part)[1]
     if not files:
         raise UserError(f"no .safetensors in {part!r}: bring them, since pickled weights (.bin) could run code")
     load_file = import_extra("safetensors.torch", "a published pipeline", "safetensors").load_file
     weights = {f"core.{key}": value for file in files for key, value in load_file(file).items()}
-    name = pipeline_index(folder)["_class_name"]
     return {"name": name, "stage": "published", "step": 0, "config": config, "parents": [], "model": weights, "ema": {}}
 
 

@@ -50,7 +50,7 @@ def test_ranges_are_those_seen_or_those_that_weights_know(capsys):
             ranges_known, new, {"conditions": "objects,size", "condition_ranges": ""})
     for name, words in (("scor", "did you mean 'score'?"), ("flat", "is 5 in every picture of photos: leave it out")):
         refuses_to(capsys, words, ranges_seen, {"conditions": name}, data)
-    refuses_to(capsys, "no picture of photos has a number 'score' beside it: they have none", ranges_seen,
+    refuses_to(capsys, "no picture of photos has a number 'score' beside it: put it into NAME", ranges_seen,
             {"conditions": "score"}, Numbered())
 
 
@@ -63,5 +63,5 @@ def test_set_gives_numbers_and_tells_those_outside_of_what_was_seen(capsys):
                         ("size=nan", "give a number"), ("objects=2", "this model knows size, score: set one of these"),
                         ("size_and_crop=3", "this model knows size, score")):
         refuses_to(capsys, words, parse_set, text, KNOWN)
-    refuses_to(capsys, "this model knows no condition: set one of these, or teach it: train.py --stage condition "
+    refuses_to(capsys, "this model knows no condition: teach it: train.py --stage condition "
             "--conditions size", parse_set, "size=0.4", {"conditions": "size_and_crop", "condition_ranges": ""})
