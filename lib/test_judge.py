@@ -78,7 +78,7 @@ def test_counting_looks_for_exactly_as_many():
 def test_fidelity_falls_with_speckle_softness_and_wrong_shapes():
     world, random = open_world(scene_scatter=1.0), np.random.default_rng(0)
     clean = [draw(world.scene(i)) for i in range(40)]
-    soft = [((image + np.roll(image, 1, 0) + np.roll(image, 1, 1)) / 3).astype(np.uint8) for image in clean]
+    soft = [((image / 3 + np.roll(image, 1, 0) / 3 + np.roll(image, 1, 1) / 3)).astype(np.uint8) for image in clean]
     noisy = [np.clip(image + random.normal(0, 10, image.shape), 0, 255).astype(np.uint8) for image in clean]
 
     def measure(images):
