@@ -2523,7 +2523,7 @@ def test_a_tuned_pipeline_is_a_run_like_any_other(tuned, tmp_path):
 
 
 @pytest.mark.parametrize("words, message", [
-    ("--stage grow --core {f}", "is a published run and grow takes the core of a pretrain run"),
+    ("--stage grow --core {f} --upscale", "is a published run and grow takes the core of a pretrain run"),
     ("--stage pretrain --pipeline {f}", "that is filled in: give --core FOLDER or --teacher FOLDER"),
     ("--stage defrost --core {f} --resolution 32", "--resolution: the network of {f} decides it, 16: leave it out"),
     ("--stage defrost --core {f} --width 32", "--width: the network of {f} decides it"),
