@@ -403,8 +403,7 @@ def prepare(model):
     """Put a model on the device, in shards under FSDP. -> the network that training calls, with the same weights."""
     if config["checkpointing"]:
         enable_activation_checkpointing(model)                 # less memory, a third more time
-    shards = config["fsdp"] and hasattr(model, "core")         # a discriminator is small: a copy on each device
-    if shards:                                                 # weights, gradients and moments
+    if config["fsdp"]:                                         # shards of weights, gradients and moments
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
         mesh = torch.distributed.init_device_mesh(device.split(":")[0], (world,))
         for unit in (*model.core.blocks, model.core, model):   # before the optimizers, which must see the shards
@@ -413,7 +412,7 @@ def prepare(model):
         register_fsdp_forward_method(model.core, "embed")      # called from outside the core's forward
     model.to(device)                                           # under FSDP each process's shards
     net = torch.compile(model) if config["compile"] else model # names are those of `model`
-    if world > 1 and not shards:
+    if world > 1 and not config["fsdp"]:
         net = torch.nn.parallel.DistributedDataParallel(net)   # frozen weights take no part in the exchange
     return net
 
