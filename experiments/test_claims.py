@@ -126,7 +126,7 @@ def test_a_measure_is_made_once_and_a_line_cut_off_is_made_again(tmp_path):
     file, made = tmp_path / "measures.jsonl", []
     for _ in range(2):
         assert claim_measures.Measures(file).once({"of": "a"}, lambda: made.append(1) or {"v": 2}) == {"v": 2}
-    file.write_text(file.read_text() + '[{"of": "b"}, {"v"')
+    file.write_text(file.read_text() + '\n[{"of": "b"}, {"v"')
     assert claim_measures.Measures(file).known == {'{"of": "a"}': {"v": 2}} and len(made) == 1
 
 
