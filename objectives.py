@@ -179,8 +179,8 @@ def critic_turns(own, vgg, autoencoder, config, second_turn):
     second_turn(name, model, lr) makes a turn.
     """
     if config["adversarial"] and config["fsdp"]:
-        raise UserError("adversarial with fsdp is not supported, for the exchanges of two networks would mix: leave one "
-                        "out")
+        raise UserError("adversarial with fsdp is not supported, for the exchanges of two networks would mix: leave "
+                        "one out")
     discriminator = Discriminator(config["discriminator_width"]) if config["adversarial"] else None
     seen = {}                                                  # by part of the batch: what the model saw in this step
 
