@@ -414,8 +414,8 @@ def table(lab, claims):
         text, (word, why) = claims[name], result["verdict"]
         p = f"; p {result['holm_p']:.3f}" if "holm_p" in result and text.get("same") != "True" else ""
         seeds = f"; seeds {text['seeds']}" if text["arms"] else ""
-        lines.append(f"| {text['title']} | {text['paper']} | {result['here']}{seeds} | **{word}** ({why}{p}) | "
-                     f"`{name}` |")
+        lines.append(f"| {text['number']}: {text['title']} | {text['paper']} | {result['here']}{seeds} | "
+                     f"**{word}** ({why}{p}) | `{name}` |")
         more += ["", f"`{name}`, secondary:", *(f"- {label}: {words}" for label, words in result["figures"].items())]
     return "\n".join(lines + more) + "\n"
 

@@ -29,7 +29,8 @@ def drawer(tmp_path_factory):
     config, folder = load_config("toy", "pretrain", small), tmp_path_factory.mktemp("drawer")
     torch.manual_seed(0)
     state = {"format": FORMAT, "name": "toy", "stage": "pretrain", "step": 7, "config": config, "parents": [],
-             "model": build(config).state_dict(), "ema": {}, "moments": {}}
+             "model": {name: p + 0.1 * torch.randn_like(p) for name, p in build(config).state_dict().items()},
+             "ema": {}, "moments": {}}                         # last layers start at zero: all pictures would be alike
     torch.save(state, folder / "last.pt")
     return str(folder)
 
