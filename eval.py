@@ -28,7 +28,7 @@ import sys
 
 from lib.settings import Parser, UserError, parse_numbers, parse_words
 
-parser = Parser(__doc__, keys=("prefix", "suffix"))        # words round all captions
+parser = Parser(__doc__, keys=("prefix", "suffix", "base", "augmentation_sample"))     # words round all captions
 add = parser.add_argument
 add("run", nargs="*", help="a run such as out/toy/grow; or two folders of images, reference first; or two runs")
 add("--n", type=int, help="images; default 1000, or all captions of a file, or 50 pairs of a sheet")
@@ -76,7 +76,7 @@ from lib.results import accuracy, best_point, make_card, over_seeds, report, tun
 from lib.scenes import describe, world_name
 from lib.tasks import Task, dsg_task, in_style, keep_pictures, prompts_task
 from model import diffusion_loss, load, read_checkpoint
-from sample import check_student, is_student, sample
+from sample import check_student, is_student, open_base, sample
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What a run is asked to draw, and who looks at it: a Task (lib/tasks.py)
@@ -165,8 +165,9 @@ def zeroshot_folder(model, config, folder, template, n, seed=0, draws=16):
 
 def zeroshot_of_run(model, config, n, seed, classes):
     """Zero-shot accuracy on `classes` = (folder, template), else on held-out scenes."""
-    if is_student(config):
-        raise UserError("--metrics zeroshot: a student of few steps is no denoiser: ask the run that it learned from")
+    if is_student(config) or config["low_resolution"]:
+        raise UserError("--metrics zeroshot: a student of few steps is no denoiser, a cascade sees the picture itself: "
+                        "ask the run that it learned from, or its base")
     if classes:
         return zeroshot_folder(model, config, *classes, n, seed)
     if config["data"] != "scenes":
@@ -369,6 +370,7 @@ def score_run(args, metrics, networks, task, vqa, device):
         sampler=config["sampler"], steps=config["sample_steps"], seeds=list(range(args.seeds)),
         prefix=config["prefix"], suffix=config["suffix"], processes=get_world_size(),
         **({"perceptual": config["vgg_id"]} if config["vgg_id"] else {}),
+        **({key: config[key] for key in ("base_id", "augmentation_sample") if config["base_id"]}),
         **({"classes": f"{args.classes}, {args.template!r}"} if classes else {}))
     (guidance, mean, spread), why = best_point(points)         # by which metric, the words tell
     print(f"{n} images, {card['sampler']}, {card['steps']} steps, EMA weights of step {step}"
@@ -387,6 +389,8 @@ def load_run(run, args, device):
     model, config = load(run, device)
     config = in_style(config | args.words) if args.style else config | args.words
     check_student(config, args.steps, args.guidance, args.sampler)
+    if config["low_resolution"]:                               # a cascade: is its base there?
+        open_base(config["base"], config["base_id"], device)
     config |= {"guidance": 1.0} if is_student(config) else {}   # it is inside
     config |= {"sampler": args.sampler or config["sampler"], "sample_steps": args.steps or config["sample_steps"]}
     return model, config, parse_numbers(args.guidance, "--guidance") if args.guidance else [config["guidance"]]
@@ -452,8 +456,8 @@ def make_sheet(args, task, device):
 
 def parse():
     """The command line. What cannot be meant is refused here, before any picture is made."""
-    args, words = parser.parse_keys()
-    args.words = dict(words)
+    args, words = parser.parse_values()
+    args.words = words
     if (args.vqa or args.answers) and not args.dsg:
         raise UserError("--vqa and --answers need questions: give --dsg FILE")
     least = {"n": 2, "seeds": 1, "steps": 1}

@@ -17,8 +17,7 @@ first weights; growing; sizes and the settings that they allow; checkpoints.
 Notable features:
 - adaLN-single (PixArt-alpha, Sec. 2.3): one linear layer makes the shifts, scales and gates of all blocks from time
   and caption;
-- the branches of every transformer block and the last layer start at exactly zero, set by one function that runs
-  last;
+- the branches of every block and the last layer start at exactly zero, set by one function that runs last;
 - no dropout, no buffers: positions on the grid are a formula of its sides, so a model takes any grid, and a larger
   one interpolates.
 
@@ -38,7 +37,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import MERGE_EPS, attention, kv_merge
 from lib.checkpoint import older_checkpoints, open_checkpoint
-from lib.conditions import read_conditions
+from lib.conditions import embedded_conditions, read_conditions
 from lib.encoders import encoder_parts, has_pretrained_encoder
 from lib.published import Published, fill, read_published
 from lib.settings import UserError, default_config
@@ -337,12 +336,12 @@ class SubpixelHead(nn.Module):
     channels of them, features of the noisy image itself join at full size: edges need not pass through the core's grid.
     """
 
-    def __init__(self, c_in, c_out, stride, c_skip, width):
+    def __init__(self, c_in, c_z, c_out, stride, c_skip, width):
         super().__init__()
         widths = [c_in] + [max(16, c_in // 2 ** i) for i in range(1, int(math.log2(stride)) + 1)]
         doublings = [nn.Sequential(Conv2d(a, 4 * b, 1), nn.PixelShuffle(2)) for a, b in zip(widths, widths[1:])]
         self.up = nn.Sequential(*doublings)
-        self.conv_skip = strided_conv(c_out, c_skip, 1) if c_skip else None
+        self.conv_skip = strided_conv(c_z, c_skip, 1) if c_skip else None
         self.block = ResidualBlock(widths[-1] + c_skip, widths[-1], width) if c_skip else None
         self.norm, self.conv_out = group_norm(widths[-1]), Conv2d(widths[-1], c_out, 3, padding=1)
 
@@ -365,12 +364,12 @@ class Shallow(nn.Module):
     channels of the noisy image (ours) bring one more block, at full size.
     """
 
-    def __init__(self, c_image, width, channels, stride, c_skip):
+    def __init__(self, c_z, c_image, width, channels, stride, c_skip):
         super().__init__()
-        self.conv_in = strided_conv(c_image, channels, stride)
+        self.conv_in = strided_conv(c_z, channels, stride)
         self.encoder = ResidualBlock(channels, width, width)
         self.decoder = ResidualBlock(width, channels, width)
-        self.head = SubpixelHead(channels, c_image, stride, c_skip, width)
+        self.head = SubpixelHead(channels, c_z, c_image, stride, c_skip, width)
 
     def encode(self, z, temb, logsnr):
         return self.encoder(self.conv_in(z), temb), [z]                            # (B, D, h, w)
@@ -385,21 +384,21 @@ class UNet(nn.Module):
     level has residual blocks going down and as many going up, joined by a skip.
     """
 
-    def __init__(self, c_image, width, channels, residual_blocks, stride, c_skip):
+    def __init__(self, c_z, c_image, width, channels, residual_blocks, stride, c_skip):
         super().__init__()
         pairs = list(zip(channels, [*channels[1:], width]))                        # (this level, the next coarser one)
 
         def stack(c_in, c):
             sizes = [c_in] + [c] * residual_blocks
             return nn.ModuleList(ResidualBlock(a, b, width) for a, b in zip(sizes, sizes[1:]))
-        self.conv_in = strided_conv(c_image, channels[0], stride)
+        self.conv_in = strided_conv(c_z, channels[0], stride)
         self.encoders = nn.ModuleList(stack(c, c) for c in channels)
         self.downs = nn.ModuleList(Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairs)
         self.into_core = stack(width, width)
         self.from_core = stack(width, width)
         self.ups = nn.ModuleList(Conv2d(b, a, 1) for a, b in reversed(pairs))
         self.decoders = nn.ModuleList(stack(2 * c, c) for c in reversed(channels))
-        self.head = SubpixelHead(channels[0], c_image, stride, c_skip, width)
+        self.head = SubpixelHead(channels[0], c_z, c_image, stride, c_skip, width)
 
     def encode(self, z, temb, logsnr):
         x, skips = self.conv_in(z), [z]                                            # (B, c0, H/stride, W/stride)
@@ -439,7 +438,7 @@ class Nested(nn.Module):
         self.inner, self.factor = inner, factor
         self.conv_down = strided_conv(c_image, c, factor)
         self.block = ResidualBlock(c_inner + c_image + c, c, width)
-        self.head = SubpixelHead(c, c_image, factor, c_skip, width)
+        self.head = SubpixelHead(c, c_image, c_image, factor, c_skip, width)
 
     def encode(self, z, temb, logsnr):
         alpha, sigma = alpha_sigma(logsnr)                                         # (B, 1, 1, 1)
@@ -464,10 +463,10 @@ class Patch(nn.Module):
     (adaLN-single, PixArt-alpha).
     """
 
-    def __init__(self, c_image, width, patch):
+    def __init__(self, c_z, c_image, width, patch):
         super().__init__()
         self.patch = patch
-        self.conv_in = Conv2d(c_image, width, patch, stride=patch)
+        self.conv_in = Conv2d(c_z, width, patch, stride=patch)
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.empty(2, width))
         self.proj_out = nn.Linear(width, c_image * patch ** 2)
@@ -487,9 +486,9 @@ class Patch(nn.Module):
 
 class Denoiser(nn.Module):
     """
-    z (B, C, H, W), logsnr (B,), text (B, L) tokens or (B, L, E) embeddings, conditions (B, K), NaN where a number is
-    absent, or None -> v (B, C, H, W). What the shell makes is v, or with `prediction` "x" the clean image, from which v
-    follows (JiT, arXiv 2511.13720): a narrow shell cannot carry noise.
+    z (B, C, H, W), in a cascade (B, 2 C, H, W), logsnr (B,), text (B, L) tokens or (B, L, E) embeddings, conditions
+    (B, K), NaN where a number is absent, or None -> v (B, C, H, W). What the shell makes is v, or with `prediction` "x"
+    the clean image, from which v follows (JiT, arXiv 2511.13720): a narrow shell cannot carry noise.
     """
 
     def __init__(self, core, shell, prediction="v", pool=1):
@@ -506,7 +505,7 @@ class Denoiser(nn.Module):
         if self.prediction == "v":
             return y
         alpha, sigma = alpha_sigma(logsnr)                                         # (B, 1, 1, 1)
-        return (alpha * z - y.float()) / sigma                 # y is x, the clean image, which needs no noise to pass
+        return (alpha * z[:, :y.shape[1]] - y.float()) / sigma # y is x, the clean image, which needs no noise to pass
 
 
 def build(config):
@@ -518,7 +517,7 @@ def build(config):
     width, spans, merged = c["width"], encoder_spans(c), merged_layers(c)
     text = PretrainedEncoding(spans, width) if spans else WordEncoding(c["text_vocab"], c["text_length"], width)
     ratios = [c["kv_merge"] if i in merged else 1 for i in range(c["depth"])]
-    core = Core(text, width, c["heads"], c["mlp_ratio"], ratios, c["kv_merge_norm"], read_conditions(c))
+    core = Core(text, width, c["heads"], c["mlp_ratio"], ratios, c["kv_merge_norm"], embedded_conditions(c))
     pool = c["resolution"] // c["inner_resolution"] if c["shell"] == "nested" else 1
     return init_weights(Denoiser(core, build_shell(c), c["prediction"], pool))
 
@@ -526,15 +525,16 @@ def build(config):
 def build_shell(config):
     """The shell that the config names, for images of its resolution."""
     c, width, (c_image, side, _) = config, config["width"], image_shape(config)
+    c_z = c_image * (2 if c["low_resolution"] else 1)          # in a cascade a small picture lies beside z
     if c["shell"] == "shallow":
-        return Shallow(c_image, width, c["entry_channels"], side // c["grid"], c["image_skip"])
+        return Shallow(c_z, c_image, width, c["entry_channels"], side // c["grid"], c["image_skip"])
     if c["shell"] == "nested":
-        inner = build_shell(inner_config(c))
-        return Nested(inner, c_image, c["resolution"] // c["inner_resolution"], c["image_skip"], width)
+        factor = c["resolution"] // c["inner_resolution"]
+        return Nested(build_shell(inner_config(c)), c_image, factor, c["image_skip"], width)
     if c["shell"] == "unet":
         stride = side // (c["grid"] * 2 ** len(c["channels"]))
-        return UNet(c_image, width, c["channels"], c["residual_blocks"], stride, c["image_skip"])
-    return Patch(c_image, width, c["patch"])
+        return UNet(c_z, c_image, width, c["channels"], c["residual_blocks"], stride, c["image_skip"])
+    return Patch(c_z, c_image, width, c["patch"])
 
 
 def inner_config(config):

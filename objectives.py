@@ -5,6 +5,7 @@ What a network learns beyond the plain loss (model.py: diffusion_loss). Each obj
     lcm            the same with one segment from noise to image                                (Luo et al. 2023)
     dmd            a student's images are moved to where real ones would be                     (Yin et al. 2024)
     critics        VGG-19 and a discriminator say in pixels what the model's images lack       (Esser et al. 2021)
+    cascade        the plain loss of a model that has a small picture beside z                 (Ho et al. 2022)
 
 Networks are (z, logsnr, text, conditions) -> v; the teacher, which a student starts as, is the same -> x, with guidance
 inside. `distill_turns` and `critic_turns` put them together: a step of training is a list of turns (train.py: Turn).
@@ -14,11 +15,13 @@ Letters: B images, C channels, H W pixels or latents.
 import math
 
 import torch
+import torch.nn.functional as F
 
-from lib.conditions import untold
+from lib.checkpoint import checkpoint_hash
+from lib.conditions import augmented, beside, check_levels, untold
 from lib.perceptual import Discriminator, hinge, slope_penalty
 from lib.settings import UserError
-from model import WEIGHTINGS, alpha_sigma, build, diffusion_loss, get_logsnr, load
+from model import WEIGHTINGS, alpha_sigma, build, diffusion_loss, get_logsnr, load, read_checkpoint
 from sample import guided
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -198,7 +201,7 @@ def critic_turns(own, vgg, autoencoder, config, second_turn):
         if not near.any():
             seen[x.storage_offset()] = near, *x.new_zeros(2, 0, 3, 8, 8)
             return loss
-        x_hat = (alpha * z - sigma * v)[near]                                      # (n, C, H, W)
+        x_hat = (alpha * z[:, :v.shape[1]] - sigma * v)[near]                      # (n, C, H, W)
         at = x_hat.detach().requires_grad_()
         image = autoencoder.pixels(at)                                             # (n, 3, H, W)
         with torch.no_grad():                                  # through the decoder as well, which leaves its traces
@@ -220,3 +223,53 @@ def critic_turns(own, vgg, autoencoder, config, second_turn):
         turn = second_turn("discriminator", discriminator, lr=config["discriminator_lr"])
         turns.append(turn._replace(noises=0, loss=of_discriminator))
     return turns
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cascades (--stage cascade): super-resolution, told how much noise lies on the picture that it starts from
+
+
+def cascade_loss(net, x, text, t, noises, config, conditions):
+    """
+    The plain loss, (B,), of a model that has beside z the picture itself, as small as its base's and noised to a level
+    that is uniform up to `augmentation`. noises (B, 2, C, H, W): of the second the first corner is the small picture's
+    noise, and the last number, which lies outside, becomes the level; so neither depends on t or on the first.
+    """
+    eps, spare = noises.unbind(1)
+    low = F.avg_pool2d(x, config["resolution"] // config["low_resolution"])        # (B, C, h, w)
+    level = config["augmentation"] * torch.special.ndtr(spare[:, -1, -1, -1])      # (B,): N(0, 1) made uniform
+    low = augmented(low, spare[:, :, :low.shape[2], :low.shape[3]], level, x.shape[2:])      # (B, C, H, W)
+    return diffusion_loss(beside(net, low, level), x, text, t, eps, config, conditions)
+
+
+def check_cascade(config, stage):
+    """Is this a cascade? UserError where its keys and the stage cannot go together."""
+    c, small = config, config["low_resolution"]
+    if (small > 0) != (stage == "cascade"):
+        raise UserError(f"--stage {stage}, low_resolution = {small}: give the side of the base's pictures, as in "
+                        "--low_resolution 32, to --stage cascade alone")
+    if not small:
+        return False
+    if c["resolution"] % small or c["resolution"] == small:
+        raise UserError(f"low_resolution = {small} does not divide resolution = {c['resolution']}, or is as large: "
+                        f"take {c['resolution'] // 2}")
+    if c["autoencoder"] or c["shell"] == "nested":
+        raise UserError(f"autoencoder = {c['autoencoder']!r}, shell = {c['shell']}: a cascade works in pixels, from "
+                        "random weights: give --autoencoder '' and --shell shallow, unet or patch")
+    check_levels(c)
+    return True
+
+
+def check_base(config):
+    """The sha256 of a cascade's base. UserError unless that is a finished run of pixels and of low_resolution."""
+    path, state = config["base"], read_checkpoint(config["base"])
+    its, other = state["config"], "name another one, --base RUN"
+    if state["step"] < its["steps"]:
+        raise UserError(f"{path} stopped at step {state['step']} of {its['steps']}: finish it with --stage "
+                        f"{state['stage']}, or {other}")
+    if its["autoencoder"]:
+        raise UserError(f"{path} works in latents, and a cascade in pixels: {other}")
+    if its["resolution"] != config["low_resolution"]:
+        raise UserError(f"{path} draws {its['resolution']} px, and low_resolution = {config['low_resolution']}: give "
+                        f"--low_resolution {its['resolution']}, or {other}")
+    return checkpoint_hash(path)

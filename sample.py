@@ -3,6 +3,7 @@ From noise to image.
 
     python sample.py out/toy/grow "a large red circle left of a small blue square on a white background" --to grid.png
     python sample.py out/toy/style "a caption" --style         in the style it learned; --prefix, --suffix add any words
+    python sample.py out/toy/cascade "a caption"               its base draws first; --base RUN where that has moved
     python sample.py out/toy/grow --describe                   what the run is: stage, size, steps, data, parents
     python sample.py FOLDER "a caption" --size 1024x1024       a published pipeline: PixArt-Sigma, SDXL (GUIDE.md)
 
@@ -20,13 +21,14 @@ Every sampler is a function (denoise, z, logsnrs, noise_sampler) -> x, with deno
 logsnrs (steps,) from noise to image, and noise_sampler(step) -> noise like z. x is the clean image that the network
 predicts, z the noisy one.
 """
+import functools
 import math
 import os
 import re
 
 from lib.settings import Parser, UserError
 
-parser = Parser(__doc__, keys=("encoder_weights", "prefix", "suffix"))
+parser = Parser(__doc__, keys=("encoder_weights", "prefix", "suffix", "base", "augmentation_sample"))
 parser.add_argument("run", help="run folder, such as out/toy/grow")
 parser.add_argument("captions", nargs="*", help="one or more captions in quotes; '' is the null caption")
 parser.add_argument("--n", type=int, default=4, help="images per caption; default 4")
@@ -48,7 +50,8 @@ import torch
 from tqdm import tqdm
 
 from data import encode_captions
-from lib.conditions import condition_row, parse_set, untold
+from lib.checkpoint import checkpoint_hash
+from lib.conditions import check_levels, condition_row, parse_set, seeing, untold
 from lib.draws import normals
 from lib.encoders import open_autoencoder
 from lib.files import free_name
@@ -184,13 +187,14 @@ def guided(model, text, guidance, conditions=None, limit=1.0, null_conditions=No
 
 @torch.no_grad()
 def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, sampler=None, batch=None, bar=False,
-           poll=None, size=None, numbers={}, watch=None):
+           poll=None, size=None, numbers={}, watch=None, low=None):
     """
     One image per caption, x (B, 3, H, W) in [-1, 1] on the CPU; latents are decoded. Image i draws from (seed,
     first + i, step) alone, so it does not depend on `batch`. `steps`, `guidance`, `sampler` and `size` (height,
     width in pixels) default to the config's. `numbers` {name: number, or one for each caption} are told to the model,
     size_and_crop is filled in, all other conditions are absent. `poll`, if given, is called at every evaluation and may
-    raise, `watch` after it with z and x (b, C, H, W).
+    raise, `watch` after it with z and x (b, C, H, W). A cascade's base draws `low` first, small pictures (B, 3, h, w),
+    by its own steps and guidance, unless they are given.
     """
     steps, sampler = steps or config["sample_steps"], sampler or config["sampler"]
     guidance = 1 if is_student(config) else config["guidance"] if guidance is None else guidance
@@ -203,19 +207,24 @@ def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, 
     numbers = {name: torch.as_tensor(number).expand(len(captions)).tolist() for name, number in numbers.items()}
     conditions = torch.tensor([condition_row(config, uncropped, lambda name: numbers[name][i] if name in numbers else
                                              math.nan) for i in range(len(captions))], device=device)      # (B, K)
+    if config["low_resolution"] and low is None:
+        low = draw_low(config, device, captions, seed, first, batch=batch, bar=bar, poll=poll, size=(height, width),
+                       numbers=numbers)
     limit = math.inf if config["autoencoder"] else 1.0         # of x
     text = encode_captions(worded(captions, config), config).to(device)            # (B, L) or (B, L, E)
     logsnrs = get_logsnrs(config, steps, sampler, device)                          # (steps,)
     run_sampler, _, evaluations = SAMPLERS[sampler]
+    purpose = "sampling" if low is None else f"sampling above {config['low_resolution']}"    # not the base's noise
     total = math.ceil(len(captions) / batch) * evaluations(steps)                  # evaluations
     images, progress = [], tqdm(total=total, desc="sampling", leave=False, disable=None if bar else True)
     for start in range(0, len(captions), batch):
         rows = range(start, min(start + batch, len(captions)))                     # b captions
         told = conditions[rows.start:rows.stop]                # (b, K)
-        denoise = guided(model, text[rows.start:rows.stop], guidance, told, limit, untold(config, told))
+        net = model if low is None else seeing(model, config, low[start:rows.stop], seed, first + start, shape)
+        denoise = guided(net, text[rows.start:rows.stop], guidance, told, limit, untold(config, told))
 
         def noise_sampler(step):
-            return normals([("sampling", seed, first + i, step) for i in rows], shape, device)     # (b, C, H, W)
+            return normals([(purpose, seed, first + i, step) for i in rows], shape, device)        # (b, C, H, W)
 
         def denoise_and_report(z, logsnr):
             if poll:
@@ -229,6 +238,28 @@ def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, 
         images.append(autoencoder.decode(z).cpu())                                 # (b, 3, H, W)
     progress.close()
     return torch.cat(images)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Cascades (--stage cascade): the picture of a smaller model, the base, lies beside z
+
+
+def draw_low(config, device, captions, *args, size, **options):
+    """The base's pictures of the same captions, (n, 3, h, w), for pictures of this size; the rest is as in `sample`."""
+    check_levels(config)
+    base, its = open_base(config["base"], config["base_id"], device)
+    its = its | {key: config[key] for key in ("prefix", "suffix", "encoder_weights")}
+    height, width = (side * config["low_resolution"] // config["resolution"] for side in size)
+    return sample(base, its, captions, *args, size=parse_size(f"{height}x{width}", its), **options)
+
+
+@functools.lru_cache(2)                                        # pictures come in many calls
+def open_base(path, digest, device):
+    """(model, config) of a cascade's base. UserError unless it has the weights that it had in training."""
+    if checkpoint_hash(path) != digest:
+        what = "is no more what it was in training" if os.path.exists(path) else "is not there"
+        raise UserError(f"the base of this cascade, {path}, {what}: bring it back, or say where it lies: --base RUN")
+    return load(path, device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -301,12 +332,13 @@ def describe_run(path):
              f"data   {c['data']}, batch {c['batch']}, seed {c['seed']}"]
     lines += [f"told   {c['condition_ranges']} (numbers for --set)"] if c["condition_ranges"] else []
     lines += [f"parent {parent}" for parent in state["parents"]]
+    lines += [f"base   {c['base']} ({c['low_resolution']} px), sha256 {c['base_id']}"] if c["base_id"] else []
     return "\n".join(lines + ["config " + " ".join(f"{k}={v}" for k, v in c.items())])
 
 
 def parse():
     """The command line. What cannot be meant is refused here, before anything is opened."""
-    args, keys = parser.parse_keys()
+    args, keys = parser.parse_values()
     if not (args.describe or args.export or args.captions):
         raise UserError('no caption: python sample.py RUN "a large red circle on a white background"')
     if args.n < 1 or any(value is not None and value < 1 for value in (args.steps, args.batch)):
@@ -315,7 +347,7 @@ def parse():
         raise UserError(f"--to {args.to}: pictures are written as PNG: give a name that ends in .png")
     if not os.path.isdir(os.path.dirname(args.to) or "."):
         raise UserError(f"no folder for {args.to!r}: make it first")
-    return args, dict(keys)                                    # keys: encoder_weights, prefix, suffix
+    return args, keys                                          # keys: encoder_weights, prefix, suffix ...
 
 
 def main():

@@ -9,6 +9,7 @@ Train one stage. Each leaves a run folder out/CONFIG/STAGE: last.pt, config.txt,
     python train.py --stage distill                    a student of the last model that takes 16 steps, no guidance
     python train.py --stage scratch                    baseline: the grown model from random weights, large images only
     python train.py --stage finetune                   baseline: growing without freezing
+    python train.py --stage cascade                    baseline: a model that enlarges the pictures of pretrain
     python train.py --stage grow --data my/photos      your own images, each with a .txt beside it
     python train.py --stage grow --lr 0.002 --batch 64 any key of configs.txt is a flag
     python train.py --stage grow --resolution 128 --core out/toy/pretrain --out out128  another size from the same core
@@ -40,6 +41,7 @@ STAGES = {
     "defrost":   Stage(("grow",),                     "",      False, True),
     "scratch":   Stage((),                            None,    False, True),       # baseline 1
     "finetune":  Stage(("pretrain",),                 "core.", False, True),       # baseline 2
+    "cascade":   Stage((),                            None,    False, True),       # baseline 3, beside its base
     "style":     Stage(("defrost", "grow"),           "",      False, True),       # some rows of another set
     "condition": Stage(("defrost", "grow"),           "",      True,  True),       # a finished core is told numbers
     "distill":   Stage(("style", "defrost", "grow"),  "",      False, True),
@@ -85,7 +87,7 @@ from lib.runs import (RUN_FIRST, Log, check_room, check_settings, finish_first, 
 from lib.tables import DTYPES
 from model import (build, check_sizes, checkpointed_modules, diffusion_loss, enable_activation_checkpointing, example,
                    freeze_core, init_from, read_checkpoint)
-from objectives import critic_turns, distill_turns
+from objectives import cascade_loss, check_base, check_cascade, critic_turns, distill_turns
 from sample import STUDENTS, check_student, is_student, sample
 
 # A turn is one update within a step: who is trained, by which loss per image, loss(net, step, *batch), of how many
@@ -94,14 +96,14 @@ Turn = namedtuple("Turn", "name model net trained optimizers ema_params scaler e
 # settings that weights depend on: of the core, and of the shell
 CORE_KEYS = ("pipeline", "width", "depth", "heads", "mlp_ratio", "text_vocab", "encoder_id")
 SHELL_KEYS = ("shell", "channels", "residual_blocks", "entry_channels", "patch", "image_skip",
-              "inner_resolution", "prediction")
+              "inner_resolution", "prediction", "low_resolution")
 # parts of names: of the layers next to the image, of what time and caption add, of offsets
 OUTSIDE = ("conv_in", "conv_out", "proj_out", "temb_proj", "table")
 # what may change when a run goes on: how it is looked at and spread over devices, the steps and the learning rates
 FREE_KEYS = ("steps", "lr", "muon_lr", "lr_end", "micro", "workers", "compile", "checkpointing", "fsdp", "sharded",
              "dist_timeout", "num_checkpoints", "guidance", "sampler", "sample_steps", "log_every", "sample_every",
              "save_every", "snapshots", "eval_every", "eval_n", "tensorboard", "encoder_weights", "prefix", "suffix",
-             "vgg", "discriminator_lr")
+             "vgg", "discriminator_lr", "base", "augmentation_sample")
 
 
 # ---- the step: what is trained, by which optimizers, at which rates, on which noise ----------------------------------
@@ -235,6 +237,8 @@ if distills:
     check_student(config, sampler=dict(flags).get("sampler"))
     if config["sampler"] not in (samplers := STUDENTS[config["objective"]][0]):
         config["sampler"] = samplers[0]
+cascades = check_cascade(config, args.stage)
+plain_loss, noises = (cascade_loss, 2) if cascades else (diffusion_loss, 1)        # of so many noises
 critics = config["perceptual"] > 0 or config["adversarial"] > 0
 if critics and distills:
     raise UserError("a student takes neither perceptual nor adversarial terms: give --perceptual 0 --adversarial 0")
@@ -246,7 +250,8 @@ if plan_flags and not args.plan:
 def example_loss(model, images):
     """The loss of images that are zeros: to count with."""
     x, t, text = example(config, images)
-    return diffusion_loss(model, x, text, t, x, config, torch.zeros(images, count_columns(config))).sum()
+    eps = x[:, None].expand(-1, noises, -1, -1, -1).squeeze(1) # (b, C, H, W), or (b, n, C, H, W)
+    return plain_loss(model, x, text, t, eps, config, torch.zeros(images, count_columns(config))).sum()
 
 
 def count_moments(name, p):
@@ -300,6 +305,14 @@ lock = lock_run(run) if rank == 0 else None                    # before anything
 all_reduce_max(0)                                              # a barrier
 saved, saved_file = (None, None) if args.fresh else checkpoint.newest_checkpoint(run, default_config())
 parent = None                                                  # the run that this one starts from
+if cascades:                                                   # the base is named, not copied
+    usual = os.path.normpath(os.path.join(args.out, args.config, "pretrain"))
+    config["base"] = os.path.normpath(config["base"] or (saved["config"]["base"] if saved else usual))
+    if config["base"] == usual:
+        ours = "base", "resolution", "shell", "low_resolution", "augmentation", "augmentation_sample"
+        words = [f"--{key}={value}" for key, value in flags if key not in ours]
+        finish_first(usual, ["--config", args.config, "--stage", "pretrain", f"--out={args.out}", *words])
+    config["base_id"] = check_base(config)
 if saved:
     config |= {"condition_ranges": ranges_known(config, saved["config"])}
     free = set(FREE_KEYS) - ({"guidance", "sample_steps"} if distills else set())  # a student has learned with these
@@ -431,8 +444,8 @@ optimizers = make_optimizers(trained, config)                  # AdamW, and Muon
 ema_params = {name: p.detach().clone() for name, p in trained.items()}             # their average, in float32
 groups = model.core.parameters(), model.shell.parameters(), trained.values()
 counts = ["{:,}".format(sum(p.numel() for p in group)) for group in groups]
-turns = [Turn("", model, net, trained, optimizers, ema_params, scaler, 1, 1,
-              lambda net, step, x, text, t, eps, numbers: diffusion_loss(net, x, text, t, eps, config, numbers))]
+turns = [Turn("", model, net, trained, optimizers, ema_params, scaler, 1, noises,
+              lambda net, step, x, text, t, eps, numbers: plain_loss(net, x, text, t, eps, config, numbers))]
 if distills:
     half = functools.partial(in_half, dtype=dtype)
     turns = distill_turns(turns[0], about["teacher"][0], config, device, half, second_turn)

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 
 import torch
 
+from lib.files import file_hash
 from lib.processes import all_gather, get_rank, get_world_size, print0
 from lib.settings import UserError
 
@@ -142,6 +143,12 @@ def is_run(path):
     """Is it a checkpoint, a run folder, or a published one? A sharded checkpoint is a folder with about.pt."""
     names = "last.pt", "about.pt", "model_index.json", "model.safetensors"
     return os.path.isfile(path) or any(os.path.exists(os.path.join(path, name)) for name in names)
+
+
+def checkpoint_hash(path):
+    """sha256 of a run's last checkpoint, of a checkpoint, or of the weights in a folder; None where there is none."""
+    last = os.path.join(path, "last.pt")
+    return file_hash(last if os.path.exists(last) else path)
 
 
 def older_checkpoints(run):

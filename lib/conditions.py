@@ -1,5 +1,5 @@
 """
-Conditions: numbers of a picture by name, told to a model beside the caption.
+Conditions: numbers of a picture by name, told to a model beside the caption; and of a cascade the small picture.
 
     conditions = "objects,size"                    a key of the config: whose numbers a model knows
     condition_ranges = "objects 1..2, size 0.29..0.43"         another, filled in: the least and the largest seen
@@ -14,7 +14,9 @@ import sys
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
+from lib.draws import normals
 from lib.settings import UserError, closest
 
 SIZES = "size_and_crop"
@@ -49,6 +51,15 @@ def read_conditions(config):
     ranges = parse_ranges(config["condition_ranges"])
     return [Condition(name, 6, 0.0, 2.0 ** 14, 14) if name == SIZES else           # SDXL: 1 to 2^14 radians
             Condition(name, 1, *ranges.get(name, (0.0, 1.0)), 6) for name in condition_names(config)]
+
+
+def embedded_conditions(config):
+    """
+    [Condition] that a model embeds. A cascade is told one more, last and always: how much noise lies on the small
+    picture beside z, from 0 to 1. Its name cannot be one of a picture's numbers.
+    """
+    level = Condition("augmentation level", 1, 0.0, 1.0, 6)
+    return read_conditions(config) + [level] * (config["low_resolution"] > 0)
 
 
 def count_columns(config):
@@ -126,3 +137,42 @@ def parse_set(text, config):
         if not c.low <= values[name] <= c.high:
             print(f"{part}: only {c.low:g} to {c.high:g} was seen in training, so do not rely on it", file=sys.stderr)
     return values
+
+
+# ---- cascades (Ho et al. 2022): a small picture lies beside the noisy one --------------------------------------------
+
+def check_levels(config):
+    """UserError where sampling asks for more noise on the small picture than training tells of."""
+    if config["augmentation_sample"] > config["augmentation"]:
+        raise UserError(f"augmentation_sample = {config['augmentation_sample']:g} is above augmentation = "
+                        f"{config['augmentation']:g}, the most that training tells of: give at most that")
+
+
+def augmented(low, eps, level, size):
+    """
+    What lies beside z, (B, C, H, W): small pictures low (B, C, h, w), mixed with noise eps by a level (B,) from 0 to 1,
+    which is noise alone, and enlarged to size (H, W). The noise covers that the base's pictures are no real ones
+    (conditioning augmentation, Ho et al. 2022, Sec. 3.3); a level is a time of the cosine schedule, as in Imagen.
+    """
+    angle = (math.pi / 2 * level).view(-1, 1, 1, 1)            # radians
+    return F.interpolate(angle.cos() * low + angle.sin() * eps, size, mode="bilinear")
+
+
+def beside(model, low, level):
+    """The model as one of z (B, C, H, W) alone: low (B, C, H, W) lies beside that, and its level (B,) is told."""
+    def call(z, logsnr, text, conditions):
+        copies = len(z) // len(low)                            # 2 under guidance, which leaves no picture out
+        told = torch.cat([conditions, level.repeat(copies)[:, None]], 1)           # (B or 2 B, K + 1)
+        return model(torch.cat([z, low.repeat(copies, 1, 1, 1)], 1), logsnr, text, told)
+    return call
+
+
+def seeing(model, config, low, seed, first, shape):
+    """
+    A cascade as a model of z alone, of this shape (C, H, W), at sampling: small pictures low (b, C, h, w), which are
+    number `first` and following, are noised to `augmentation_sample`, each by a noise of its own.
+    """
+    low = low.to(next(model.parameters()).device)
+    keys = [(f"augmentation above {config['low_resolution']}", seed, first + i) for i in range(len(low))]
+    level = torch.full((len(low),), config["augmentation_sample"], device=low.device)
+    return beside(model, augmented(low, normals(keys, low.shape[1:], low.device), level, shape[1:]), level)

@@ -177,6 +177,12 @@ class Parser(argparse.ArgumentParser):
         keys = [name for name in vars(args) if name.startswith("key ")]
         return args, [(name.removeprefix("key "), vars(args).pop(name)) for name in keys]
 
+    def parse_values(self):
+        """(own flags, {key: value} of the keys that were given), each value checked as load_config checks it."""
+        args, flags = self.parse_keys()
+        config = load_config(flags=flags)
+        return args, {key: config[key] for key, _ in flags}
+
     def answer(self, name):
         """In a script that is run: --help and unknown words are answered here, before what takes seconds to import."""
         if name == "__main__":
