@@ -13,6 +13,7 @@ inside. `distill_turns` and `critic_turns` put them together: a step of training
 Letters: B images, C channels, H W pixels or latents.
 """
 import math
+import os
 
 import torch
 import torch.nn.functional as F
@@ -262,8 +263,11 @@ def check_cascade(config, stage):
 
 def check_base(config):
     """The sha256 of a cascade's base. UserError unless that is a finished run of pixels and of low_resolution."""
-    path, state = config["base"], read_checkpoint(config["base"])
-    its, other = state["config"], "name another one, --base RUN"
+    path, other = config["base"], "name another one, --base RUN"
+    if not os.path.exists(path):
+        raise UserError(f"no run in {path}: bring it back, or {other}")
+    state = read_checkpoint(path)
+    its = state["config"]
     if state["step"] < its["steps"]:
         raise UserError(f"{path} stopped at step {state['step']} of {its['steps']}: finish it with --stage "
                         f"{state['stage']}, or {other}")

@@ -308,7 +308,7 @@ parent = None                                                  # the run that th
 if cascades:                                                   # the base is named, not copied
     usual = os.path.normpath(os.path.join(args.out, args.config, "pretrain"))
     config["base"] = os.path.normpath(config["base"] or (saved["config"]["base"] if saved else usual))
-    if config["base"] == usual:
+    if config["base"] == usual and not saved:
         ours = "base", "resolution", "shell", "low_resolution", "augmentation", "augmentation_sample"
         words = [f"--{key}={value}" for key, value in flags if key not in ours]
         finish_first(usual, ["--config", args.config, "--stage", "pretrain", f"--out={args.out}", *words])

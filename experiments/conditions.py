@@ -19,14 +19,12 @@ model, which is told nothing: what the caption alone explains.
 import json
 import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 
 from data import open_data
 from eval import evaluate
-from experiments.few_steps import HERE, mean_and_spread
+from experiments.trainings import mean_and_spread, train
 from lib.conditions import condition_names, read_conditions
 from lib.files import atomic_write, file_hash
 from lib.judge import look
@@ -47,20 +45,14 @@ CHECKS = [("size", "no caption"), ("size", "no words of size"), ("size", "whole 
 SAMPLING = {"sampler": "dpm", "sample_steps": 20}              # a tenth of the time of 256 steps of ddpm
 
 
-def train(base, stage, folder, seed, keys):
+def train_both(base, stage, folder, seed, keys):
     """The finished model, if it is missing, and the run that takes up the conditions: by train.py, which goes on."""
     path = os.path.join(base, "toy", stage)
-
-    def run(out, stage, **own):
-        flags = {**own, "stage": stage, "out": out, "seed": seed, "eval_n": 0, "sample_every": 0}
-        command = [sys.executable, os.path.join(HERE, "train.py"), *(f"--{key}={flags[key]}" for key in flags)]
-        if subprocess.run(command).returncode:
-            raise UserError(f"{' '.join(command)} failed: mend what it says, and the same command goes on")
     if not is_finished(path):
-        run(base, stage, **{key: value for key, value in keys.items() if key != "conditions"})
+        train(base, stage, seed, {key: value for key, value in keys.items() if key != "conditions"}, sample_every=0)
     config = read_checkpoint(path)["config"]
     shape = {key: config[key] for key in ("shell", "resolution", "inner_resolution")}
-    run(folder, "condition", core=path, **shape | keys)
+    train(folder, "condition", seed, keys, core=path, sample_every=0, **shape)
 
 
 def asked_numbers(world, name, n):
@@ -160,7 +152,7 @@ def main():
     before, after, seeds = [], [], [int(seed) for seed in parse_numbers(args.seeds, "--seeds")]
     for seed in seeds:
         base, folder = os.path.join(args.bases or args.out, str(seed)), os.path.join(args.out, str(seed))
-        train(base, args.of, folder, seed, keys)
+        train_both(base, args.of, folder, seed, keys)
         runs = os.path.join(base, "toy", args.of), os.path.join(folder, "toy", "condition")
         files = [os.path.join(folder, f"{when}.json") for when in ("before", "after")]
         before.append(measure(runs[0], files[0], checks, args.n, told=False))

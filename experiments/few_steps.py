@@ -10,26 +10,22 @@ there is not made again, so the same command goes on after a stop, and commands 
 OUT/pictures.png has a caption a row and some of the methods as columns; OUT/table.md is the table. Every method draws
 the same captions from the same noise.
 """
-import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections import namedtuple
 
 import torch
 
 from eval import evaluate, held_out_task
+from experiments.trainings import mean_and_spread, once, train
 from lib.files import atomic_write, file_hash
 from lib.pictures import contact_sheet, to_uint8, write_png
 from lib.processes import join
-from lib.runs import is_finished
 from lib.settings import Parser, UserError, parse_numbers
 from model import load
 from sample import SAMPLERS, check_student, sample
 
-HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 FASTER = dict(lr=0.001, muon_lr=0.006)                         # for students that are further from their teacher
 STUDENTS = {                                                   # name -> keys of its training, beside [toy.distill]
     "consistency-16": dict(objective="consistency", sample_steps=16),
@@ -52,18 +48,12 @@ def run_of(method, folder):
     return os.path.join(folder, method.student, "toy", "distill" if method.student else "grow")
 
 
-def train(folder, seed, keys):
-    """The teacher and its students, each by train.py, which goes on with a run that was stopped; `keys` are for all."""
-    def run(out, stage, **own):
-        if not keys and is_finished(os.path.join(out, "toy", stage)):
-            return
-        flags = {**own, **keys, "stage": stage, "out": out, "seed": seed, "eval_n": 0}
-        command = [sys.executable, os.path.join(HERE, "train.py"), *(f"--{key}={flags[key]}" for key in flags)]
-        if subprocess.run(command).returncode:
-            raise UserError(f"{' '.join(command)} failed: mend what it says, and the same command goes on")
-    run(folder, "grow")
+def train_all(folder, seed, keys):
+    """The teacher and its students; `keys` are for all."""
+    train(folder, "grow", seed, keys)
     for name, own in STUDENTS.items():
-        run(os.path.join(folder, name), "distill", teacher=os.path.join(folder, "toy", "grow"), **own)
+        teacher = os.path.join(folder, "toy", "grow")
+        train(os.path.join(folder, name), "distill", seed, keys, teacher=teacher, **own)
 
 
 def open_method(method, folder):
@@ -88,15 +78,11 @@ def score(method, folder, n):
     """Metrics of n held-out captions, from METHOD.json if that was made of these very weights at this n."""
     file = os.path.join(folder, f"{title(method)}.json")
     about = {"weights": file_hash(os.path.join(run_of(method, folder), "last.pt")), "n": n}
-    if os.path.exists(file):
-        with open(file) as f:
-            result = json.load(f)
-        if {key: result[key] for key in about} == about:
-            return result["metrics"]
-    print(f"{folder}: {title(method)}")
-    metrics = evaluate(*open_method(method, folder), n, metrics=METRICS)
-    atomic_write(file, lambda f: f.write(json.dumps(about | {"metrics": metrics}).encode()))
-    return metrics
+
+    def work():
+        print(f"{folder}: {title(method)}")
+        return evaluate(*open_method(method, folder), n, metrics=METRICS)
+    return once(file, about, work)
 
 
 def seconds_per_picture(methods, folder, n=8, rounds=3):
@@ -109,12 +95,6 @@ def seconds_per_picture(methods, folder, n=8, rounds=3):
             sample(model, config, held_out_task(config, n).captions)               # ends on the CPU
             times.append((time.perf_counter() - start) / n)
     return [statistics.median(times) for times in spent]
-
-
-def mean_and_spread(values, digits):
-    """As in 0.861 ± 0.007: the standard deviation of several."""
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
 def table(scores, seconds, config):
@@ -152,7 +132,7 @@ def main():
     seeds = [int(seed) for seed in parse_numbers(args.seeds, "--seeds")]
     folders = [os.path.join(args.out, str(seed)) for seed in seeds]
     for seed, folder in zip(seeds, folders):
-        train(folder, seed, dict(keys))
+        train_all(folder, seed, dict(keys))
         for method in METHODS:
             scores[method].append(score(method, folder, args.n))
     draw(DRAWN, folders[0], os.path.join(args.out, "pictures.png"))

@@ -13,10 +13,7 @@ OUT/pictures.png has a caption a row and the variants as columns, OUT/tables.md 
 same captions from the same noise, by 20 steps of dpm, a student by its own 16. The style is a frame, of which neither
 captions nor questions tell, so it can be asked for by the token alone.
 """
-import json
 import os
-import subprocess
-import sys
 from collections import namedtuple
 
 import numpy as np
@@ -24,7 +21,7 @@ import torch
 
 from data import Batches, open_data
 from eval import evaluate, held_out_task
-from experiments.few_steps import mean_and_spread
+from experiments.trainings import mean_and_spread, once, train
 from lib.draws import normals
 from lib.encoders import open_autoencoder
 from lib.files import atomic_write, file_hash
@@ -36,7 +33,6 @@ from lib.tasks import in_style
 from model import diffusion_loss, load
 from sample import is_student, sample
 
-HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 RUNS = {                                                       # (folder, stage) -> keys of its training
     ("mixture", "style"): dict(style_share=0.5),
     ("alone", "style"): dict(style_share=1.0),
@@ -54,19 +50,14 @@ ABLATION = [FORGETTING[0]._replace(title="raw")] + [Variant(*row) for row in (
 METRICS = ("questions", "fidelity", "style", "fd", "mmd")
 
 
-def train(folder, model, seed, keys, runs):
-    """Those runs of one seed that are not finished, by train.py, which goes on where it stopped; `keys` are for all."""
-    def run(out, stage, **own):
-        if is_finished(os.path.join(out, "toy", stage)):
-            return
-        flags = {**own, **keys, "stage": stage, "out": out, "seed": seed, "eval_n": 0}
-        command = [sys.executable, os.path.join(HERE, "train.py"), *(f"--{key}={flags[key]}" for key in flags)]
-        if subprocess.run(command).returncode:
-            raise UserError(f"{' '.join(command)} failed: mend what it says, and the same command goes on")
-    run(model, "grow")
+def train_all(folder, model, seed, keys, runs):
+    """Those runs of one seed, and their model where there is none; `keys` are for all."""
+    grown = os.path.join(model, "toy", "grow")
+    if not is_finished(grown):
+        train(model, "grow", seed, keys)
     for name, stage in runs:                                   # a student's teacher is the style run beside it
-        core = {"core": os.path.join(model, "toy", "grow")} if stage == "style" else {}
-        run(os.path.join(folder, name), stage, **core, **RUNS[name, stage])
+        core = {"core": grown} if stage == "style" else {}
+        train(os.path.join(folder, name), stage, seed, keys, **core, **RUNS[name, stage])
 
 
 def run_of(variant, folder, model):
@@ -102,18 +93,14 @@ def score(variant, folder, model, n):
              "token": variant.token, "suffix": variant.suffix}
     name = "-".join(variant.run or ("before",)) + "-token" * variant.token + "-words" * bool(variant.suffix)
     file = os.path.join(folder, f"{name}.json")
-    if os.path.exists(file):
-        with open(file) as f:
-            result = json.load(f)
-        if {key: result[key] for key in about} == about:
-            return result["metrics"]
-    print(f"{folder}: {variant.title}", flush=True)
-    net, config = open_variant(variant, folder, model)
-    metrics = evaluate(net, config, n, metrics=METRICS)
-    if not is_student(config):                                 # which is no denoiser
-        metrics["loss"] = held_out_loss(net, config, 5 * n)
-    atomic_write(file, lambda f: f.write(json.dumps(about | {"metrics": metrics}).encode()))
-    return metrics
+
+    def work():
+        print(f"{folder}: {variant.title}", flush=True)
+        net, config = open_variant(variant, folder, model)
+        metrics = evaluate(net, config, n, metrics=METRICS)
+        # a student is no denoiser
+        return metrics if is_student(config) else metrics | {"loss": held_out_loss(net, config, 5 * n)}
+    return once(file, about, work)
 
 
 def table(columns, scores):
@@ -161,7 +148,7 @@ def main():
     scores = {variant: [] for variant in FORGETTING + ABLATION}
     for seed, place in zip(seeds, places):
         variants = FORGETTING + ABLATION * (seed in ablation)
-        train(*place, int(seed), dict(keys), [run for run in RUNS if any(run == variant.run for variant in variants)])
+        train_all(*place, int(seed), dict(keys), [run for run in RUNS if any(run == variant.run for variant in variants)])
         for variant in variants:
             scores[variant].append(score(variant, *place, args.n))
     shown = [(FIRST, FORGETTING), (SECOND, ABLATION)][:1 + bool(scores[ABLATION[0]])]
