@@ -148,7 +148,8 @@ def main():
     scores = {variant: [] for variant in FORGETTING + ABLATION}
     for seed, place in zip(seeds, places):
         variants = FORGETTING + ABLATION * (seed in ablation)
-        train_all(*place, int(seed), dict(keys), [run for run in RUNS if any(run == variant.run for variant in variants)])
+        runs = [run for run in RUNS if any(run == variant.run for variant in variants)]
+        train_all(*place, int(seed), dict(keys), runs)
         for variant in variants:
             scores[variant].append(score(variant, *place, args.n))
     shown = [(FIRST, FORGETTING), (SECOND, ABLATION)][:1 + bool(scores[ABLATION[0]])]
