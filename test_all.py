@@ -1634,6 +1634,77 @@ def test_a_student_takes_its_own_levels_without_guidance():
     assert torch.equal(draw(steps=1), draw(steps=1, sampler="ddim"))               # one step needs no new noise
 
 
+# ---- cascades: a small picture beside z
+
+
+def cascade_of(**keys):
+    """The settings of a cascade from 8 px to 16 px."""
+    return tiny(shell="shallow", low_resolution=8, image_skip=8, prediction="x", weighting="x-eps", **keys)
+
+
+def test_the_loss_of_a_cascade_is_the_plain_one_with_the_small_picture_beside_z():
+    config, n, seen = cascade_of(augmentation=0.6), 300, []
+    (x, text, t, noises), told = batch_of(n, noises=2), torch.zeros(n, 0)
+
+    def net(z, logsnr, text, told):
+        seen.append((z, told))
+        return 0.1 * z[:, :3]
+    loss = objectives.cascade_loss(net, x, text, t, noises, config, told)
+    plain = models.diffusion_loss(lambda z, *_: 0.1 * z, x, text, t, noises[:, 0], config, told)
+    assert torch.equal(loss, plain)
+    (z, levels), small = seen[0], F.avg_pool2d(x, 2)
+    assert levels.shape == (n, 1) and 0 <= levels.min() < 0.02 and 0.58 < levels.max() <= 0.6
+    assert abs(levels.mean() - 0.3) < 0.03 and abs(levels.std() - 0.6 / 12 ** 0.5) < 0.02    # uniform
+    angle = math.pi / 2 * levels[:, :, None, None]
+    mixed = angle.cos() * small + angle.sin() * noises[:, 1, :, :8, :8]
+    assert torch.allclose(z[:, 3:], F.interpolate(mixed, (16, 16), mode="bilinear"), atol=1e-6)
+    other = noises.clone()
+    other[:, 0] = 0                                            # neither time nor the other noise decides the level
+    objectives.cascade_loss(net, x, text, t.flip(0), other, config, told)
+    assert torch.equal(seen[1][1], levels) and torch.equal(seen[1][0][:, 3:], z[:, 3:])
+    objectives.cascade_loss(net, x, text, t, noises, config | {"augmentation": 0.0}, told)
+    assert not seen[2][1].any() and torch.equal(seen[2][0][:, 3:], F.interpolate(small, (16, 16), mode="bilinear"))
+
+
+def test_a_cascade_learns_to_draw_the_small_picture_that_it_is_given():
+    """Of another caption's: it is used, though training never shows two that differ."""
+    config = cascade_of(batch=16, depth=1, augmentation=0.3, augmentation_sample=0.1)
+    torch.manual_seed(0)
+    net, batches = models.build(config), Batches(data.open_data(config), config, filtered=False)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    for step in range(150):
+        x, text, told = batches[step]
+        noises = torch.randn(16, 2, 3, 16, 16)
+        loss = objectives.cascade_loss(net, x, text, (torch.arange(16) + 0.5) / 16, noises, config, told)
+        loss.mean().backward(), optimizer.step(), optimizer.zero_grad()
+    world = Scenes(config, "exam", 0)
+    captions = [world.caption(i) for i in range(8)]
+    low = F.avg_pool2d(to_tensor(np.stack([world.image(i, 16) for i in range(8)])), 2)
+    of_another = low.roll(1, 0)
+    x = sampling.sample(net.eval(), config, captions, sampler="dpm", steps=8, guidance=1.0, low=of_another)
+    far = lambda a: (F.avg_pool2d(x, 2) - a).square().mean()
+    assert far(of_another) < 0.02 < 0.2 < far(low)
+
+
+def test_a_chain_draws_by_each_models_own_settings_from_noises_that_never_meet(tmp_path, monkeypatch):
+    config, keys = cascade_of(augmentation_sample=0.2, sample_steps=3), []
+    base_config = tiny(resolution=8, sampler="ddim", sample_steps=2, guidance=3.0)
+    net, base = (shaken(models.build(c)) for c in (config, base_config))
+    monkeypatch.setattr(sampling, "open_base", lambda *names: (base, base_config))
+    captions = ["a red circle", "a blue square", "a green circle"]
+    draw = lambda **more: sampling.sample(net, config | {"prefix": "please,"}, captions, seed=3, **more)
+    whole = draw()
+    low = sampling.sample(base, base_config | {"prefix": "please,"}, captions, seed=3)
+    assert low.shape == (3, 3, 8, 8) and torch.equal(whole, draw(low=low)) and not torch.equal(whole, draw(low=-low))
+    assert torch.allclose(whole, draw(batch=1), atol=1e-5) and not torch.equal(whole, draw(steps=2))
+    normals = sampling.normals
+    for module in (sampling, sys.modules["lib.conditions"]):
+        monkeypatch.setattr(module, "normals", lambda these, *rest: keys.extend(these) or normals(these, *rest))
+    draw(sampler="ddpm")
+    assert len(keys) == len(set(keys)) == 3 * (1 + 1 + 3)      # of the base, of the small pictures, of ddpm's steps
+    assert draw(size=(24, 16)).shape == (3, 3, 24, 16)
+
+
 def test_sampling_from_the_command_line(runs, tmp_path):
     out, to = runs[0] / "toy/grow", tmp_path / "g.png"
     words = [out, "a red circle", "a blue square", "--n", 2, "--steps", 3, "--to", to]
@@ -2117,7 +2188,7 @@ def with_parents(runs, out, stage):
     """A folder for runs in which those that the stage starts from are there."""
     folder(out, "").mkdir(parents=True, exist_ok=True)
     for needed in {"pretrain": (), "grow": ("pretrain",), "defrost": ("pretrain", "grow"), "style": ("grow",),
-                   "distill": ("grow", "defrost")}[stage]:
+                   "distill": ("grow", "defrost"), "cascade": ("pretrain",)}[stage]:
         os.symlink(folder(runs[0], needed), folder(out, needed))
     return out
 
@@ -2179,7 +2250,7 @@ def test_ema_is_the_average_of_the_weights_of_each_step(keys, decay, tmp_path):
         assert all(torch.allclose(state["ema"][k], m, rtol=1e-5, atol=1e-7) for k, m in mean.items()), n
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "defrost", "style"])                # grow: the next test
+@pytest.mark.parametrize("stage", ["pretrain", "defrost", "style", "cascade"])     # grow: the next test
 def test_a_run_stopped_and_continued_equals_an_unbroken_one_to_the_bit(runs, stage, tmp_path):
     """Stopped by SIGTERM at whatever step it has reached."""
     whole, broken = (with_parents(runs, tmp_path / name, stage) for name in ("whole", "broken"))
@@ -2196,7 +2267,7 @@ def test_a_run_stopped_and_continued_equals_an_unbroken_one_to_the_bit(runs, sta
 
 
 @pytest.mark.parametrize("stage, kills", [
-    ("grow", 2), *[pytest.param(s, 30, marks=slow) for s in ("pretrain", "grow", "defrost")]])
+    ("grow", 2), *[pytest.param(s, 30, marks=slow) for s in ("pretrain", "grow", "defrost", "cascade")]])
 def test_kill_9_at_random_moments_loses_nothing(runs, stage, kills, tmp_path):
     """A checkpoint at every step, so that many kills hit a save."""
     whole, broken = (with_parents(runs, tmp_path / name, stage) for name in ("whole", "broken"))
@@ -2269,6 +2340,90 @@ def test_a_run_keeps_the_conditions_of_its_parent_or_says_why_not(told, tmp_path
     for names, words in (("", "of which numbers is the model to be told"), ("colour", "no picture of scenes has"),
                          ("a.b", "cannot be a name"), ("sizes", "did you mean 'size'?")):
         assert words in run("train.py", "--stage", "condition", "--conditions", names, "--out", tmp_path, code=2)
+
+
+@pytest.fixture(scope="session")
+def cascaded(runs):
+    """A folder for runs with a cascade above the pretrained one, and what was printed."""
+    out = with_parents(runs, runs[0] / "cascaded", "cascade")
+    return out, run("train.py", "--stage", "cascade", "--out", out, *TINY)
+
+
+def test_a_cascade_is_a_run_like_any_other_and_names_its_base(cascaded, tmp_path, says):
+    out, said = cascaded
+    state, base = checkpoint_of(out, "cascade"), folder(out) / "last.pt"
+    assert "smaller than 64 px and left out" in said and sorted(os.listdir(folder(out, "cascade") / "samples"))
+    assert state["config"]["base"] == str(folder(out)) and state["parents"] == []
+    assert state["config"]["base_id"] == hashlib.sha256(base.read_bytes()).hexdigest()
+    assert state["model"]["shell.conv_in.weight"].shape[1] == 6 * 15 * 15          # z, and the small picture beside it
+    assert set(state["ema"]) == set(state["model"])            # all is trained, and the base is in no checkpoint
+    words = ["sample.py", folder(out, "cascade"), "a red circle", "--n", 3, "--steps", 3]
+    run(*words, "--to", tmp_path / "a.png"), run(*words, "--batch", 1, "--to", tmp_path / "b.png")
+    run(*words, "--augmentation_sample", 0, "--to", tmp_path / "c.png")
+    a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert a == b != c
+    assert f"base   {folder(out)} (32 px), sha256 {state['config']['base_id']}" in run(*words[:2], "--describe")
+    says(folder(out, "cascade"), "--n", 4, "--metrics", "questions", "--json", tmp_path / "x.json")
+    card = json.load(open(tmp_path / "x.json"))["card"]
+    assert (card["base_id"], card["augmentation_sample"]) == (state["config"]["base_id"], 0.14)
+    assert "a cascade sees the picture itself" in says(folder(out, "cascade"), "--n", 4, "--metrics", "zeroshot")
+
+
+def test_a_cascade_without_its_base_says_where_to_name_it(cascaded, tmp_path, says):
+    out = tmp_path / "runs"
+    shutil.copytree(folder(cascaded[0], "cascade"), folder(out, "cascade"))
+    shutil.copytree(folder(cascaded[0]), tmp_path / "moved")
+    state = checkpoint_of(out, "cascade")
+    state["config"]["base"] = str(folder(out))
+    torch.save(state, tmp_path / "new.pt")                     # its tensors are mapped from the old file
+    os.replace(tmp_path / "new.pt", folder(out, "cascade") / "last.pt")
+    words = [folder(out, "cascade"), "a red circle", "--n", 1, "--steps", 2, "--to", tmp_path / "x.png"]
+    missing = f"the base of this cascade, {folder(out)}, is not there: bring it back, or say where it lies: --base RUN"
+    assert missing in run("sample.py", *words, code=2) and missing in says(words[0], "--n", 2)
+    assert "1 images of 64x64" in run("sample.py", *words, "--base", tmp_path / "moved")
+    assert "dsg" in says(words[0], "--n", 2, "--metrics", "questions", "--base", tmp_path / "moved")
+    assert "is no more what it was in training" in run("sample.py", *words, "--base", words[0], code=2)
+    assert "is above augmentation = 0.5" in run("sample.py", *words, "--augmentation_sample", 0.6, "--base",
+                                                tmp_path / "moved", code=2)
+    train = ["train.py", "--stage", "cascade", "--out", out, *changed(TINY, steps=7)]
+    assert f"no run in {folder(out)}: bring it back" in run(*train, code=2)
+    said = run(*train, "--base", tmp_path / "moved")
+    assert f"going on at step 6 of 7, base {folder(out)} -> {tmp_path / 'moved'}, steps 6 -> 7" in said
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--stage grow --low_resolution 32", "to --stage cascade alone"),
+    ("--low_resolution 0", "give the side of the base's pictures"),
+    ("--low_resolution 24", "does not divide resolution = 64, or is as large: take 32"),
+    ("--low_resolution 64", "does not divide resolution = 64, or is as large: take 32"),
+    ("--low_resolution 16", "toy/pretrain draws 32 px, and low_resolution = 16: give --low_resolution 32"),
+    ("--shell nested", "a cascade works in pixels"),
+    ("--autoencoder space_to_depth --latent_channels 12 --latent_stride 2", "a cascade works in pixels"),
+    ("--augmentation 0", "augmentation_sample = 0.14 is above augmentation = 0"),
+    ("--core {runs}/toy/pretrain", "cascade starts from nothing"),
+    ("--base {tmp}/none", "no run in {tmp}/none: bring it back, or name another one, --base RUN"),
+    ("--base {tmp}/unfinished.pt", "unfinished.pt stopped at step 5 of 6: finish it with --stage pretrain, or"),
+    ("--base {tmp}/latent.pt", "latent.pt works in latents, and a cascade in pixels: name another one"),
+    ("--stage defrost --core {cascade}", "low_resolution 32 there, 0 here"),
+    ("--stage grow --core {cascade}", "is a cascade run and grow takes the core of a pretrain run"),
+    ("--stage distill --objective lcm --teacher {cascade}", "low_resolution 32 there, 0 here")])
+def test_what_cannot_be_a_cascade_is_refused(words, message, runs, cascaded, tmp_path):
+    out, state = with_parents(runs, tmp_path, "cascade"), checkpoint_of(runs[0])
+    torch.save(state | {"step": 5}, tmp_path / "unfinished.pt")
+    torch.save(state | {"config": state["config"] | {"autoencoder": "space_to_depth"}}, tmp_path / "latent.pt")
+    words = words.format(runs=runs[0], tmp=tmp_path, cascade=folder(cascaded[0], "cascade")).split()
+    stage = [] if "--stage" in words else ["--stage", "cascade"]
+    said = run("train.py", *stage, *words, "--out", out, *TINY, code=2)
+    assert message.format(tmp=tmp_path) in said and "Traceback" not in said
+    assert not os.path.exists(folder(out, "cascade") / "last.pt")
+
+
+def test_one_command_makes_a_base_and_a_cascade_with_critics_above_it(tmp_path):
+    words = ["train.py", "--stage", "cascade", "--config", "base-tiny", "--out", tmp_path, "--steps", 2, "--eval_n", 0]
+    said = run(*words, "--adversarial", 0.5, "--adversarial_start", 1, "--conditions", "size_and_crop")
+    assert "no pretrain run in" in said and "base-tiny/cascade is finished after 2 steps" in said
+    said = run(*words, "--plan")
+    assert "cascade of config base-tiny:" in said and "GFLOP per image" in said
 
 
 @pytest.fixture(scope="session")
@@ -3232,6 +3387,7 @@ def test_readme_tells_true_line_counts():
 # ---- tests of lib/ and experiments/ ----------------------------------------------------------------------------------
 
 from experiments.test_bench import *  # noqa
+from experiments.test_cascade import *  # noqa
 from experiments.test_claims import *  # noqa
 from experiments.test_conditions import *  # noqa
 from experiments.test_demo import *  # noqa

@@ -2,9 +2,10 @@
 import math
 
 import pytest
+import torch
 
-from lib.conditions import (condition_names, condition_row, count_columns, parse_set, ranges_known, ranges_seen,
-                            read_conditions)
+from lib.conditions import (augmented, beside, check_levels, condition_names, condition_row, count_columns,
+                            embedded_conditions, parse_set, ranges_known, ranges_seen, read_conditions, seeing)
 from lib.settings import UserError
 
 KNOWN = {"conditions": "size, score,size_and_crop", "condition_ranges": "size 0.25..0.5, score -1..1e+06"}
@@ -65,3 +66,41 @@ def test_set_gives_numbers_and_tells_those_outside_of_what_was_seen(capsys):
         refuses_to(capsys, words, parse_set, text, KNOWN)
     refuses_to(capsys, "this model knows no condition: teach it: train.py --stage condition "
             "--conditions size", parse_set, "size=0.4", {"conditions": "size_and_crop", "condition_ranges": ""})
+
+
+def test_a_small_picture_is_enlarged_and_noised_to_its_level():
+    low, eps = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0)), torch.full((3, 1, 2, 2), 0.5)
+    one, half, noise = augmented(low, eps, torch.tensor([0.0, 0.5, 1.0]), (2, 2))
+    assert torch.equal(one, low[0]) and torch.allclose(noise, eps[2], atol=1e-6)
+    assert torch.allclose(half, (low[1] + eps[1]) / math.sqrt(2))                  # as much of the one as of the other
+    assert augmented(low, eps, torch.zeros(3), (4, 6)).shape == (3, 1, 4, 6)
+    flat = augmented(torch.full((1, 1, 2, 2), 0.3), eps[:1], torch.zeros(1), (8, 8))
+    assert torch.allclose(flat, torch.tensor(0.3))
+
+
+def test_a_cascade_is_told_the_level_and_guidance_leaves_no_picture_out(capsys):
+    calls = []
+
+    def model(*given):
+        calls.append(given)
+        return given[0][:, :1]
+    low, level, z = torch.randn(2, 1, 4, 4), torch.tensor([0.1, 0.2]), torch.randn(4, 1, 4, 4)
+    beside(model, low, level)(z, "logsnr", "text", torch.full((4, 3), 7.0))        # captions, then null captions
+    (both, logsnr, text, told), = calls
+    assert (logsnr, text) == ("logsnr", "text") and torch.equal(both, torch.cat([z, torch.cat([low, low])], 1))
+    assert torch.equal(told, torch.tensor([[7, 7, 7, s] for s in (0.1, 0.2, 0.1, 0.2)]))
+    config = {"conditions": "size", "condition_ranges": "", "low_resolution": 32, "augmentation_sample": 0.5}
+    last = embedded_conditions(config)[-1]
+    assert len(embedded_conditions(config)) == 2 and (last.columns, last.low, last.high) == (1, 0.0, 1.0)
+    assert count_columns(config) == 1 == len(embedded_conditions(config | {"low_resolution": 0}))
+    refuses_to(capsys, "augmentation_sample = 0.5 is above augmentation = 0.4", check_levels,
+               config | {"augmentation": 0.4})
+    net = torch.nn.Conv2d(1, 1, 1)
+    net.forward = model
+    shown = []                                                 # each picture has a noise of its own, at any batch size
+    for first, n in ((0, 3), (2, 1)):
+        chained = seeing(net, config, torch.zeros(n, 1, 4, 4), 5, first, (1, 8, 8))
+        chained(torch.zeros(n, 1, 8, 8), 0, 0, torch.zeros(n, 1))
+        shown.append(calls[-1][0][:, 1])
+        assert torch.equal(calls[-1][3], torch.tensor([[0.0, 0.5]] * n))
+    assert torch.equal(shown[0][2:], shown[1]) and 0.2 < shown[0].std() < 0.7 and not torch.equal(*shown[0][:2])

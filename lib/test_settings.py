@@ -1,4 +1,6 @@
 """Sections and flags resolve in their order, each value is checked, and each refusal says what to do."""
+import sys
+
 import pytest
 
 from lib.settings import Parser, UserError, load_config
@@ -108,3 +110,13 @@ def test_words_that_cannot_be_read_are_one_line(words, hint, capsys):
     assert error.startswith("error: ") and error.count("\n") == 1 and hint in error
     with pytest.raises(UserError):                             # a command line that takes only some keys
         Parser("", keys=["lr"]).parse_keys(["--width", "3"])
+
+
+def test_values_of_a_command_line_are_checked(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script", "--prefix", "2024", "--augmentation_sample", "0"])
+    args, values = Parser("", keys=("prefix", "augmentation_sample")).parse_values()
+    assert values == {"prefix": "2024", "augmentation_sample": 0.0}
+    monkeypatch.setattr(sys, "argv", ["script", "--augmentation_sample", "2"])
+    with pytest.raises(UserError):
+        Parser("", keys=("augmentation_sample",)).parse_values()
+    assert "take a value in [0, 1]" in capsys.readouterr().err
