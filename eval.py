@@ -390,7 +390,7 @@ def load_run(run, args, device):
     config = in_style(config | args.words) if args.style else config | args.words
     check_student(config, args.steps, args.guidance, args.sampler)
     if config["low_resolution"]:                               # a cascade: is its base there?
-        open_base(config["base"], config["base_id"], device)
+        open_base(config["base"], config["base_id"], torch.device(device))
     config |= {"guidance": 1.0} if is_student(config) else {}   # it is inside
     config |= {"sampler": args.sampler or config["sampler"], "sample_steps": args.steps or config["sample_steps"]}
     return model, config, parse_numbers(args.guidance, "--guidance") if args.guidance else [config["guidance"]]
