@@ -63,11 +63,20 @@ class Estimate(NamedTuple):
         """Two-sided probability of so large a mean where the truth is 0. Without any spread: 0, or 1 of a mean of 0."""
         if self.error == 0:
             return float(self.mean == 0)
-        return 2 * (1 - student_cdf(abs(self.mean) / self.error, self.df))
+        return 2 * (1 - student_cdf(abs(self.t), self.df))
+
+    @property
+    def t(self):
+        """The mean in standard errors."""
+        return self.mean / self.error if self.error else math.copysign(math.inf, self.mean)
 
     def minus(self, value):
         """The same, as a distance from `value`."""
         return self._replace(mean=self.mean - value)
+
+    def over(self, value):
+        """The same in units of `value`, above 0."""
+        return self._replace(mean=self.mean / value, error=self.error / value)
 
 
 def residual_spread(table):
