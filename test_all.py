@@ -2164,6 +2164,15 @@ def test_baselines_differ_in_one_thing_each(runs, stage):
     assert state["config"] == grown["config"]
 
 
+def test_holding_goes_on_from_a_grown_model_with_its_core_still_frozen(runs, tmp_path):
+    out = with_parents(runs, tmp_path / "held", "defrost")
+    assert ", 0 new, 0 unused\n" in run("train.py", "--stage", "hold", "--out", out, *TINY)
+    before, after = models.ema_weights(checkpoint_of(out, "grow")), checkpoint_of(out, "hold")["model"]
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    frozen = {name for name in before if name.startswith("core.") and not name.startswith("core.time.")}
+    assert set(before) == set(after) and frozen <= same and not any(name.startswith("shell.conv") for name in same)
+
+
 @pytest.mark.parametrize("keys, decay", [
     (dict(ema=0.15), lambda n: min(0.15, (1 + n) / (10 + n))),                     # 0.1, then 0.15
     (dict(ema_power=2.0), lambda n: (1 - 1 / (n + 1)) ** 3)])
