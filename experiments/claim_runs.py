@@ -55,6 +55,7 @@ ARMS = {
 }
 SNAPSHOTS = 0.01, 0.025, 0.05, 0.1, 0.25, 0.5                  # shares of a stage's steps after which weights are kept
 SNAPPED = "G", "F", "F+", "S", "D"                             # arms of which they are
+START = 0.1                                                    # minutes until a run takes its first step
 GFLOP_PER_MINUTE = {"small": 1400, "large": 3600}              # until runs have told: one core of an AMD EPYC
 # filled in by train.py, or of how it is looked at: no weight depends on them
 UNCOMPARED = ("data_id", "encoder_id", "vgg_id", "condition_ranges", "workers", "log_every", "sample_every",
@@ -159,9 +160,11 @@ def train(lab, arm, seed):
     if ARMS[arm].parent:
         words["core"] = run_of(lab, ARMS[arm].parent, seed)
     command = [sys.executable, os.path.join(HERE, "train.py"), *(f"--{key}={value}" for key, value in words.items())]
-    start = time.time()
+    start, begun = time.time(), newest_about(run_of(lab, arm, seed))
     if subprocess.run(command).returncode:
         raise UserError(f"{' '.join(command)} failed: mend what it says, and the same command goes on")
+    if begun:                                                  # its minutes are those of a part
+        return
     took = json.dumps({"minutes": (time.time() - start) / 60, "gflop": gflop_of(lab, arm)})
     atomic_write(os.path.join(run_of(lab, arm, seed), "took.json"), lambda f: f.write(took.encode()))
 
@@ -187,5 +190,5 @@ def rates(lab):
         for file in glob.glob(os.path.join(run, "took.json")):
             with open(file) as f:
                 took[size_of(arm)].append(json.load(f))
-    return {size: sum(t["gflop"] for t in runs) / sum(t["minutes"] for t in runs) if runs else GFLOP_PER_MINUTE[size]
-            for size, runs in took.items()}
+    return {size: sum(t["gflop"] for t in runs) / sum(max(t["minutes"] - START, START) for t in runs) if runs else usual
+            for (size, runs), usual in zip(took.items(), GFLOP_PER_MINUTE.values())}

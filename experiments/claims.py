@@ -24,8 +24,8 @@ import torch
 
 from experiments.claim_contrasts import CLAIMS, looks_in
 from experiments.claim_measures import Measures, Planned, gflop_of_step, passes
-from experiments.claim_runs import (ARMS, HERE, Lab, config_of, flags_of, gflop_of, missing_runs, rates, size_of,
-                                    train, with_parents)
+from experiments.claim_runs import (ARMS, HERE, START, Lab, config_of, flags_of, gflop_of, missing_runs, rates,
+                                    size_of, train, with_parents)
 from lib.contrasts import Estimate, holm, level_of, verdict
 from lib.files import atomic_write
 from lib.pictures import draw_seeds
@@ -33,7 +33,7 @@ from lib.plan import KINDS
 from lib.processes import join
 from lib.settings import Parser, UserError, closest, read_sections
 
-START, SECONDS_JUDGED = 0.1, 0.015                             # minutes until a run begins; of looking at a picture
+SECONDS_JUDGED = 0.015                                         # of looking at a picture
 MFU = 0.3                                                      # share of its peak that a GPU is thought to reach
 
 
@@ -247,7 +247,7 @@ def plan(lab, claims, names, seeds, kind):
         total = [a + b for a, b in zip(total, minutes)]
         print(f"{name:14s} {runs:3d} runs {minutes[0]:6.1f} min, {measures:3d} measures {minutes[1]:6.1f} min")
     runs = [item for item in counted if isinstance(item, tuple)]
-    gflop = 0.0
+    gflop = 0.0                                                # ARMS tells their order
     for config, arm in sorted({(config, arm) for config, arm, _ in runs}, key=lambda run: list(ARMS).index(run[1])):
         wanted, here = sorted(seed for c, a, seed in runs if (c, a) == (config, arm)), lab._replace(config=config)
         gflop += len(wanted) * gflop_of(here, arm)
