@@ -248,7 +248,7 @@ def test_every_preset_gives_a_velocity_of_the_shape_of_its_image(name):
         v = on_meta(config)(z, logsnr, text, torch.zeros(2, count_columns(config), device="meta"))
         assert v.shape == z.shape == (2, *models.image_shape(config))
         assert config["sampler"] in sampling.SAMPLERS
-        if name not in ("toy", "speedrun", "small", "tiny", "claims"):     # the papers' recipes are AdamW's
+        if name not in ("toy", "speedrun", "small", "tiny", "claims", "claims-long"):  # the papers' recipes are AdamW's
             assert config["muon_lr"] == 0 and config["data"] != "scenes"
 
 
@@ -2233,6 +2233,15 @@ def test_baselines_differ_in_one_thing_each(runs, stage):
     assert set(state["model"]) == set(grown["model"]) == set(state["ema"])         # same model, everything trained
     assert ("tensors inherited" in said) == (stage == "finetune") and "smaller than 64 px and left out" in said
     assert state["config"] == grown["config"]
+
+
+def test_holding_goes_on_from_a_grown_model_with_its_core_still_frozen(runs, tmp_path):
+    out = with_parents(runs, tmp_path / "held", "defrost")
+    assert ", 0 new, 0 unused\n" in run("train.py", "--stage", "hold", "--out", out, *TINY)
+    before, after = models.ema_weights(checkpoint_of(out, "grow")), checkpoint_of(out, "hold")["model"]
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    frozen = {name for name in before if name.startswith("core.") and not name.startswith("core.time.")}
+    assert set(before) == set(after) and frozen <= same and not any(name.startswith("shell.conv") for name in same)
 
 
 @pytest.mark.parametrize("keys, decay", [

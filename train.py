@@ -42,6 +42,7 @@ STAGES = {
     "scratch":   Stage((),                            None,    False, True),       # baseline 1
     "finetune":  Stage(("pretrain",),                 "core.", False, True),       # baseline 2
     "cascade":   Stage((),                            None,    False, True),       # baseline 3, beside its base
+    "hold":      Stage(("grow",),                     "",      True,  True),       # baseline 4: on, still frozen
     "style":     Stage(("defrost", "grow"),           "",      False, True),       # some rows of another set
     "condition": Stage(("defrost", "grow"),           "",      True,  True),       # a finished core is told numbers
     "distill":   Stage(("style", "defrost", "grow"),  "",      False, True),
@@ -231,7 +232,7 @@ if distills != is_student(config) or args.teacher and not distills:
 if bool(config["style"]) != (args.stage == "style") and not distills or config["style"] == "scenes" != config["data"]:
     raise UserError(f"--stage {args.stage}, data = {config['data']}, style = {config['style']!r}: give --style PATH, "
                     "or with scenes --style scenes, to --stage style and to its students alone")
-if stage.freeze and not stage.init_prefix and not config["conditions"]:
+if args.stage == "condition" and not config["conditions"]:
     raise UserError(f"--stage {args.stage}: of which numbers is the model to be told? --conditions objects,size")
 if distills:
     check_student(config, sampler=dict(flags).get("sampler"))
@@ -350,7 +351,7 @@ elif stage.sources:                                            # new, from anoth
     if not args.core:
         # a new shell, or another config, has its own resolution and shell; all other flags are the same for both runs
         ours = ("resolution", "shell") if stage.init_prefix or source_run == config["starts"] else ()
-        ours += ("conditions",) * (stage.freeze and not stage.init_prefix)         # which are taken up here
+        ours += ("conditions",) * (args.stage == "condition")  # which are taken up here
         words = [f"--{key}={value}" for key, value in flags if key not in ours and not key.startswith("style")]
         finish_first(parent, ["--config", *source_run.replace("/", " --stage ").split(), f"--out={args.out}", *words])
     origin = read_checkpoint(parent)

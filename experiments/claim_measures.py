@@ -2,13 +2,14 @@
 What experiments.claims measures of one set of weights; each measure is made once and kept in measures.jsonl.
 
     measures = Measures("out/claims/measures.jsonl")
-    measures.pictures(file, n, guidance)                       # {"dsg": (n,), "chance", "judge": (n, 18), "random"}
+    measures.pictures(file, n, guidance)                       # {"dsg": (n,), "chance", "framed", "judge", "random"}
     measures.loss(file, n)                                     # mean of (n,) held-out losses: no sampler, no judge
     measures.damage(file, parent, n, seed)                     # loss of a core inside its parent's shell
     measures.damage(file, parent, n, seed, refit=80)           # the same inside a new shell, trained for so many steps
 
-All runs sit one exam: held-out scenes 0, 1, ... with noise (0, picture, step). Exam B, by which rates are chosen, is of
-scenes EXAM_B and on. Letters: n pictures, K seeds, M values on an axis.
+Planned in its place tells what would be measured. All runs sit one exam: held-out scenes 0, 1, ... with noise (0,
+picture, step). Exam B, by which rates are chosen, is of scenes EXAM_B and on. Letters: n pictures, K seeds, M values on
+an axis.
 """
 import functools
 import json
@@ -27,8 +28,12 @@ from lib.judge import judge, look, picture_scores, seen_features
 from lib.networks import random_features
 from lib.pictures import to_tensor
 from lib.plan import count_flops
+from lib.settings import UserError
+from lib.tasks import in_style
 from model import Block, build, diffusion_loss, ema_weights, example, freeze_core, init_weights, read_checkpoint
+from sample import SAMPLERS
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXAM_B = 10000                                                 # its first scene
 REFERENCE = range(5000, 6000)                                  # held-out scenes to which pictures are compared
 LEVELS = 8                                                     # times at which a held-out picture's loss is taken
@@ -36,6 +41,7 @@ LEVELS = 8                                                     # times at which 
 
 class Measures:
     """What was measured, by weights and settings, in a file of a line each: a kill loses the line in the making."""
+    draws = 1000                                               # resamples of a bootstrap
 
     def __init__(self, file):
         self.file, self.known = file, {}
@@ -48,8 +54,8 @@ class Measures:
                     except ValueError:                         # cut off
                         pass
 
-    def once(self, key, work):
-        """work(), or what it was when this key was measured before."""
+    def once(self, key, work, file=None):
+        """work(), or what it was when this key was measured before; `file` are the weights that it looks at."""
         name = json.dumps(key, sort_keys=True)
         if name not in self.known:
             self.known[name] = work()
@@ -58,16 +64,16 @@ class Measures:
                 f.write(line)
         return self.known[name]
 
-    def pictures(self, file, n, guidance, noise=0, first=0):
-        """Pictures of n held-out captions, by the config's sampler: see picture_figures."""
-        key = {"of": "pictures", "weights": weights_of(file), "n": n, "guidance": guidance, "noise": noise,
-               "first": first}
-        return self.once(key, lambda: picture_figures(*open_weights(file), n, guidance, noise, first))
+    def pictures(self, file, n, guidance, noise=0, first=0, token=False):
+        """Pictures of n held-out captions, by the config's sampler, or with the style token: see picture_figures."""
+        key = {"of": "pictures", "weights": self.name(file), "n": n, "guidance": guidance, "noise": noise,
+               "first": first} | ({"token": True} if token else {})
+        return self.once(key, lambda: picture_figures(*open_weights(file), n, guidance, noise, first, token), file)
 
     def loss(self, file, n, first=0):
         """Mean held-out loss of the EMA weights over n pictures."""
-        key = {"of": "loss", "weights": weights_of(file), "n": n, "first": first}
-        return self.once(key, lambda: held_out_loss(*open_weights(file), n, first))
+        key = {"of": "loss", "weights": self.name(file), "n": n, "first": first}
+        return self.once(key, lambda: held_out_loss(*open_weights(file), n, first), file)
 
     def damage(self, file, parent, n, seed, refit=0):
         """
@@ -76,23 +82,86 @@ class Measures:
         or with `refit` in a new shell, trained for so many steps round the still core. Without a file: of a core with
         first weights.
         """
-        key = {"of": "damage", "weights": file and weights_of(file), "parent": weights_of(parent), "n": n,
-               "seed": seed, "refit": refit}
+        key = {"of": "damage", "weights": file and self.name(file), "parent": self.name(parent), "n": n, "seed": seed,
+               "refit": refit}
 
         def work():
             state, core = read_checkpoint(parent), file and read_checkpoint(file)
             if core:                                           # growing starts from the parent's average: it is 0
                 core = ema_weights(core) if weights_of(file) == weights_of(parent) else core["model"]
-            model = transplant(state, core, seed, keep_shell=not refit)
+            model = transplant(state, core, seed, keep_shell=not refit).to(DEVICE)
             if refit:
                 fit_shell(model, state["config"], refit, seed)
             return held_out_loss(model.eval(), state["config"], n)
-        return self.once(key, work)
+        return self.once(key, work, parent)
+
+    def name(self, file):
+        """What tells these weights from others."""
+        return weights_of(file)
+
+    def reference(self, config):
+        """Features of the world's own pictures: see reference_features."""
+        return reference_features(config)
+
+    def ceiling(self, config, n):
+        """See ceiling."""
+        return ceiling(config, n)
+
+
+class Planned(Measures):
+    """Measures that makes none: it notes in `wanted`, {key: (key, file)}, what is not known, and makes up values."""
+    draws = 2
+
+    def __init__(self, file):
+        super().__init__(file)
+        self.wanted, self.draw = {}, np.random.default_rng(0)
+
+    def name(self, file):
+        there = os.path.exists(os.path.join(file, "last.pt") if os.path.isdir(file) else file)
+        return weights_of(file) if there else file
+
+    def once(self, key, work, file=None):
+        name = json.dumps(key, sort_keys=True)
+        if name not in self.known:
+            self.wanted[name] = key, file
+            self.known[name] = self.made_up(key)
+        return self.known[name]
+
+    def made_up(self, key):
+        """A value of the right shape."""
+        if key["of"] == "pictures":
+            n = key["n"]
+            return {"dsg": self.draw.uniform(size=n).tolist(), "chance": 0.2, "framed": [0] * n, **self.features(n)}
+        value = 1 + self.draw.uniform()
+        return [value, value + 0.1] if key["of"] == "time" else value
+
+    def features(self, n):
+        """As features_of."""
+        return {"judge": self.draw.normal(size=(n, 18)), "random": self.draw.normal(size=(n, 64))}
+
+    def reference(self, config):
+        return self.features(100)
+
+    def ceiling(self, config, n):
+        return 1.0
+
+
+def passes(key, config):
+    """(pictures that go forward through the model, pictures that are judged) for a measure."""
+    if key["of"] == "pictures":
+        both = 1 if key["guidance"] == 1 else 2                # with the caption and without
+        return key["n"] * both * SAMPLERS[config["sampler"]][2](config["sample_steps"]), key["n"]
+    if key["of"] in ("loss", "damage"):
+        return LEVELS * key["n"] + 3 * config["batch"] * key.get("refit", 0), 0    # a backward is worth two
+    return 0, 0
 
 
 def weights_of(file):
     """16 digits that name the weights of a run or file."""
-    return file_hash(os.path.join(file, "last.pt") if os.path.isdir(file) else file)[:16]
+    digest = file_hash(os.path.join(file, "last.pt") if os.path.isdir(file) else file)
+    if not digest:
+        raise UserError(f"{file} is not there, and a measure wants it: move its run away to have it made again")
+    return digest[:16]
 
 
 def open_weights(file):
@@ -100,20 +169,22 @@ def open_weights(file):
     state = read_checkpoint(file)
     model = build(state["config"])
     model.load_state_dict(ema_weights(state))
-    return model.eval(), state["config"]
+    return model.eval().to(DEVICE), state["config"]
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
-def picture_figures(model, config, n, guidance, noise, first):
+def picture_figures(model, config, n, guidance, noise, first, token=False):
     """
-    {"dsg": n shares, "chance": dsg by other captions, "judge", "random": features of each picture} for held-out
-    captions first, first + 1 ... Picture i draws from (noise, i, step).
+    {"dsg": n shares, "chance": dsg by other captions, "framed": is there a frame, the style?, "judge", "random":
+    features of each picture} for held-out captions first, first + 1 ... Picture i draws from (noise, i, step).
     """
     world, numbers = open_data(config).held_out(), range(first, first + n)
-    images = generate(model, config | {"guidance": guidance}, [world.caption(i) for i in numbers], range(n), noise)
+    settings = (in_style(config) if token else config) | {"guidance": guidance}
+    images = generate(model, settings, [world.caption(i) for i in numbers], range(n), noise)
     looks, scenes = [look(image, world.cycles) for image in images], [world.scene(i) for i in numbers]
     return {"dsg": picture_scores(scenes, looks, world.middle), "chance": judge(world, scenes, looks)["chance_dsg"],
+            "framed": [int(seen.framed) for seen in looks],
             **{name: np.round(x, 5).tolist() for name, x in features_of(images, looks).items()}}
 
 
@@ -162,14 +233,14 @@ def vertex(x, y):
 @torch.no_grad()
 def held_out_loss(model, config, n, first=0, batch=32):
     """Mean loss of held-out pictures first, first + 1 ... at LEVELS times each, from fixed noise."""
-    world, total = open_data(config).held_out(), 0.0
+    world, total, device = open_data(config).held_out(), 0.0, next(model.parameters()).device
     for start in range(first, first + n, batch):
         numbers = range(start, min(start + batch, first + n))
-        x = to_tensor(np.stack([world.image(i, config["resolution"]) for i in numbers]))     # (b, 3, H, W)
-        text = encode_captions([world.caption(i) for i in numbers], config)        # (b, L)
+        x = to_tensor(np.stack([world.image(i, config["resolution"]) for i in numbers])).to(device)
+        text = encode_captions([world.caption(i) for i in numbers], config).to(device)       # x (b, 3, H, W), (b, L)
         for k in range(LEVELS):
-            eps = normals([("exam", 0, i, k) for i in numbers], x.shape[1:])       # (b, 3, H, W)
-            t = torch.full((len(x),), (k + 0.5) / LEVELS)
+            eps = normals([("exam", 0, i, k) for i in numbers], x.shape[1:], device)         # (b, 3, H, W)
+            t = torch.full((len(x),), (k + 0.5) / LEVELS, device=device)
             total += float(diffusion_loss(model, x, text, t, eps, config).sum())
     return total / (n * LEVELS)
 
@@ -194,9 +265,10 @@ def fit_shell(model, config, steps, seed):
     optimizer = torch.optim.AdamW(trained, lr=config["lr"], betas=(config["beta1"], config["beta2"]), weight_decay=0.0)
     batches = Batches(open_data(config), config, False, "refit")
     for step in range(steps):
-        x, text, _ = batches[step]                                                 # (b, 3, H, W), (b, L)
-        t = torch.arange(len(x)) / len(x) + float(uniforms(1, "times", "refit", seed, step)[0]) / len(x)
-        eps = normals([("noise", "refit", seed, step, row) for row in range(len(x))], x.shape[1:])
+        x, text = (part.to(trained[0].device) for part in batches[step][:2])       # (b, 3, H, W), (b, L)
+        offset = float(uniforms(1, "times", "refit", seed, step)[0])
+        t = (torch.arange(len(x)) / len(x) + offset / len(x)).to(x.device)
+        eps = normals([("noise", "refit", seed, step, row) for row in range(len(x))], x.shape[1:], x.device)
         warmed = min(1, (step + 1) / max(1, config["warmup"]))
         optimizer.param_groups[0]["lr"] = config["lr"] * warmed * (1 - step / steps)
         diffusion_loss(model, x, text, t, eps, config).mean().backward()

@@ -6,10 +6,13 @@ Contrasts between the arms of an experiment that is repeated over seeds, and wha
     estimate.interval(0.95), estimate.p                        # Student's t
     holm([a.p, b.p])                                           # adjusted for several looks
     verdict(estimate, estimate.p, margin=0.02)                 # confirmed, refuted, not at this size, undecided, void
+    bootstrap_interval(lambda rows: d[rows].mean(), len(d))    # of captions, for d (n,) of a caption each
 
-The unit is a seed: whatever is measured within one counts once. A arms, K seeds. Student's distribution is its finite
+The unit is a seed: whatever is measured within one counts once. A arms, K seeds. An experiment that may be looked at
+twice, again with more seeds if undecided, spends half of the level on each look. Student's distribution is its finite
 series, exact for whole degrees of freedom, so that scipy is not required.
 """
+import functools
 import math
 from typing import NamedTuple
 
@@ -31,6 +34,7 @@ def student_cdf(t, df):
     return 0.5 + inside / 2
 
 
+@functools.lru_cache(1024)
 def student_quantile(p, df):
     """The t below which a share p in (0, 1) lies, by bisection."""
     low, high = -1e6, 1e6                                      # enough for df = 1 and p = 1e-6
@@ -59,11 +63,20 @@ class Estimate(NamedTuple):
         """Two-sided probability of so large a mean where the truth is 0. Without any spread: 0, or 1 of a mean of 0."""
         if self.error == 0:
             return float(self.mean == 0)
-        return 2 * (1 - student_cdf(abs(self.mean) / self.error, self.df))
+        return 2 * (1 - student_cdf(abs(self.t), self.df))
+
+    @property
+    def t(self):
+        """The mean in standard errors."""
+        return self.mean / self.error if self.error else math.copysign(math.inf, self.mean)
 
     def minus(self, value):
         """The same, as a distance from `value`."""
         return self._replace(mean=self.mean - value)
+
+    def over(self, value):
+        """The same in units of `value`, above 0."""
+        return self._replace(mean=self.mean / value, error=self.error / value)
 
 
 def residual_spread(table):
@@ -112,6 +125,23 @@ def spread_interval(values, level=0.95, draws=20000):
     return s, s * math.sqrt(df / high), s * math.sqrt(df / low)
 
 
+@functools.lru_cache(4)
+def resamples(n, draws):
+    """(draws, n): numbers of n things drawn from n with replacement, always the same ones."""
+    return np.random.default_rng(0).integers(0, n, (draws, n))
+
+
+def bootstrap_interval(statistic, n, level=0.95, draws=1000):
+    """
+    (low, high): percentiles of statistic(rows), a number, over `draws` resamples of n things, rows (n,) their numbers
+    (Efron and Tibshirani 1993, ch. 13). What has one number is drawn together: a caption's pictures by all arms and
+    seeds. It tells what another exam would change, not what other trainings would.
+    """
+    values = [statistic(rows) for rows in resamples(n, draws)]
+    low, high = np.quantile(values, [0.5 - level / 2, 0.5 + level / 2])
+    return float(low), float(high)
+
+
 # ---- what may be said ------------------------------------------------------------------------------------------------
 
 def holm(ps):
@@ -123,33 +153,39 @@ def holm(ps):
     return adjusted
 
 
-def seeds_needed(estimate, margin, most=1000):
+def level_of(looks):
+    """Of intervals and tests of an experiment that may be looked at so often: both looks together err at ALPHA."""
+    return 1 - ALPHA / looks
+
+
+def seeds_needed(estimate, margin, most=1000, looks=1):
     """The least number of seeds above today's at which a truth of 0 would lie within +- margin, by the spread seen."""
     each = estimate.error * math.sqrt(estimate.seeds)          # what a seed adds to the error
     for seeds in range(estimate.seeds + 1, most):
         df = estimate.df * (seeds - 1) // (estimate.seeds - 1)
-        if student_quantile(0.95, df) * each / math.sqrt(seeds) <= margin:
+        if student_quantile(level_of(looks), df) * each / math.sqrt(seeds) <= margin:
             return seeds
     return most
 
 
-def verdict(estimate, p, margin, same=False, sensitive=True):
+def verdict(estimate, p, margin, same=False, sensitive=True, looks=1):
     """
-    (word, why) of an estimate whose claimed side is above 0; p is its own, adjusted. With `same` the claim is that
-    there is no difference: within +- margin. `sensitive`: these very runs showed a difference that is known to be
-    there; without that, none that is missing counts as absent.
+    (word, why) of an estimate whose claimed side is above 0; p is its own, adjusted for other claims and for `looks`.
+    With `same` the claim is that there is no difference: within +- margin. `sensitive`: these very runs showed a
+    difference that is known to be there; without that, none that is missing counts as absent.
     """
-    low, high = estimate.interval(0.90)                        # two one-sided tests at 5 %
+    level = 1 - 2 * ALPHA / looks                              # two one-sided tests, at 5 % where there is one look
+    (low, high), interval = estimate.interval(level), f"the {100 * level:g} % interval"
     within, outside = -margin <= low and high <= margin, low > margin or high < -margin
     if same:
         if within and sensitive:
-            return "confirmed", "the 90 % interval lies within the margin"
+            return "confirmed", f"{interval} lies within the margin"
         if outside:
-            return "refuted", "the 90 % interval lies outside the margin"
+            return "refuted", f"{interval} lies outside the margin"
     elif p < ALPHA:
         return ("confirmed", "above 0") if estimate.mean > 0 else ("refuted", "below 0")
     if not sensitive:
         return "void", "the same runs do not show a difference that is known to be there"
     if within:
-        return "not at this size", "absent: the 90 % interval lies within the margin"
-    return "undecided", f"needs {seeds_needed(estimate, margin)} seeds"
+        return "not at this size", f"absent: {interval} lies within the margin"
+    return "undecided", f"needs {seeds_needed(estimate, margin, looks=looks)} seeds"

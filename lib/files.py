@@ -15,13 +15,27 @@ from tqdm import tqdm
 from lib.settings import UserError
 
 
+def part_name(path):
+    """Where a file is written before it takes its name: another place in each process, so that two may write one."""
+    return f"{path}.{os.uname().nodename}-{os.getpid()}.part"  # process numbers are those of a machine
+
+
 def atomic_write(path, write):
-    """Write a file as a whole, write(file) its bytes: a kill at any moment leaves the old file or the new one."""
-    with open(path + ".part", "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())                                # else the name could reach the disk before the contents
-    os.replace(path + ".part", path)
+    """
+    Write a file as a whole, write(file) its bytes: a kill at any moment leaves the old file or the new one. Of several
+    processes that write it at once the last one's file stays.
+    """
+    part = part_name(path)
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())                            # else the name could reach the disk before the contents
+        os.replace(part, path)
+    except BaseException:                                      # Ctrl-C too
+        if os.path.exists(part):
+            os.remove(part)
+        raise
 
 
 def file_hash(path):

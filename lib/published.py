@@ -19,8 +19,8 @@ import torch.nn.functional as F
 
 from lib.checkpoint import FORMAT
 from lib.conditions import SIZES
-from lib.files import (atomic_write, complete, from_folder, import_extra, local_weights, read_json, weight_files,
-                       weights_hash)
+from lib.files import (atomic_write, complete, from_folder, import_extra, local_weights, part_name, read_json,
+                       weight_files, weights_hash)
 from lib.runs import newest_about
 from lib.settings import UserError, default_config
 from lib.tables import DTYPES
@@ -396,8 +396,8 @@ def export(state, folder):
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "model.safetensors")
     weights = {name: value.contiguous() for name, value in {**state["model"], **state["ema"]}.items()}
-    save_file(weights, path + ".part")
-    os.replace(path + ".part", path)
+    save_file(weights, part_name(path))
+    os.replace(part_name(path), path)
     about = {"format": FORMAT} | {key: state[key] for key in ("name", "stage", "step", "parents", "config")}
     what = "EMA weights of nanoVermeer, v of (z, logsnr, text, conditions): model.load(FOLDER)"
     text = json.dumps({"what": what} | about, indent=1)

@@ -7,6 +7,7 @@ Run folders: who may write there, what a training leaves behind, and which run m
 
 Beside them lie checkpoints (checkpoint.py) and whatever the training adds.
 """
+import ast
 import fcntl
 import glob
 import json
@@ -67,6 +68,18 @@ def prepare_run(run, lock, fresh, title, config):
     except OSError as e:
         fail(f"{run} cannot be written ({e}): make room or give another --out", 4)
     return lock
+
+
+def read_settings(run):
+    """What prepare_run wrote down, {key: value}. UserError where that is missing or broken."""
+    file = os.path.join(run, "config.txt")
+    try:
+        with open(file) as f:
+            lines = [line.partition(" = ") for line in f if line.strip() and not line.startswith("#")]
+        return {key: ast.literal_eval(value) for key, _, value in lines}
+    except (OSError, ValueError, SyntaxError) as e:
+        raise UserError(f"{file} cannot be read ({type(e).__name__}): bring it back, or train this run again with "
+                        "--fresh")
 
 
 def check_room(run, needed):

@@ -4,8 +4,8 @@ import math
 import numpy as np
 import pytest
 
-from lib.contrasts import (Estimate, contrast, holm, one_sample, residual_spread, seeds_needed, spread_interval,
-                           student_cdf, student_quantile, verdict)
+from lib.contrasts import (Estimate, bootstrap_interval, contrast, holm, level_of, one_sample, residual_spread,
+                           seeds_needed, spread_interval, student_cdf, student_quantile, verdict)
 
 
 def made_up(draw, truths, seeds=4, between=0.05, within=0.012):
@@ -96,3 +96,43 @@ def test_the_interval_of_a_spread_covers_it():
     draw = np.random.default_rng(8)
     intervals = [spread_interval(draw.normal(0, 0.03, 4))[1:] for _ in range(500)]
     assert 0.92 <= np.mean([low <= 0.03 <= high for low, high in intervals]) <= 0.98
+
+
+def test_an_interval_over_captions_covers_what_another_exam_would_tell():
+    """Two arms answer the same captions, some of which are hard for both: paired, these drop out."""
+    draw, n, covered, paired, apart = np.random.default_rng(9), 200, [], [], []
+
+    def interval(x):
+        return bootstrap_interval(lambda rows: x[rows].mean(), n, draws=500)
+    for k in range(400):
+        hard = draw.normal(0.5, 0.3, n)                        # of each caption
+        arms = [hard + better + draw.normal(0, 0.1, n) for better in (0.03, 0.0)]
+        low, high = interval(arms[0] - arms[1])
+        covered.append(low <= 0.03 <= high)
+        if k < 20:
+            paired.append(high - low)
+            apart.append(math.hypot(*(high - low for low, high in map(interval, arms))))
+    assert 0.93 <= np.mean(covered) <= 0.97
+    assert 2.7 < np.mean(apart) / np.mean(paired) < 3.7        # sqrt(0.3^2 + 0.1^2) / 0.1 = 3.2
+    assert interval(arms[0]) == interval(arms[0])              # the same every time
+
+
+
+def test_two_looks_err_no_more_often_than_one():
+    """Four seeds, and if these leave it undecided four more: without an adjustment the second look adds its errors."""
+    draw, share = np.random.default_rng(10), {1: [], 2: []}
+    for _ in range(2000):
+        table = made_up(draw, [0, 0, 0], seeds=8, within=0.03)
+        for looks in share:                                    # what is spent: the level of each look
+            for seeds in (4, 8):
+                estimate = contrast({arm: x[:seeds] for arm, x in table.items()}, {"arm 1": 1, "arm 0": -1})
+                word, _ = verdict(estimate, min(1, looks * estimate.p), 0.02, looks=looks)
+                if word != "undecided":
+                    break
+            share[looks].append(word in ("confirmed", "refuted"))
+    assert np.mean(share[2]) <= 0.05 < 0.06 < np.mean(share[1])
+    assert level_of(1) == 0.95 and level_of(2) == 0.975
+    estimate = Estimate(0.01, 0.005, 12, 4)                    # 90 %: up to 0.0189; 95 %: up to 0.0209
+    words = [verdict(estimate, 1.0, 0.02, looks=looks) for looks in (1, 2)]
+    assert [word for word, _ in words] == ["not at this size", "undecided"] and "90 % interval" in words[0][1]
+    assert seeds_needed(Estimate(0, 0.02, 3, 4), 0.02, looks=2) > seeds_needed(Estimate(0, 0.02, 3, 4), 0.02)

@@ -1,5 +1,7 @@
 """A kill leaves the old file or the new one; nothing is written over; what is not installed is named."""
 import hashlib
+import multiprocessing
+import os
 
 import pytest
 
@@ -16,9 +18,29 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
         raise OSError("full")
     with pytest.raises(OSError):
         atomic_write(file, fail)
-    assert open(file).read() == "old"
+    assert open(file).read() == "old" and os.listdir(tmp_path) == ["a.txt"]        # and nothing half
     atomic_write(file, lambda f: f.write(b"new"))
     assert open(file).read() == "new"
+
+
+def write_slowly(file, letter, both_begun):
+    def write(f):
+        f.write(letter * 1000)
+        f.flush()
+        both_begun.wait(30)                                    # both files are open, and half of each is written
+        f.write(letter * 1000)
+    atomic_write(file, write)
+
+
+def test_two_processes_that_write_a_file_at_once_leave_one_of_theirs_whole(tmp_path):
+    file, both_begun = str(tmp_path / "a.txt"), multiprocessing.Barrier(2)
+    writers = [multiprocessing.Process(target=write_slowly, args=(file, letter, both_begun)) for letter in (b"x", b"y")]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert [writer.exitcode for writer in writers] == [0, 0]
+    assert open(file, "rb").read() in (b"x" * 2000, b"y" * 2000) and os.listdir(tmp_path) == ["a.txt"]
 
 
 def test_a_hash_is_of_a_file_or_of_the_weights_in_a_folder(tmp_path):
