@@ -329,11 +329,13 @@ def passing(scale, scores, level):
 
 def ahead(scale, first, second):
     """
-    By how much `first` is ahead on the scale: where it reaches what `second` has at the end, before the end; if it
-    never does, minus the same the other way round.
+    By how much `first` is ahead on the scale: from where it has what `second` has at the end to where `second` first
+    has that; if it never does, minus the same the other way round. Of two that never rise: 0.
     """
-    place = passing(scale, first, second[-1])
-    return scale[-1] - place if place is not None else passing(scale, second, first[-1]) - scale[-1]
+    level = second[-1]
+    if passing(scale, first, level) is None:
+        return -ahead(scale, second, first)
+    return passing(scale, second, level) - passing(scale, first, level)
 
 
 def rank_correlation(x, y):

@@ -177,6 +177,7 @@ def test_a_grown_model_is_ahead_by_as_many_doublings_as_its_score_tells(tmp_path
     assert claim_contrasts.ahead(scale, [0.1, 0.3, 0.5], [0.0, 0.1, 0.2]) == pytest.approx(1.5)
     assert claim_contrasts.ahead(scale, [0.0, 0.1, 0.2], [0.1, 0.3, 0.5]) == pytest.approx(-1.5)
     assert claim_contrasts.ahead(scale, [0.5, 0.5, 0.5], [0.1, 0.2, 0.3]) == 2     # there before the first snapshot
+    assert claim_contrasts.ahead(scale, [0.5, 0.5, 0.5], [0.2, 0.2, 0.2]) == 0     # where nothing is to be learned
 
 
 def test_of_all_metrics_the_weakest_decides(tmp_path):
