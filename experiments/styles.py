@@ -34,7 +34,7 @@ from model import diffusion_loss, load
 from sample import is_student, sample
 
 RUNS = {                                                       # (folder, stage) -> keys of its training
-    ("mixture", "style"): {},                                     # the share of configs.txt
+    ("mixture", "style"): {},                                  # the share of configs.txt
     ("alone", "style"): dict(style_share=1.0),
     ("mixture", "distill"): dict(style="scenes", objective="consistency", steps=300)}
 WORDS = "with a frame"                                         # of prompt engineering: what is wanted, said in words
