@@ -16,16 +16,13 @@ import importlib
 import importlib.util
 import json
 import math
-import multiprocessing
 import os
 import re
-import runpy
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import types
 
@@ -62,6 +59,7 @@ from lib.test_metrics import fd
 from lib.test_networks import stand_in_for_inception, tiny_blip, tiny_dino
 from lib.test_people import prefers_a, tiny_page, write_answers
 from lib.test_questions import ANSWERS, DSG
+from lib.test_scripts import ended, run, run_ranks, start, start_ranks, until
 from lib.triton_tools import NO_TRITON, relative_errors, run_with_gradients, seeded_randn, tolerance
 from model import build
 
@@ -73,72 +71,6 @@ TINY = ["--width", "32", "--depth", "2", "--batch", "8", "--steps", "6", "--eval
 
 
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="slow: SLOW=1 pytest test_all.py")
-
-
-# A process that has imported everything, and forks: a script starts in no time. No other file of tests may set this.
-server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["eval", "lib.plan", "lib.runs", "torch._dynamo", "torch.utils.flop_counter",
-                               "torch._subclasses.fake_tensor", "torch.distributed", "matplotlib.pyplot"])
-
-
-def script_process(script, words, environment, output, fault):
-    """What the forked process does: the script, as `python SCRIPT WORDS` would do it, with what it prints in the file
-    `output`. `fault` spoils something first."""
-    for stream in (1, 2):
-        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    os.environ.pop("TRITON_INTERPRET", None)
-    os.environ.update({"OMP_NUM_THREADS": "1"} | environment)
-    torch.set_num_threads(1)
-    sys.argv = [script, *words]
-    fault()
-    try:
-        runpy.run_path(os.path.join(HERE, script), run_name="__main__")
-    except Exception:                                          # as an interpreter of its own would end
-        sys.excepthook(*sys.exc_info())
-        os._exit(1)
-
-
-def start(script, *words, fault=int, **environment):
-    """Start a script in a process of its own with one thread; returns the process, and a function that
-    tells what it has printed."""
-    output = tempfile.mktemp()
-    process = server.Process(target=script_process, args=(script, list(map(str, words)), environment, output, fault))
-    process.start()
-    return process, lambda: open(output).read() if os.path.exists(output) else ""
-
-
-def run(script, *words, code=0, fault=int, **environment):
-    """Run a script to its end; returns what it printed, both streams."""
-    process, said = start(script, *words, fault=fault, **environment)
-    process.join(300)
-    assert process.exitcode == code, f"status {process.exitcode}: " + said()[-5000:]
-    return said()
-
-
-def start_ranks(world, *words, fault=int):
-    """train.py in so many processes that know each other, as torchrun starts them."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        meeting = dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
-    return [start("train.py", *words, fault=fault, RANK=str(rank), LOCAL_RANK=str(rank), **meeting)
-            for rank in range(world)]
-
-
-def run_ranks(world, *words, code=0):
-    """train.py in so many processes, to their end; returns what they printed."""
-    started = start_ranks(world, *words)
-    for process, said in started:
-        process.join(300)
-    assert all(process.exitcode == code for process, _ in started), "".join(said()[-3000:] for _, said in started)
-    return "".join(said() for _, said in started)
-
-
-def until(said, words, process):
-    """Wait until the script has printed these words."""
-    begin = time.monotonic()
-    while words not in said():
-        assert process.is_alive() and time.monotonic() < begin + 120, said()
-        time.sleep(0.01)
 
 
 def tiny(stage="pretrain", **changes):
@@ -3260,6 +3192,7 @@ from lib.test_questions import *  # noqa
 from lib.test_runs import *  # noqa
 from lib.test_scan import *  # noqa
 from lib.test_scenes import *  # noqa
+from lib.test_scripts import *  # noqa
 from lib.test_settings import *  # noqa
 from lib.test_tables import *  # noqa
 from lib.test_triton_tools import *  # noqa
