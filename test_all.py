@@ -2048,7 +2048,7 @@ def changed(words, **keys):
 def with_parents(runs, out, stage):
     """A folder for runs in which those that the stage starts from are there."""
     folder(out, "").mkdir(parents=True, exist_ok=True)
-    for needed in {"pretrain": (), "grow": ("pretrain",), "defrost": ("pretrain", "grow"), "style": ("grow",),
+    for needed in {"pretrain": (), "grow": ("pretrain",), "defrost": ("pretrain", "grow"), "style": ("grow", "defrost"),
                    "distill": ("grow", "defrost")}[stage]:
         os.symlink(folder(runs[0], needed), folder(out, needed))
     return out
@@ -2060,6 +2060,26 @@ def assert_same_run(one, two, stage="pretrain"):
     for part in ("model", "ema", "moments"):
         assert one[part] and tensors_hash(one[part]) == tensors_hash(two[part]), part
     assert (one["step"], one["data_step"]) == (two["step"], two["data_step"])
+
+
+def stop_in_step(number):
+    """SIGTERM comes while the batch of this step is made."""
+    get = Batches.__getitem__
+
+    def signalled(self, step):
+        if step == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return get(self, step)
+    Batches.__getitem__ = signalled
+
+
+def run_broken(number, *words):
+    """train.py stopped by SIGTERM in this step, and the same command again; returns what both have printed."""
+    said = run("train.py", *words, fault=functools.partial(stop_in_step, number), code=143)
+    assert f"stopped at step {number + 1} and saved" in said and "the same command goes on from here" in said
+    more = run("train.py", *words)
+    assert f"going on at step {number + 1} of" in more
+    return said + more
 
 
 def test_one_command_pretrains_grows_and_says_what_comes_next(runs):
@@ -2111,28 +2131,19 @@ def test_ema_is_the_average_of_the_weights_of_each_step(keys, decay, tmp_path):
         assert all(torch.allclose(state["ema"][k], m, rtol=1e-5, atol=1e-7) for k, m in mean.items()), n
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "defrost", "style"])                # grow: the next test
-def test_a_run_stopped_and_continued_equals_an_unbroken_one_to_the_bit(runs, stage, tmp_path):
-    """Stopped by SIGTERM at whatever step it has reached."""
-    whole, broken = (with_parents(runs, tmp_path / name, stage) for name in ("whole", "broken"))
-    words = changed(TINY, steps=30)
-    run("train.py", "--stage", stage, "--out", whole, *words)
-    process, said = start("train.py", "--stage", stage, "--out", broken, *words)
-    until(said, "\nstep", process)
-    process.terminate(), process.join()
-    assert process.exitcode == 143 and "the same command goes on from here" in said()
-    stopped = checkpoint_of(broken, stage)["step"]
-    assert 2 <= stopped < 30
-    assert f"going on at step {stopped}" in run("train.py", "--stage", stage, "--out", broken, *words)
+@pytest.mark.parametrize("stage, number", [("pretrain", 2), ("grow", 4), ("defrost", 1), ("style", 3)])
+def test_a_run_stopped_and_continued_equals_an_unbroken_one_to_the_bit(runs, styled, stage, number, tmp_path):
+    whole, broken = styled[0] if stage == "style" else runs[0], with_parents(runs, tmp_path, stage)
+    run_broken(number, "--stage", stage, "--out", broken, *TINY)
     assert_same_run(whole, broken, stage)
 
 
-@pytest.mark.parametrize("stage, kills", [
-    ("grow", 2), *[pytest.param(s, 30, marks=slow) for s in ("pretrain", "grow", "defrost")]])
-def test_kill_9_at_random_moments_loses_nothing(runs, stage, kills, tmp_path):
+@pytest.mark.parametrize("stage, kills, steps", [
+    ("grow", 2, 6), *[pytest.param(s, 30, 40, marks=slow) for s in ("pretrain", "grow", "defrost")]])
+def test_kill_9_at_random_moments_loses_nothing(runs, stage, kills, steps, tmp_path):
     """A checkpoint at every step, so that many kills hit a save."""
     whole, broken = (with_parents(runs, tmp_path / name, stage) for name in ("whole", "broken"))
-    words = ["--stage", stage, *changed(TINY, steps=40, save_every=1, sample_every=0)]
+    words = ["--stage", stage, *changed(TINY, steps=steps, save_every=1, sample_every=0)]
     run("train.py", "--out", whole, *words)
     moments = np.random.default_rng(int(time.time()))
     for _ in range(kills):
@@ -2143,6 +2154,13 @@ def test_kill_9_at_random_moments_loses_nothing(runs, stage, kills, tmp_path):
         assert process.exitcode in (-9, 0), said()
     run("train.py", "--out", broken, *words)
     assert_same_run(whole, broken, stage)
+
+
+@pytest.fixture(scope="session")
+def styled(runs):
+    """A folder for runs in which the latest one was tuned to a style, and what was printed."""
+    out = with_parents(runs, runs[0] / "styled", "style")
+    return out, run("train.py", "--stage", "style", "--out", out, *TINY)
 
 
 @pytest.fixture(scope="session")
@@ -2176,13 +2194,9 @@ def test_a_finished_model_takes_up_a_condition_while_its_blocks_stay_as_they_are
 def test_taking_up_a_condition_goes_on_to_the_bit(runs, told, tmp_path):
     whole, broken = (with_parents(runs, tmp_path / name, "defrost") for name in ("whole", "broken"))
     words = ["--stage", "condition", "--conditions", "x,size", "--core", folder(told[0], "condition")]
-    words += changed(TINY, steps=30)
+    words += changed(TINY, sample_every=0)
     run("train.py", *words, "--out", whole)
-    process, said = start("train.py", *words, "--out", broken)
-    until(said, "\nstep", process)
-    process.terminate(), process.join()
-    assert process.exitcode == 143 and "(conditions x, as no change)" in said()    # size came with the weights
-    assert "going on at step" in run("train.py", *words, "--out", broken)
+    assert "(conditions x, as no change)" in run_broken(3, *words, "--out", broken)          # size came with the weights
     assert_same_run(whole, broken, "condition")
     words = changed(words, conditions="x")
     assert "knows size: give --conditions x,size" in run("train.py", *words, "--out", whole, code=2)
@@ -2251,14 +2265,10 @@ def test_a_student_may_start_as_another_student_of_its_teacher(students, tmp_pat
 @pytest.mark.parametrize("objective, steps", [("consistency", 4), ("dmd", 1)])
 def test_a_stopped_student_goes_on_to_the_bit_between_any_two_turns(runs, objective, steps, tmp_path):
     whole, broken = (with_parents(runs, tmp_path / name, "defrost") for name in ("whole", "broken"))
-    words = ["--stage", "distill", *changed(TINY, steps=20, sample_steps=steps, objective=objective, teacher_steps=8,
+    words = ["--stage", "distill", *changed(TINY, sample_steps=steps, objective=objective, teacher_steps=8,
                                             sample_every=0, teacher_steps_end=16)]
     run("train.py", *words, "--out", whole)
-    process, said = start("train.py", *words, "--out", broken)
-    until(said, "\nstep", process)
-    process.terminate(), process.join()
-    assert process.exitcode == 143 and 2 <= checkpoint_of(broken, "distill")["step"] < 20
-    run("train.py", *words, "--out", broken)
+    run_broken(2, *words, "--out", broken)
     assert_same_run(whole, broken, "distill")
     one, two = checkpoint_of(whole, "distill"), checkpoint_of(broken, "distill")
     assert one["turns"] == two["turns"]
@@ -2299,14 +2309,10 @@ def test_a_twin_with_critics_says_that_its_vgg_is_none(tmp_path):
 
 
 def test_a_stopped_run_with_critics_goes_on_to_the_bit(tmp_path):
-    words = ["--stage", "pretrain", *changed(TINY, steps=20, sample_every=0, discriminator_width=4, adversarial=0.5),
-             "--adversarial_start", 4, "--r1", 0.1]
+    words = ["--stage", "pretrain", *changed(TINY, steps=18, sample_every=0, discriminator_width=4, adversarial=0.5),
+             "--adversarial_start", 4, "--r1", 0.1]            # R1 is due in step 16
     run("train.py", *words, "--out", tmp_path / "whole")
-    process, said = start("train.py", *words, "--out", tmp_path / "broken")
-    until(said, "\nstep", process)
-    process.terminate(), process.join()
-    assert process.exitcode == 143 and 2 <= checkpoint_of(tmp_path / "broken")["step"] < 20
-    run("train.py", *words, "--out", tmp_path / "broken")
+    run_broken(14, *words, "--out", tmp_path / "broken")
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
     one, two = checkpoint_of(tmp_path / "whole"), checkpoint_of(tmp_path / "broken")
     assert one["turns"] == two["turns"]
@@ -2358,9 +2364,8 @@ def test_what_a_student_cannot_learn_from_is_refused(words, message, runs, tmp_p
     assert message.format(tmp=tmp_path) in run("train.py", *stage, *to, *keys, *words, code=2)
 
 
-def test_a_style_starts_from_the_latest_run_and_is_asked_for_by_its_token(runs, tmp_path, says):
-    out, words = with_parents(runs, tmp_path, "distill"), changed(TINY, steps=3)
-    said = run("train.py", "--stage", "style", "--out", out, *words)
+def test_a_style_starts_from_the_latest_run_and_is_asked_for_by_its_token(styled, tmp_path, says):
+    (out, said), words = styled, changed(TINY, steps=3, sample_every=0)
     assert f"from {folder(out, 'defrost')}: " in said and "a chance of 0.5" in said
     assert checkpoint_of(out, "style")["config"]["style"] == "scenes"
     student = ["train.py", "--stage", "distill", "--teacher_steps", 8, "--out", out, *words]
@@ -2387,7 +2392,7 @@ def test_a_style_starts_from_the_latest_run_and_is_asked_for_by_its_token(runs, 
 
 def pipeline_words(out, stage, **keys):
     """Flags of a short training from a tiny pipeline, of 16 px."""
-    plain = dict(steps=20, batch=4, sample_every=0, lr=0.0005, scene_native=16)
+    plain = dict(steps=6, batch=4, sample_every=0, lr=0.0005, scene_native=16)
     return ["--out", out, "--stage", stage, *changed(TINY[4:], **plain | keys)]    # [4:]: it has a width of its own
 
 
@@ -2407,11 +2412,7 @@ def test_a_published_pipeline_is_trained_and_goes_on_to_the_bit(pipelines, kind,
     assert sum(not torch.equal(state["model"][k], v) for k, v in before.items()) > 20        # it is trained
     assert state["config"]["pipeline"] == origin and state["config"]["encoder_id"].startswith("pipeline fp32 ")
     assert state["config"]["weighting"] == "eps" and state["parents"] == [f"{origin} (published, step 0)"]
-    process, said = start("train.py", *words, *pipeline_words(broken, stage, **keys))
-    until(said, "\nstep", process)
-    process.terminate(), process.join()
-    assert process.exitcode == 143 and 2 <= checkpoint_of(broken, stage)["step"] < 20, said()
-    assert "going on at step" in run("train.py", *words, *pipeline_words(broken, stage, **keys))
+    run_broken(2, *words, *pipeline_words(broken, stage, **keys))
     assert_same_run(whole, broken, stage)
 
 
@@ -2473,7 +2474,7 @@ def test_what_a_pipeline_cannot_be_trained_with_is_refused(words, message, pipel
 
 def test_the_first_command_goes_on_also_when_stopped_in_the_stage_that_it_runs_first(tmp_path):
     """And --fresh is about the run that was named, not about the one that it needs."""
-    words = ["--stage", "grow", "--out", tmp_path, *changed(TINY, steps=20)]
+    words = ["--stage", "grow", "--out", tmp_path, *changed(TINY, steps=20, sample_every=0)]
     process, said = start("train.py", *words)
     until(said, "\nstep", process)
     process.terminate(), process.join()
