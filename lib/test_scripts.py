@@ -20,13 +20,17 @@ import time
 import pytest
 import torch
 
-from lib import plan
+from lib import errors, plan
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 server = multiprocessing.get_context("forkserver")
-# Besides what scripts import: this module and pytest, which each fork would look up, and the larger parts of torch.
-server.set_forkserver_preload([__name__, "_pytest.config", "eval", "lib.runs", "torch._dynamo",
-                               "torch.distributed.fsdp", "torch._subclasses.fake_tensor", "matplotlib.pyplot"])
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")    # who asks for a GPU before a fork must not start CUDA
+# What scripts import, at once or late; this module and pytest, which each fork looks up; extras, where they are.
+server.set_forkserver_preload([
+    __name__, "_pytest.config", "eval", "lib.runs", "torch._dynamo", "torch._subclasses.fake_tensor",
+    "torch.distributed.fsdp", "matplotlib.pyplot", "diffusers.models.transformers.pixart_transformer_2d",
+    "diffusers.models.unets.unet_2d_condition", "diffusers.models.autoencoders.autoencoder_kl",
+    "transformers.models.t5.modeling_t5", "transformers.models.clip.modeling_clip"])
 
 
 def forked_process(work, output, environment):
@@ -36,6 +40,7 @@ def forked_process(work, output, environment):
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.update({"OMP_NUM_THREADS": "1"} | environment)
     torch.set_num_threads(1)
+    errors.PATIENCE = 0.5                                      # forks start together
     try:
         work()
     except Exception:                                          # as an interpreter of its own would end
@@ -46,7 +51,7 @@ def forked_process(work, output, environment):
 def as_script(script, words, fault):
     """`python SCRIPT WORDS`, after `fault` has spoilt something."""
     sys.argv = [script, *words]
-    plan.sgemm_rate = lambda: 1e11                           # the yardstick of a CPU takes longer than such a training
+    plan.sgemm_rate = lambda: 1e11                             # to measure it takes a third of such a training
     fault()
     runpy.run_path(os.path.join(HERE, script), run_name="__main__")
 
@@ -60,8 +65,7 @@ def fork(work, **environment):
 
 
 def start(script, *words, fault=int, **environment):
-    """Start a script in a process of its own with one thread; returns the process, and a function that
-    tells what it has printed."""
+    """Start a script in a process of its own with one thread; returns that, and a function that tells what it said."""
     return fork(functools.partial(as_script, script, list(map(str, words)), fault), **environment)
 
 
@@ -75,6 +79,12 @@ def ended(process, said, code=0):
 def run(script, *words, code=0, fault=int, **environment):
     """Run a script to its end; returns what it printed, both streams."""
     return ended(*start(script, *words, fault=fault, **environment), code)
+
+
+def run_beside(*commands):
+    """Scripts side by side, each a list of its words, to their end; returns what each printed."""
+    started = [start(*words) for words in commands]
+    return [ended(*one) for one in started]
 
 
 def fork_ranks(world, work):
