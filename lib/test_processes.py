@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lib import processes
-from lib.test_scripts import fork_ranks
+from lib.test_scripts import ended, fork, fork_ranks
 
 
 def run_two(work):
@@ -41,6 +41,7 @@ def rank_one_raises():
 
 def both_raise():
     processes.join(60)
+    processes.all_reduce_max(0)                                # both have joined
     processes.print_error("batch = 3: take 4")
     processes.exit_with(2)
 
@@ -124,9 +125,12 @@ def test_torchrun_gets_the_message_for_its_summary(monkeypatch, tmp_path):
     assert json.load(open(tmp_path / "error.json"))["message"]["extraInfo"]["py_callstack"] == "error: no room"
 
 
+def halve_small_numbers():
+    processes.join(60)
+    torch.set_num_threads(2)
+    print(int((torch.full((1 << 20,), 1e-39) * 0.5).count_nonzero()))
+
+
 def test_numbers_too_small_to_be_normal_are_zero_in_all_threads():
     """A trained model is a third slower with them, on a CPU."""
-    code = ("import torch; from lib.processes import join; join(60); torch.set_num_threads(2);"
-            "x = torch.full((1 << 20,), 1e-39); print(int((x * 0.5).count_nonzero()))")
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=here).stdout == "0\n"
+    assert ended(*fork(halve_small_numbers)) == "0\n"
