@@ -16,16 +16,13 @@ import importlib
 import importlib.util
 import json
 import math
-import multiprocessing
 import os
 import re
-import runpy
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import types
 
@@ -62,83 +59,19 @@ from lib.test_metrics import fd
 from lib.test_networks import stand_in_for_inception, tiny_blip, tiny_dino
 from lib.test_people import prefers_a, tiny_page, write_answers
 from lib.test_questions import ANSWERS, DSG
+from lib.test_scripts import ended, fork, run, run_beside, run_ranks, start, start_ranks, until
 from lib.triton_tools import NO_TRITON, relative_errors, run_with_gradients, seeded_randn, tolerance
 from model import build
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # Small tensors: threads would wait for each other, all the more where cores are shared.
 torch.set_num_threads(1)
-TINY = ["--width", "32", "--depth", "2", "--batch", "8", "--steps", "6", "--eval_n", "0", "--sample_every", "4",
-        "--scene_count", "200", "--log_every", "2", "--sample_steps", "4", "--weight_decay", "0.1"]
+TINY = ["--width", "32", "--depth", "2", "--channels", "16", "--entry_channels", "16", "--batch", "8", "--steps", "6",
+        "--eval_n", "0", "--sample_every", "4", "--scene_count", "200", "--log_every", "2", "--sample_steps", "2",
+        "--weight_decay", "0.1"]
 
 
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="slow: SLOW=1 pytest test_all.py")
-
-
-# A process that has imported everything, and forks: a script starts in no time. No other file of tests may set this.
-server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["eval", "lib.plan", "lib.runs", "torch._dynamo", "torch.utils.flop_counter",
-                               "torch._subclasses.fake_tensor", "torch.distributed", "matplotlib.pyplot"])
-
-
-def script_process(script, words, environment, output, fault):
-    """What the forked process does: the script, as `python SCRIPT WORDS` would do it, with what it prints in the file
-    `output`. `fault` spoils something first."""
-    for stream in (1, 2):
-        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    os.environ.pop("TRITON_INTERPRET", None)
-    os.environ.update({"OMP_NUM_THREADS": "1"} | environment)
-    torch.set_num_threads(1)
-    sys.argv = [script, *words]
-    fault()
-    try:
-        runpy.run_path(os.path.join(HERE, script), run_name="__main__")
-    except Exception:                                          # as an interpreter of its own would end
-        sys.excepthook(*sys.exc_info())
-        os._exit(1)
-
-
-def start(script, *words, fault=int, **environment):
-    """Start a script in a process of its own with one thread; returns the process, and a function that
-    tells what it has printed."""
-    output = tempfile.mktemp()
-    process = server.Process(target=script_process, args=(script, list(map(str, words)), environment, output, fault))
-    process.start()
-    return process, lambda: open(output).read() if os.path.exists(output) else ""
-
-
-def run(script, *words, code=0, fault=int, **environment):
-    """Run a script to its end; returns what it printed, both streams."""
-    process, said = start(script, *words, fault=fault, **environment)
-    process.join(300)
-    assert process.exitcode == code, f"status {process.exitcode}: " + said()[-5000:]
-    return said()
-
-
-def start_ranks(world, *words, fault=int):
-    """train.py in so many processes that know each other, as torchrun starts them."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        meeting = dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]))
-    return [start("train.py", *words, fault=fault, RANK=str(rank), LOCAL_RANK=str(rank), **meeting)
-            for rank in range(world)]
-
-
-def run_ranks(world, *words, code=0):
-    """train.py in so many processes, to their end; returns what they printed."""
-    started = start_ranks(world, *words)
-    for process, said in started:
-        process.join(300)
-    assert all(process.exitcode == code for process, _ in started), "".join(said()[-3000:] for _, said in started)
-    return "".join(said() for _, said in started)
-
-
-def until(said, words, process):
-    """Wait until the script has printed these words."""
-    begin = time.monotonic()
-    while words not in said():
-        assert process.is_alive() and time.monotonic() < begin + 120, said()
-        time.sleep(0.01)
 
 
 def tiny(stage="pretrain", **changes):
@@ -167,11 +100,19 @@ def shaken(net, seed=0):
     return net.eval()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def first_command(request, tmp_path_factory):
+    """A folder for runs, and the command that the README gives first, at work beside the first of the tests."""
+    if any("runs" in item.fixturenames for item in request.session.items):
+        out = tmp_path_factory.mktemp("runs")
+        return out, start("train.py", "--stage", "grow", "--out", out, *TINY)
+
+
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory):
-    """A pretrained, a grown and a defrosted tiny run, made by the command that the README gives first."""
-    out = tmp_path_factory.mktemp("runs")
-    said = run("train.py", "--stage", "grow", "--out", out, *TINY)
+def runs(first_command):
+    """A pretrained, a grown and a defrosted tiny run, of which that command has made the first two."""
+    out, started = first_command
+    said = ended(*started)
     said += run("train.py", "--stage", "defrost", "--out", out, *TINY)
     return out, said
 
@@ -498,20 +439,20 @@ def test_grid_has_one_axis_for_images_and_heads(monkeypatch):
     assert grids == [(10000 * 7 * 3,)]
 
 
+def use_offsets_past_2_to_the_31():
+    kernels.backend = "triton"
+    far = torch.empty(2 ** 31 + 4096, dtype=torch.float16)                 # never touched, so never paid for
+    for shape, stride in (((1, 8, 2, 16), (0, 16, 2 ** 31, 1)), ((2, 8, 1, 16), (2 ** 31, 16, 16, 1))):
+        x = far.as_strided(shape, stride)
+        x.copy_(seeded_randn(*shape))
+        assert torch.allclose(kernels.attention(x, x, x), kernels.attention_reference(x, x, x), atol=2e-3)
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="reads memory that was never written")
 @needs_triton
 def test_offsets_past_2_to_the_31():
-    code = """
-import torch, kernels
-kernels.backend = "triton"
-far = torch.empty(2 ** 31 + 4096, dtype=torch.float16)              # never touched, so never paid for
-for shape, stride in (((1, 8, 2, 16), (0, 16, 2 ** 31, 1)), ((2, 8, 1, 16), (2 ** 31, 16, 16, 1))):
-    x = far.as_strided(shape, stride)
-    x.copy_(kernels.seeded_randn(*shape))
-    assert torch.allclose(kernels.attention(x, x, x), kernels.attention_reference(x, x, x), atol=2e-3)
-"""
-    done = run_apart(code, TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stderr
+    """In a process of its own, which a wrong address would end."""
+    ended(*fork(use_offsets_past_2_to_the_31, TRITON_INTERPRET="1"))
 
 
 # kernels: KV merge's contract
@@ -704,16 +645,16 @@ def test_folder_of_images_trains_grows_and_samples(photos, tmp_path):
     torn = picture(64, 64, kind="PNG")
     (photos / "torn.png").write_bytes(torn[:2000] + bytes(2000) + torn[4000:])     # its header and its end are whole
     (photos / "torn.txt").write_text("torn")
-    words = ("train.py", "--stage", "grow", "--data", photos, "--upscale", "--out", tmp_path / "o", *TINY)
-    output = run(*words)
+    words = ("train.py", "--data", photos, "--upscale", "--out", tmp_path / "o", *TINY, "--stage")
+    output = run(*words, "pretrain") + run(*words, "grow")
     assert re.search(r"skipped +1 +not an image, such as 'fake.jpg'", output)
     assert output.count("skipped torn.png: ") == 2 and "finished" in output
     run("sample.py", tmp_path / "o/toy/grow", "grey level 3", "--n", 2, "--steps", 3, "--to", tmp_path / "g.png")
     table = run("data.py", "check", photos)
     assert "used            25" in table and "not an image" in table
     os.truncate(photos / "a 3.JPG", 300)                       # other data than the run's
-    old = re.search(r"data_id (\w{16}) there, \w{16} here.*--data_id \1,", run(*words, code=2))[1]
-    assert "taken in place of " + old in run(*words, "--data_id", old)             # who means it may go on
+    old = re.search(r"data_id (\w{16}) there, \w{16} here.*--data_id \1,", run(*words, "grow", code=2))[1]
+    assert "taken in place of " + old in run(*words, "grow", "--data_id", old)             # who means it may go on
 
 
 def test_index_and_check_print_a_table_and_name_what_they_refuse(photos, tmp_path):
@@ -2184,10 +2125,15 @@ def changed(words, **keys):
     return kept + [w for key, value in keys.items() for w in ("--" + key, str(value))]
 
 
+def besides(words, keys):
+    """The keys and values that these words do not give themselves."""
+    return [w for flag, value in zip(keys[::2], keys[1::2]) if flag not in words for w in (flag, value)]
+
+
 def with_parents(runs, out, stage):
     """A folder for runs in which those that the stage starts from are there."""
     folder(out, "").mkdir(parents=True, exist_ok=True)
-    for needed in {"pretrain": (), "grow": ("pretrain",), "defrost": ("pretrain", "grow"), "style": ("grow",),
+    for needed in {"pretrain": (), "grow": ("pretrain",), "defrost": ("pretrain", "grow"), "style": ("grow", "defrost"),
                    "distill": ("grow", "defrost"), "cascade": ("pretrain",)}[stage]:
         os.symlink(folder(runs[0], needed), folder(out, needed))
     return out
@@ -2201,10 +2147,39 @@ def assert_same_run(one, two, stage="pretrain"):
     assert (one["step"], one["data_step"]) == (two["step"], two["data_step"])
 
 
+def stop_in_step(number):
+    """SIGTERM comes while the batch of this step is made."""
+    get = Batches.__getitem__
+
+    def signalled(self, step):
+        if step == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return get(self, step)
+    Batches.__getitem__ = signalled
+
+
+def run_broken(number, *words):
+    """train.py stopped by SIGTERM in a step, and the same command again; returns what both have printed."""
+    said = run("train.py", *words, fault=functools.partial(stop_in_step, number), code=143)
+    assert f"stopped at step {number + 1} and saved" in said and "the same command goes on from here" in said
+    more = run("train.py", *words)
+    assert f"going on at step {number + 1} of" in more
+    return said + more
+
+
+def run_whole_and_broken(number, whole, broken, *words):
+    """The same training in two folders for runs, stopped in the second one; returns what that has printed."""
+    unbroken = start("train.py", *words, "--out", whole)
+    said = run_broken(number, *words, "--out", broken)
+    ended(*unbroken)
+    return said
+
+
 def test_one_command_pretrains_grows_and_says_what_comes_next(runs):
     out, said = runs
     assert "no pretrain run" in said and said.count("next: ") == 2                 # of grow and of defrost
     assert f"next: python train.py --stage defrost --out {out} --width 32" in said
+    assert "of a 1024 sgemm's rate" in said                    # the yardstick of a CPU, by a run that is no fork
     for stage in ("pretrain", "grow", "defrost"):
         assert {"last.pt", "config.txt", "log.jsonl", "samples"} <= set(os.listdir(folder(out, stage)))
         assert sorted(os.listdir(folder(out, stage) / "samples")) == ["step_4.png", "step_6.png"]
@@ -2259,28 +2234,22 @@ def test_ema_is_the_average_of_the_weights_of_each_step(keys, decay, tmp_path):
         assert all(torch.allclose(state["ema"][k], m, rtol=1e-5, atol=1e-7) for k, m in mean.items()), n
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "defrost", "style", "cascade"])     # grow: the next test
-def test_a_run_stopped_and_continued_equals_an_unbroken_one_to_the_bit(runs, stage, tmp_path):
-    """Stopped by SIGTERM at whatever step it has reached."""
-    whole, broken = (with_parents(runs, tmp_path / name, stage) for name in ("whole", "broken"))
-    words = changed(TINY, steps=30)
-    run("train.py", "--stage", stage, "--out", whole, *words)
-    process, said = start("train.py", "--stage", stage, "--out", broken, *words)
-    until(said, "\nstep", process)
-    process.terminate(), process.join()
-    assert process.exitcode == 143 and "the same command goes on from here" in said()
-    stopped = checkpoint_of(broken, stage)["step"]
-    assert 2 <= stopped < 30
-    assert f"going on at step {stopped}" in run("train.py", "--stage", stage, "--out", broken, *words)
+@pytest.mark.parametrize("stage, number", [
+    ("pretrain", 2), ("grow", 4), ("defrost", 1), ("style", 3), ("cascade", 2)])
+def test_a_run_stopped_and_continued_equals_an_unbroken_one_to_the_bit(
+        runs, styled, cascaded, stage, number, tmp_path):
+    whole = {"style": styled, "cascade": cascaded}.get(stage, runs)[0]
+    broken = with_parents(runs, tmp_path, stage)
+    run_broken(number, "--stage", stage, "--out", broken, *TINY)
     assert_same_run(whole, broken, stage)
 
 
-@pytest.mark.parametrize("stage, kills", [
-    ("grow", 2), *[pytest.param(s, 30, marks=slow) for s in ("pretrain", "grow", "defrost", "cascade")]])
-def test_kill_9_at_random_moments_loses_nothing(runs, stage, kills, tmp_path):
+@pytest.mark.parametrize("stage, kills, steps", [
+    ("grow", 2, 15), *[pytest.param(s, 30, 40, marks=slow) for s in ("pretrain", "grow", "defrost", "cascade")]])
+def test_kill_9_at_random_moments_loses_nothing(runs, stage, kills, steps, tmp_path):
     """A checkpoint at every step, so that many kills hit a save."""
     whole, broken = (with_parents(runs, tmp_path / name, stage) for name in ("whole", "broken"))
-    words = ["--stage", stage, *changed(TINY, steps=40, save_every=1, sample_every=0)]
+    words = ["--stage", stage, *changed(TINY, steps=steps, save_every=1, sample_every=0)]
     run("train.py", "--out", whole, *words)
     moments = np.random.default_rng(int(time.time()))
     for _ in range(kills):
@@ -2291,6 +2260,13 @@ def test_kill_9_at_random_moments_loses_nothing(runs, stage, kills, tmp_path):
         assert process.exitcode in (-9, 0), said()
     run("train.py", "--out", broken, *words)
     assert_same_run(whole, broken, stage)
+
+
+@pytest.fixture(scope="session")
+def styled(runs):
+    """A folder for runs in which the latest one was tuned to a style, and what was printed."""
+    out = with_parents(runs, runs[0] / "styled", "style")
+    return out, run("train.py", "--stage", "style", "--out", out, *TINY)
 
 
 @pytest.fixture(scope="session")
@@ -2324,13 +2300,9 @@ def test_a_finished_model_takes_up_a_condition_while_its_blocks_stay_as_they_are
 def test_taking_up_a_condition_goes_on_to_the_bit(runs, told, tmp_path):
     whole, broken = (with_parents(runs, tmp_path / name, "defrost") for name in ("whole", "broken"))
     words = ["--stage", "condition", "--conditions", "x,size", "--core", folder(told[0], "condition")]
-    words += changed(TINY, steps=30)
-    run("train.py", *words, "--out", whole)
-    process, said = start("train.py", *words, "--out", broken)
-    until(said, "\nstep", process)
-    process.terminate(), process.join()
-    assert process.exitcode == 143 and "(conditions x, as no change)" in said()    # size came with the weights
-    assert "going on at step" in run("train.py", *words, "--out", broken)
+    words += changed(TINY, sample_every=0)
+    said = run_whole_and_broken(3, whole, broken, *words)
+    assert "(conditions x, as no change)" in said              # size came with the weights
     assert_same_run(whole, broken, "condition")
     words = changed(words, conditions="x")
     assert "knows size: give --conditions x,size" in run("train.py", *words, "--out", whole, code=2)
@@ -2438,12 +2410,11 @@ def test_one_command_makes_a_base_and_a_cascade_with_critics_above_it(tmp_path):
 @pytest.fixture(scope="session")
 def students(runs):
     """A student of each objective, {objective: folder for runs}, and what was printed; the teacher is grown."""
-    made, said = {}, {}
-    for objective, steps in (("consistency", 4), ("lcm", 2), ("dmd", 1)):
-        made[objective] = with_parents(runs, runs[0] / objective, "defrost")
-        words = changed(TINY, sample_steps=steps, objective=objective, teacher_steps=8, fake_updates=2)
-        said[objective] = run("train.py", "--stage", "distill", "--out", made[objective], *words)
-    return made, said
+    steps = {"consistency": 4, "lcm": 2, "dmd": 1}
+    made = {objective: with_parents(runs, runs[0] / objective, "defrost") for objective in steps}
+    words = [["train.py", "--stage", "distill", "--out", made[objective], *changed(
+        TINY, objective=objective, sample_steps=k, teacher_steps=8, fake_updates=2)] for objective, k in steps.items()]
+    return made, dict(zip(steps, run_beside(*words)))
 
 
 @pytest.mark.parametrize("objective", ["consistency", "lcm", "dmd"])
@@ -2483,14 +2454,9 @@ def test_a_student_may_start_as_another_student_of_its_teacher(students, tmp_pat
 @pytest.mark.parametrize("objective, steps", [("consistency", 4), ("dmd", 1)])
 def test_a_stopped_student_goes_on_to_the_bit_between_any_two_turns(runs, objective, steps, tmp_path):
     whole, broken = (with_parents(runs, tmp_path / name, "defrost") for name in ("whole", "broken"))
-    words = ["--stage", "distill", *changed(TINY, steps=20, sample_steps=steps, objective=objective, teacher_steps=8,
+    words = ["--stage", "distill", *changed(TINY, sample_steps=steps, objective=objective, teacher_steps=8,
                                             sample_every=0, teacher_steps_end=16)]
-    run("train.py", *words, "--out", whole)
-    process, said = start("train.py", *words, "--out", broken)
-    until(said, "\nstep", process)
-    process.terminate(), process.join()
-    assert process.exitcode == 143 and 2 <= checkpoint_of(broken, "distill")["step"] < 20
-    run("train.py", *words, "--out", broken)
+    run_whole_and_broken(2, whole, broken, *words)
     assert_same_run(whole, broken, "distill")
     one, two = checkpoint_of(whole, "distill"), checkpoint_of(broken, "distill")
     assert one["turns"] == two["turns"]
@@ -2501,11 +2467,12 @@ def test_a_stopped_student_goes_on_to_the_bit_between_any_two_turns(runs, object
 def test_critics_that_are_off_or_wait_leave_a_run_as_it_was_to_the_bit(tmp_path):
     """The discriminator learns all the while; from its start on the model hears it."""
     words = [*changed(TINY, steps=3, sample_every=0, discriminator_width=4)]
-    run("train.py", *PRETRAIN, tmp_path / "plain", *changed(TINY, steps=3, sample_every=0))
-    run("train.py", *PRETRAIN, tmp_path / "off", *words, *"--r1 1 --critic_logsnr 2 --adversarial_start 1".split())
-    said = run("train.py", *PRETRAIN, tmp_path / "waits", *words, *"--adversarial 0.5 --adversarial_start 3".split())
+    flags = dict(plain=changed(TINY, steps=3, sample_every=0),
+                 off=[*words, *"--r1 1 --critic_logsnr 2 --adversarial_start 1".split()],
+                 waits=[*words, *"--adversarial 0.5 --adversarial_start 3".split()],
+                 hears=[*words, *"--adversarial 0.5 --adversarial_start 2".split()])
+    said = run_beside(*(["train.py", *PRETRAIN, tmp_path / name, *flags[name]] for name in flags))[2]
     assert "perceptual term: none; adversarial term: 0.5" in said
-    run("train.py", *PRETRAIN, tmp_path / "hears", *words, *"--adversarial 0.5 --adversarial_start 2".split())
     assert_same_run(tmp_path / "plain", tmp_path / "off")
     assert_same_run(tmp_path / "plain", tmp_path / "waits")
     plain, waits, hears = (checkpoint_of(tmp_path / name) for name in ("plain", "waits", "hears"))
@@ -2531,14 +2498,9 @@ def test_a_twin_with_critics_says_that_its_vgg_is_none(tmp_path):
 
 
 def test_a_stopped_run_with_critics_goes_on_to_the_bit(tmp_path):
-    words = ["--stage", "pretrain", *changed(TINY, steps=20, sample_every=0, discriminator_width=4, adversarial=0.5),
-             "--adversarial_start", 4, "--r1", 0.1]
-    run("train.py", *words, "--out", tmp_path / "whole")
-    process, said = start("train.py", *words, "--out", tmp_path / "broken")
-    until(said, "\nstep", process)
-    process.terminate(), process.join()
-    assert process.exitcode == 143 and 2 <= checkpoint_of(tmp_path / "broken")["step"] < 20
-    run("train.py", *words, "--out", tmp_path / "broken")
+    words = ["--stage", "pretrain", *changed(TINY, steps=18, sample_every=0, discriminator_width=4, adversarial=0.5),
+             "--adversarial_start", 4, "--r1", 0.1]            # R1 is due in step 16
+    run_whole_and_broken(14, tmp_path / "whole", tmp_path / "broken", *words)
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
     one, two = checkpoint_of(tmp_path / "whole"), checkpoint_of(tmp_path / "broken")
     assert one["turns"] == two["turns"]
@@ -2584,15 +2546,13 @@ def test_what_a_student_cannot_learn_from_is_refused(words, message, runs, tmp_p
         shutil.copy(folder(runs[0], "pretrain") / "last.pt", folder(out, "grow") / "last.pt")
         keys = changed(TINY, steps=3, sample_every=0)
     words = words.format(tmp=tmp_path, runs=runs[0]).split()
-    keys = [w for flag, value in zip(keys[::2], keys[1::2]) if flag not in words for w in (flag, value)]
     stage = [] if "--stage" in words else ["--stage", "distill"]
     to = [] if "--out" in words else ["--out", out]
-    assert message.format(tmp=tmp_path) in run("train.py", *stage, *to, *keys, *words, code=2)
+    assert message.format(tmp=tmp_path) in run("train.py", *stage, *to, *words, *besides(words, keys), code=2)
 
 
-def test_a_style_starts_from_the_latest_run_and_is_asked_for_by_its_token(runs, tmp_path, says):
-    out, words = with_parents(runs, tmp_path, "distill"), changed(TINY, steps=3)
-    said = run("train.py", "--stage", "style", "--out", out, *words)
+def test_a_style_starts_from_the_latest_run_and_is_asked_for_by_its_token(styled, tmp_path, says):
+    (out, said), words = styled, changed(TINY, steps=3, sample_every=0)
     assert f"from {folder(out, 'defrost')}: " in said and "a chance of 0.5" in said
     assert checkpoint_of(out, "style")["config"]["style"] == "scenes"
     student = ["train.py", "--stage", "distill", "--teacher_steps", 8, "--out", out, *words]
@@ -2619,8 +2579,8 @@ def test_a_style_starts_from_the_latest_run_and_is_asked_for_by_its_token(runs, 
 
 def pipeline_words(out, stage, **keys):
     """Flags of a short training from a tiny pipeline, of 16 px."""
-    plain = dict(steps=20, batch=4, sample_every=0, lr=0.0005, scene_native=16)
-    return ["--out", out, "--stage", stage, *changed(TINY[4:], **plain | keys)]    # [4:]: it has a width of its own
+    plain = dict(steps=6, batch=4, sample_every=0, lr=0.0005, scene_native=16)
+    return ["--out", out, "--stage", stage, *changed(TINY[8:], **plain | keys)]    # [8:]: it has sizes of its own
 
 
 @pytest.mark.parametrize("kind, stage, keys", [
@@ -2639,11 +2599,7 @@ def test_a_published_pipeline_is_trained_and_goes_on_to_the_bit(pipelines, kind,
     assert sum(not torch.equal(state["model"][k], v) for k, v in before.items()) > 20        # it is trained
     assert state["config"]["pipeline"] == origin and state["config"]["encoder_id"].startswith("pipeline fp32 ")
     assert state["config"]["weighting"] == "eps" and state["parents"] == [f"{origin} (published, step 0)"]
-    process, said = start("train.py", *words, *pipeline_words(broken, stage, **keys))
-    until(said, "\nstep", process)
-    process.terminate(), process.join()
-    assert process.exitcode == 143 and 2 <= checkpoint_of(broken, stage)["step"] < 20, said()
-    assert "going on at step" in run("train.py", *words, *pipeline_words(broken, stage, **keys))
+    run_broken(2, *words, *pipeline_words(broken, stage, **keys))
     assert_same_run(whole, broken, stage)
 
 
@@ -2705,7 +2661,7 @@ def test_what_a_pipeline_cannot_be_trained_with_is_refused(words, message, pipel
 
 def test_the_first_command_goes_on_also_when_stopped_in_the_stage_that_it_runs_first(tmp_path):
     """And --fresh is about the run that was named, not about the one that it needs."""
-    words = ["--stage", "grow", "--out", tmp_path, *changed(TINY, steps=20)]
+    words = ["--stage", "grow", "--out", tmp_path, *changed(TINY, steps=12, log_every=1, sample_every=0)]
     process, said = start("train.py", *words)
     until(said, "\nstep", process)
     process.terminate(), process.join()
@@ -2722,7 +2678,7 @@ def test_the_first_command_goes_on_also_when_stopped_in_the_stage_that_it_runs_f
     ("--stage grow --out {tmp} --core {tmp}/nothing.pt", "error: no checkpoint"),
     ("--stage grow --out {tmp} --core {tmp}/half.pt", "no complete checkpoint"),
     ("--stage grow --out {runs} --seed 1", "seed 0 there, 1 here): repeat them, give this run another --out, or start"),
-    ("--stage defrost --out {tmp}/new --core {runs}/toy/grow --channels (64,)", "channels (48,) there, (64,) here"),
+    ("--stage defrost --out {tmp}/new --core {runs}/toy/grow --channels (64,)", "channels (16,) there, (64,) here"),
     ("--stage defrost --out {tmp}", "holds a pretrain run of toy, expected defrost"),
     ("--stage scratch --out {tmp} --core {runs}/toy/grow", "starts from nothing"),
     ("--stage style --out {tmp}/new --core {runs}/toy/grow --style {tmp}", "nothing to use under"),
@@ -2741,7 +2697,8 @@ def test_what_cannot_be_meant_is_refused_and_nothing_is_touched(words, message, 
     folder(tmp_path, "defrost").mkdir(parents=True)
     shutil.copy(folder(runs[0]) / "last.pt", folder(tmp_path, "defrost"))
     before = (folder(runs[0], "grow") / "last.pt").read_bytes()
-    said = run("train.py", *words.format(tmp=tmp_path, runs=runs[0]).split(), *TINY, code=2)
+    words = words.format(tmp=tmp_path, runs=runs[0]).split()
+    said = run("train.py", *words, *besides(words, TINY), code=2)
     assert message in said and "Traceback" not in said
     assert before == (folder(runs[0], "grow") / "last.pt").read_bytes()
 
@@ -2761,7 +2718,7 @@ def test_muon_takes_what_is_inside_convolutions_too(runs):
 def test_a_score_that_is_missing_comes_with_the_same_command(runs):
     words = ["--stage", "grow", "--out", runs[0], *changed(TINY, eval_n=4)]
     said = run("train.py", *words)
-    assert "scoring 4 images of 4 steps each, and as many for diversity: --eval_n 0 leaves this out" in said
+    assert "scoring 4 images of 2 steps each, and as many for diversity: --eval_n 0 leaves this out" in said
     assert "dsg" in said
     assert os.path.exists(folder(runs[0], "grow") / "metrics.json") and "dsg" not in run("train.py", *words)
 
@@ -2817,10 +2774,11 @@ def first_gradients(out):
 def test_gradients_are_the_same_however_a_batch_is_spread(tmp_path):
     """Four micro-batches in one process, two in each of two, and the same with weights in shards."""
     words = ["--stage", "pretrain", *changed(TINY, steps=1, micro=2, clip=0, muon_lr=0, sample_every=0)]
-    assert "batch 8 = 2 micro x 4 accumulated x 1 device" in run("train.py", "--out", tmp_path / "one", *words)
+    alone, less = (start("train.py", "--out", tmp_path / name, *words, *more)
+                   for name, more in (("one", []), ("less", ["--checkpointing"])))
     assert "batch 8 = 2 micro x 2 accumulated x 2 devices" in run_ranks(2, "--out", tmp_path / "ddp", *words)
     run_ranks(2, "--out", tmp_path / "fsdp", *words, "--fsdp")
-    run("train.py", "--out", tmp_path / "less", *words, "--checkpointing")
+    assert "batch 8 = 2 micro x 4 accumulated x 1 device" in ended(*alone) and ended(*less)
     one = first_gradients(tmp_path / "one")
     norm = sum(g.square().sum() for g in one.values()).sqrt()
     for other in ("ddp", "fsdp", "less"):
@@ -2835,9 +2793,10 @@ def test_a_student_learns_the_same_on_two_devices(runs, objective, steps, tmp_pa
     words = ["--stage", "distill", *changed(TINY, steps=1, clip=0, muon_lr=0, sample_every=0, teacher_steps=8,
                                             objective=objective, sample_steps=steps)]
     out = {name: with_parents(runs, tmp_path / name, "defrost") for name in ("one", "ddp", "fsdp")}
-    run("train.py", "--out", out["one"], *words)
-    run_ranks(2, "--out", out["ddp"], *words)
+    started = start("train.py", "--out", out["one"], *words), *start_ranks(2, "--out", out["ddp"], *words)
     said = run_ranks(2, "--out", out["fsdp"], *words, "--fsdp", code=2 if objective == "lcm" else 0)
+    for process, printed in started:
+        ended(process, printed)
     assert ("lcm with fsdp is not supported" in said) == (objective == "lcm")
     one = checkpoint_of(out["one"], "distill")
     for other in ("ddp", "fsdp") if objective != "lcm" else ("ddp",):
@@ -2853,29 +2812,30 @@ def test_critics_are_the_same_on_two_devices(tmp_path):
     """Of one no image may be seen well. Shards of the model beside a discriminator are refused."""
     words = ["--stage", "pretrain", *changed(TINY, steps=1, clip=0, muon_lr=0, sample_every=0, micro=2, adversarial=0.5,
                                              discriminator_width=4), "--r1", 0.1]
-    run("train.py", "--out", tmp_path / "one", *words)
+    alone = start("train.py", "--out", tmp_path / "one", *words)
+    shards = start_ranks(2, "--out", tmp_path / "fsdp", *words, "--fsdp")
     run_ranks(2, "--out", tmp_path / "ddp", *words)
+    ended(*alone)
     one, two = checkpoint_of(tmp_path / "one"), checkpoint_of(tmp_path / "ddp")
     for part in ("moments", "discriminator_moments"):
         first = {k: v for k, v in one[part].items() if k.endswith("exp_avg")}      # a tenth of the gradient
         norm = sum(v.square().sum() for v in first.values()).sqrt()
         apart = sum((two[part][k] - v).square().sum() for k, v in first.items()).sqrt()
         assert norm > 0 and apart < 1e-5 * norm, part
-    started = start_ranks(2, "--out", tmp_path / "fsdp", *words, "--fsdp")
-    for process, _ in started:
+    for process, _ in shards:
         process.join(300)
-    assert any("adversarial with fsdp is not supported" in said() for _, said in started)
+    assert any("adversarial with fsdp is not supported" in said() for _, said in shards)
 
 
 def test_a_run_goes_on_with_another_number_of_devices_in_the_same_order(tmp_path):
     """2, then 1, then 3 processes see the batches of an unbroken run; the step after each change has the same loss."""
     keys = dict(steps=6, save_every=2, log_every=1, sample_every=0, num_checkpoints=9)
     words = ["--stage", "pretrain", *changed(TINY, **LAST, **keys)]
-    run("train.py", "--out", tmp_path / "whole", *words)
+    unbroken = start("train.py", "--out", tmp_path / "whole", *words)
     run_ranks(2, "--out", tmp_path / "two", *words)
     run("train.py", "--out", copy_of(tmp_path / "two", "step_2.pt", tmp_path / "one"), *words)
     three = run_ranks(3, "--out", copy_of(tmp_path / "one", "step_4.pt", tmp_path / "three"), *words)
-    assert "going on at step 4" in three
+    assert "going on at step 4" in three and ended(*unbroken)
     whole = {line["step"]: line["loss"] for line in log_of(tmp_path / "whole")}
     for name, steps in (("two", range(1, 7)), ("one", range(3, 7)), ("three", range(5, 7))):
         losses = {line["step"]: line["loss"] for line in log_of(tmp_path / name)}
@@ -2893,11 +2853,11 @@ def test_growing_on_two_devices_keeps_the_core_and_resumes_to_the_bit(runs, how,
     if how:
         pytest.importorskip("safetensors")                     # what shards are written in
     whole, broken = (with_parents(runs, tmp_path / name, "grow") for name in ("whole", "broken"))
-    words = ["--stage", "grow", *changed(TINY, steps=6, save_every=3, sample_every=0), *how]
+    words = ["--stage", "grow", *changed(TINY, steps=4, save_every=2, sample_every=0), *how]
     run_ranks(2, "--out", whole, *words)
     folder(broken, "grow").mkdir()
-    os.rename(folder(whole, "grow") / "step_3.pt", folder(broken, "grow") / "last.pt")
-    assert "going on at step 3" in run_ranks(2, "--out", broken, *words)
+    os.rename(folder(whole, "grow") / "step_2.pt", folder(broken, "grow") / "last.pt")
+    assert "going on at step 2" in run_ranks(2, "--out", broken, *words)
     assert_same_run(whole, broken, "grow")
     before, after = models.ema_weights(checkpoint_of(runs[0])), checkpoint_of(whole, "grow")
     frozen = {k for k in before if k.startswith("core.") and not k.startswith("core.time.")}
@@ -3059,7 +3019,8 @@ def reader_gone():
     (out_of_memory, 2, "lower --micro (now 8)", 0),
     (reader_gone, 0, "", 6)], ids=lambda value: getattr(value, "__name__", ""))
 def test_a_fault_is_said_with_its_status_and_spoils_nothing(fault, code, message, step, tmp_path):
-    said = run("train.py", *PRETRAIN, tmp_path, *changed(TINY, save_every=1), fault=fault, code=code)
+    said = run("train.py", *PRETRAIN, tmp_path, *changed(TINY, save_every=1, sample_every=0), fault=fault,
+               code=code)
     sample = Batches(Scenes(tiny()), tiny(), False).pairs(3)[2][1]
     assert message.format(sample) in said and not glob.glob(str(folder(tmp_path) / "*.part")), said
     if step is not None:
@@ -3144,10 +3105,10 @@ def test_what_may_change_when_a_run_goes_on_is_said(tmp_path):
 
 
 def test_the_plan_counts_without_allocating(tmp_path):
-    plans = {}
-    for stage in ("grow", "defrost"):
-        run("train.py", "--stage", stage, "--plan", "--devices", 4, "--kind", "a100-80g", "--json", tmp_path / "p.json")
-        plans[stage] = json.load(open(tmp_path / "p.json"))
+    flags = {"grow": ["--kind", "a100-80g"], "defrost": ["--kind", "a100-80g", "--stage", "defrost"],
+             "less": ["--checkpointing"]}
+    run_beside(*(["train.py", "--plan", "--devices", 4, *flags[name], "--json", tmp_path / name] for name in flags))
+    plans = {name: json.load(open(tmp_path / name)) for name in flags}
     config = load_config("toy", "grow")
     net = build(config)
     models.freeze_core(net)
@@ -3160,8 +3121,7 @@ def test_the_plan_counts_without_allocating(tmp_path):
     assert memory["ema"] < memory["optimizer"] < 2 * memory["ema"]                 # Muon has one moment, AdamW two
     assert grow["memory"]["fsdp"]["weights"] == memory["weights"] / 4 and set(memory) >= {"activations", "total"}
     assert grow["days"] > 0 and grow["accumulation"] == 1 and not os.path.exists(tmp_path / "toy")
-    run("train.py", "--stage", "grow", "--plan", "--devices", 4, "--checkpointing", "--json", tmp_path / "p.json")
-    assert json.load(open(tmp_path / "p.json"))["memory"]["ddp"]["activations"] < 0.8 * memory["activations"]
+    assert plans["less"]["memory"]["ddp"]["activations"] < 0.8 * memory["activations"]
 
 
 @slow
@@ -3425,6 +3385,7 @@ from lib.test_questions import *  # noqa
 from lib.test_runs import *  # noqa
 from lib.test_scan import *  # noqa
 from lib.test_scenes import *  # noqa
+from lib.test_scripts import *  # noqa
 from lib.test_settings import *  # noqa
 from lib.test_tables import *  # noqa
 from lib.test_triton_tools import *  # noqa

@@ -1,11 +1,11 @@
-"""
-Errors for people, `error: WHAT: HOW TO FIX`, without torch: what cannot be meant is refused before that is imported.
-"""
+"""Errors for people, `error: WHAT: HOW TO FIX`, without torch: bad input is refused before that is imported."""
 import json
 import os
 import signal
 import sys
 import time
+
+PATIENCE = 3                                                   # seconds: a busy machine starts processes apart
 
 
 def get_rank():
@@ -16,13 +16,13 @@ def get_rank():
 def print_error(message, wait=None):
     """
     `error: MESSAGE` on standard error, once. An error that all processes meet is printed by rank 0, and torchrun stops
-    the others while they wait for that; one that rank 0 does not meet is printed after three seconds, with its rank.
-    `wait`: three seconds first, so that another process may speak; by default all but rank 0 do.
+    the others while they wait for that; one that rank 0 does not meet is printed after PATIENCE, with its rank. `wait`:
+    PATIENCE first, so that another process may speak; by default all but rank 0 do.
     """
     wait = get_rank() > 0 if wait is None else wait
     if wait:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)          # by which torchrun stops them: at once, without a word
-        time.sleep(3)                                          # a busy machine starts them apart
+        time.sleep(PATIENCE)
     message = f"rank {get_rank()}: {message}" if get_rank() > 0 else message
     print(f"error: {message}", file=sys.stderr, flush=True)
     # torchrun ends with a traceback of its own, which cannot be switched off; this makes the message its last line

@@ -1,6 +1,5 @@
 """Tests of processes.py: `pytest lib/test_processes.py`. Two processes meet through gloo, as torchrun starts them."""
 import json
-import multiprocessing
 import os
 import socket
 import subprocess
@@ -11,37 +10,15 @@ import pytest
 import torch
 
 from lib import processes
-
-forkserver = multiprocessing.get_context("forkserver")
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+from lib.test_scripts import ended, fork, fork_ranks
 
 
-def process_main(work, file, environment):
-    """What a started process does: `work` as a script would do it, with both of its streams in `file`."""
-    for stream in (1, 2):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
-    os.environ.update(environment)
-    try:
-        work()
-    except Exception:
-        sys.excepthook(*sys.exc_info())
-
-
-def run_two(work, folder):
+def run_two(work):
     """[(exit status, output)] of two processes that do this work."""
-    port, started = str(free_port()), []
-    for rank in "01":
-        environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        started.append(forkserver.Process(target=process_main, args=(work, str(folder / rank), environment)))
-        started[-1].start()
-    for process in started:
+    started = fork_ranks(2, work)
+    for process, _ in started:
         process.join(60)
-    return [(p.exitcode, (folder / rank).read_text()) for p, rank in zip(started, "01")]
+    return [(process.exitcode, said()) for process, said in started]
 
 
 def exchange():
@@ -64,25 +41,26 @@ def rank_one_raises():
 
 def both_raise():
     processes.join(60)
+    processes.all_reduce_max(0)                                # both have joined
     processes.print_error("batch = 3: take 4")
     processes.exit_with(2)
 
 
-def test_two_processes_vote_gather_and_speak_once(tmp_path):
-    assert run_two(exchange, tmp_path) == [(7, "once\n"), (7, "")]
+def test_two_processes_vote_gather_and_speak_once():
+    assert run_two(exchange) == [(7, "once\n"), (7, "")]
 
 
-def test_a_process_that_raises_says_so_and_leaves_no_other_waiting(tmp_path):
+def test_a_process_that_raises_says_so_and_leaves_no_other_waiting():
     begin = time.monotonic()
-    (status, waiting), (raised, broken) = run_two(rank_one_raises, tmp_path)
+    (status, waiting), (raised, broken) = run_two(rank_one_raises)
     assert raised == status == 1 and time.monotonic() - begin < 30
     assert "Traceback" in broken and "error: rank 1: ValueError: broken\n" in broken
     assert "Traceback" not in waiting and waiting.startswith("error: another process has ended")
 
 
-def test_an_error_of_all_is_printed_by_the_first_at_once(tmp_path):
+def test_an_error_of_all_is_printed_by_the_first_at_once():
     message = "batch = 3: take 4\n"
-    assert run_two(both_raise, tmp_path) == [(2, f"error: {message}"), (2, f"error: rank 1: {message}")]
+    assert run_two(both_raise) == [(2, f"error: {message}"), (2, f"error: rank 1: {message}")]
 
 
 def test_under_torchrun_an_error_is_printed_once_and_ends_the_output(tmp_path):
@@ -147,9 +125,12 @@ def test_torchrun_gets_the_message_for_its_summary(monkeypatch, tmp_path):
     assert json.load(open(tmp_path / "error.json"))["message"]["extraInfo"]["py_callstack"] == "error: no room"
 
 
+def halve_small_numbers():
+    processes.join(60)
+    torch.set_num_threads(2)
+    print(int((torch.full((1 << 20,), 1e-39) * 0.5).count_nonzero()))
+
+
 def test_numbers_too_small_to_be_normal_are_zero_in_all_threads():
     """A trained model is a third slower with them, on a CPU."""
-    code = ("import torch; from lib.processes import join; join(60); torch.set_num_threads(2);"
-            "x = torch.full((1 << 20,), 1e-39); print(int((x * 0.5).count_nonzero()))")
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=here).stdout == "0\n"
+    assert ended(*fork(halve_small_numbers)) == "0\n"

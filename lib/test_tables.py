@@ -100,20 +100,15 @@ def share(path, kill=None):
     processes.exit_with(0)
 
 
-def folder_in(folder, name):
-    os.makedirs(folder / name)
-    return folder / name
-
-
 def made(output):
     return [int(n) for line in output.splitlines() if line.startswith("made") for n in line.split()[1:]]
 
 
 def test_two_processes_share_a_table_and_go_on_after_a_kill(table, tmp_path):
     whole, path = Table(str(table)), str(tmp_path / "b.arrow")
-    (_, _), (status, killed) = run_two(functools.partial(share, path, kill=17), folder_in(tmp_path, "1"))
+    (_, _), (status, killed) = run_two(functools.partial(share, path, kill=17))
     assert status == 9 and made(killed) == [*range(5, 10), *range(15, 20)] and not os.path.exists(path)
-    (status, first), (_, second) = run_two(functools.partial(share, path), folder_in(tmp_path, "2"))
+    (status, first), (_, second) = run_two(functools.partial(share, path))
     again = made(first) + made(second)
     assert status == 0 and set(range(15, 20)) <= set(again) and not set(range(10)) & set(again)    # those were whole
     read = Table(path)
