@@ -69,7 +69,7 @@ def test_all_outlives_parts_that_crash_hang_and_break_off(tmp_path, monkeypatch,
     def part_command(part, args, seconds, file):
         names = f"row, file, pid = {row}, {file!r}, {str(pid)!r}"
         return [sys.executable, "-c", f"import json, os, subprocess, time; {names}; {codes[part]}"]
-    monkeypatch.setattr(bench, "PARTS", dict.fromkeys(codes, 1))
+    monkeypatch.setattr(bench, "PARTS", dict.fromkeys(codes, (1, 1)))
     monkeypatch.setattr(bench, "GRACE", 1)
     monkeypatch.setattr(bench, "part_command", part_command)
     monkeypatch.setattr(sys, "argv", ["bench.py", "all", "--minutes", "0.1", "--json", str(tmp_path / "x.json")])
