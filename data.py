@@ -38,12 +38,11 @@ import functools
 import itertools
 import math
 import os
-import signal
 import sys
 import zlib
 from collections import namedtuple
 
-from lib.settings import Parser, UserError, load_config
+from lib.settings import Parser, UserError
 
 parser = Parser(__doc__)
 add = parser.add_argument
@@ -60,12 +59,16 @@ add("--dtype", default="fp32", choices=["fp32", "bf16", "fp16"], help="embed: of
 add("--size", type=int, default=32000, help="vocabulary: pieces at most")
 parser.answer(__name__)                                        # --help need not wait for what is imported next
 
+from lib.datasets import LOOK, check, index, open_data, run_command, stats, vocabulary
+
+if __name__ == "__main__":                                     # nor need these: they end here
+    run_command(parser, {"check": check, "index": index, "stats": stats, "vocabulary": vocabulary})
+
 import numpy as np
 import torch
 
 from lib.buckets import bucket_sizes, nearest_bucket
 from lib.conditions import condition_names, condition_row, ranges_seen
-from lib.datasets import LOOK, check, index, open_data, stats, vocabulary
 from lib.draws import generator, uniforms
 from lib.encoders import (EmbeddingCache, LatentCache, embed_captions, embed_images, embed_now, encoder_identity,
                           has_pretrained_encoder, latents_path, open_encoders, to_pieces)
@@ -311,7 +314,7 @@ def open_cache(pairs):
     return EmbeddingCache(open_data(dict(pairs)), dict(pairs))
 
 
-# ---- commands (the others: lib/datasets.py): each takes (args, config), the flags of main and a config's dict --------
+# ---- commands (the others: lib/datasets.py): each takes (args, config), flags and a config's dict --------------------
 
 
 def show(args, config):
@@ -350,20 +353,5 @@ def embed(args, config):
         embed_captions(data, encoder, args.dtype, config["batch"])
 
 
-def main():
-    commands = {"check": check, "index": index, "show": show, "stats": stats, "embed": embed, "vocabulary": vocabulary}
-    args, flags = parser.parse_keys()
-    config = load_config(args.config, "grow", [("data", args.path), *flags])       # the stage whose images are largest
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))    # an exception, so that workers end and files are closed
-    try:
-        commands[args.command](args, config)
-    except KeyboardInterrupt:
-        print("\nstopped: the same command starts again, embeddings where they were", file=sys.stderr)
-        sys.exit(130)
-    except OSError as e:                                       # reading is guarded: this is a full or read-only disk
-        print(f"error: {e}: make room or choose a place that can be written with --to", file=sys.stderr)
-        sys.exit(4)
-
-
 if __name__ == "__main__":
-    main()
+    run_command(parser, {"show": show, "embed": embed})

@@ -998,7 +998,7 @@ def test_memory_of_workers_is_flat_over_200_000_captions(tmp_path):
 import data, os, re
 from lib import datasets
 flags = [("data", {str(tmp_path)!r}), ("batch", "200"), ("workers", "4"), ("steps", "1501")]
-config = data.load_config("toy", "pretrain", flags)
+config = datasets.load_config("toy", "pretrain", flags)
 datasets.write_index({str(tmp_path / 'ix')!r}, *datasets.scan(config["data"], 2))
 config["data"] = {str(tmp_path / 'ix')!r}
 def private():
@@ -3256,6 +3256,23 @@ sys.exit("it went on")
     done = run_apart(code)
     assert done.returncode == 0, done.stderr
     assert ("usage" in done.stdout) if word == "--help" else "did you mean 'help'" in done.stderr
+
+
+@pytest.mark.parametrize("command", ["check", "index", "stats"])
+def test_what_looks_at_images_and_captions_goes_without_torch(command, photos):
+    code = f"""
+import runpy, sys
+sys.argv = ["data.py", "{command}", {str(photos)!r}]
+try:
+    runpy.run_path("data.py", run_name="__main__")
+except SystemExit as end:
+    assert not end.code, end.code
+    assert "numpy" in sys.modules and "torch" not in sys.modules
+    sys.exit(0)
+sys.exit("it went on")
+"""
+    done = run_apart(code)
+    assert done.returncode == 0 and done.stdout, done.stderr
 
 
 def test_command_lines_know_what_their_tables_hold():

@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -49,8 +50,11 @@ from lib.settings import Parser, UserError, load_config
 from lib.triton_tools import INTERPRETED, NO_TRITON, relative_errors, run_with_gradients, tolerance, triton, worst
 from model import build, diffusion_loss, enable_activation_checkpointing, example, freeze_core
 
-# in the order in which a GPU at hand is wanted, and how the time is shared out: who ends early leaves more to the rest
-PARTS = {"kernels": 5, "models": 5, "processes": 1, "plan": 3, "numbers": 3, "loaders": 1, "sm90": 1, "small": 7}
+# in the order in which a GPU at hand is wanted, and how the time is shared out: by minutes on a GPU, and by the seconds
+# that --quick takes on one core of a CPU. Who ends early leaves more to the rest
+PARTS = {"kernels": (5, 6), "models": (5, 10), "processes": (1, 5), "plan": (3, 14), "numbers": (3, 17),
+         "loaders": (1, 8), "sm90": (1, 8), "small": (7, 23)}
+GRACE = 60                                                          # seconds: a part that takes longer is ended
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -397,26 +401,46 @@ def run_part(part, args, deadline):
 def run_all(args, deadline):
     """Yields the rows of all parts. Each is a process of its own, which may fail or hang, with a share of the time."""
     for i, part in enumerate(PARTS):
-        left, shares = deadline - time.time(), list(PARTS.values())[i:]
+        left, shares = deadline - time.time(), [share[args.quick] for share in PARTS.values()][i:]
         if left < 1:
             yield dict(part=part, problem="no time left", good=False)
             continue
         seconds = left * shares[0] / sum(shares)
         with tempfile.TemporaryDirectory() as folder:
             file = os.path.join(folder, "rows.json")
-            command = [sys.executable, "-m", "experiments.bench", part, *(args.names if part == "models" else ()),
-                       "--minutes", f"{seconds / 60:.2f}", "--json", file, "--out", args.out, f"--quick={args.quick}"]
             print(f"\n{part}, for {seconds / 60:.1f} minutes", flush=True)
+            # it stops by itself when its time is up, unless it hangs
+            grace = GRACE / 4 if args.quick else GRACE
+            problem = run_bounded(part_command(part, args, seconds, file), seconds + grace)
             try:
-                # it stops by itself when its time is up, unless it hangs
-                status = subprocess.run(command, timeout=seconds + (15 if args.quick else 60)).returncode
-            except subprocess.TimeoutExpired:
-                status = "none: it did not end in time"
-            rows = json.load(open(file))["rows"] if os.path.exists(file) else []
+                rows = json.load(open(file))["rows"]
+            except (OSError, ValueError, KeyError) as error:        # it gave none
+                rows, problem = [], problem or describe(error)
         yield from (dict(part=part, **row) for row in rows)
-        if status != 0:
-            print(f"{part}: exit status {status}", flush=True)
-            yield dict(part=part, problem=f"exit status {status}", good=False)
+        if problem:
+            print(f"{part}: {problem}", flush=True)
+            yield dict(part=part, problem=problem, good=False)
+
+
+def part_command(part, args, seconds, file):
+    """The words that run one part by itself; it leaves its rows in `file`."""
+    names = args.names if part == "models" else ()
+    return [sys.executable, "-m", "experiments.bench", part, *names, "--minutes", f"{seconds / 60:.2f}", "--json", file,
+            "--out", args.out, f"--quick={args.quick}"]
+
+
+def run_bounded(command, seconds):
+    """What went wrong, or "": its exit status, or that it took longer. Whatever it has started ends with it."""
+    process = subprocess.Popen(command, start_new_session=True)     # a group of its own: workers of workers too
+    try:
+        status = process.wait(seconds)
+        return f"exit status {status}" * (status != 0)
+    except subprocess.TimeoutExpired:
+        return "it did not end in time"
+    finally:                                                        # also where this process is interrupted
+        with contextlib.suppress(ProcessLookupError):               # all have ended
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def main():
@@ -443,12 +467,14 @@ def main():
     except Exception as error:                                      # a sick GPU, say: what came before it counts
         problem = describe(error)
         print(problem)
-    if args.part == "all":
-        write_report(dict(about(), rows=rows), args.json)
+    finally:
+        if args.part == "all":
+            write_report(dict(about(), rows=rows), args.json)
     bad = sum(not row.get("good", True) for row in rows)
     print(f"{len(rows)} cases, {bad} bad")
     sys.exit(1 if bad or problem else 0)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))         # an exception: parts end, and the report comes
     main()

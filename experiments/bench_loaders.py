@@ -1,12 +1,14 @@
 """
-Batches of images from files: a part of experiments.bench. The same JPEGs in a folder and in a tar, read by ours, by
-bare pillow, by webdataset and by Hugging Face datasets, each brought to cover 256 x 256 and cropped at random.
+Batches of images from files: a part of experiments.bench. The same JPEGs in a folder and in tar shards, read by ours,
+by bare pillow, by webdataset and by Hugging Face datasets, each brought to cover 256 x 256 and cropped at random.
 
 Ours also checks each file's checksum and makes tokens and sizes; the others give pixels and captions. One epoch of each
-in turn, five times, each time anew: nothing is kept from one to the next but the system's cache of files.
+in turn, five times, each time anew: nothing is kept from one to the next but the system's cache of files. Beside images
+per second stands what an image costs in CPU time of all processes, which a busy machine changes less.
 """
 import io
 import os
+import resource
 import statistics
 import tarfile
 import tempfile
@@ -22,25 +24,32 @@ from lib.scan import open_images, scan
 from lib.settings import load_config
 
 SIDE, BATCH = 256, 16                                               # pixels; images
-ROUNDS = 5
+ROUNDS, SHARDS = 5, 4
 
 
 def write_photos(folder, n):
-    """n JPEGs of 512 x 384, smooth and noisy parts as in photographs (about 40 KB), in a folder and in a tar."""
+    """n JPEGs of 512 x 384, smooth and noisy parts as in photographs (about 70 KB), in a folder and in shards."""
     random = np.random.default_rng(0)
-    os.makedirs(os.path.join(folder, "photos"))
-    with tarfile.open(os.path.join(folder, "photos.tar"), "w") as tar:
-        for i in range(n):
-            coarse = pillow().fromarray(random.integers(0, 256, (12, 16, 3), np.uint8)).resize((512, 384))
-            pixels = np.asarray(coarse).astype(float) + random.normal(0, 12, (384, 512, 1))
-            buffer = io.BytesIO()
-            pillow().fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=85)
-            for name, data in ((f"{i:05}.jpg", buffer.getvalue()), (f"{i:05}.txt", f"photo number {i}".encode())):
-                with open(os.path.join(folder, "photos", name), "wb") as file:
-                    file.write(data)
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+    for name in ("photos", "shards"):
+        os.makedirs(os.path.join(folder, name))
+    for shard in range(SHARDS):
+        with tarfile.open(os.path.join(folder, "shards", f"{shard}.tar"), "w") as tar:
+            write_shard(tar, os.path.join(folder, "photos"), range(shard, n, SHARDS), random)
+
+
+def write_shard(tar, folder, numbers, random):
+    """The photos of these numbers, and a caption of each, into a tar and as files into a folder."""
+    for i in numbers:
+        coarse = pillow().fromarray(random.integers(0, 256, (12, 16, 3), np.uint8)).resize((512, 384))
+        pixels = np.asarray(coarse).astype(float) + random.normal(0, 12, (384, 512, 1))
+        buffer = io.BytesIO()
+        pillow().fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=85)
+        for name, data in ((f"{i:05}.jpg", buffer.getvalue()), (f"{i:05}.txt", f"photo number {i}".encode())):
+            with open(os.path.join(folder, name), "wb") as file:
+                file.write(data)
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
 
 
 def to_square(image):
@@ -78,13 +87,14 @@ def ours(path, n):
     return lambda workers: load(Batches(open_images(path), config, False), workers, batch_size=None)
 
 
-def of_webdataset(path):
+def of_webdataset(folder):
     """workers -> batches"""
     from webdataset import WebDataset
+    paths = [os.path.join(folder, name) for name in sorted(os.listdir(folder)) if name.endswith(".tar")]
 
     def batches(workers):
-        stream = WebDataset(path, shardshuffle=False, empty_check=False).decode("pil").to_tuple("jpg", "txt")
-        return load(stream.map_tuple(to_square, str).batched(BATCH), min(workers, 1), batch_size=None)     # one shard
+        stream = WebDataset(paths, shardshuffle=False, empty_check=False).decode("pil").to_tuple("jpg", "txt")
+        return load(stream.map_tuple(to_square, str).batched(BATCH), workers, batch_size=None)
     return batches
 
 
@@ -101,12 +111,13 @@ def compare_loaders(deadline, quick):
     n = 64 if quick else 1024
     with tempfile.TemporaryDirectory() as folder:
         write_photos(folder, n)
-        photos, tar, cache = (os.path.join(folder, name) for name in ("photos", "photos.tar", "cache"))
-        for path in (photos, tar):
+        photos, shards, cache = (os.path.join(folder, name) for name in ("photos", "shards", "cache"))
+        for path in (photos, shards):
             write_index(index_folder(path), *scan(path, 0))
-        makers = {"ours, folder": lambda: ours(photos, n), "ours, tar": lambda: ours(tar, n),
+        makers = {"ours, folder": lambda: ours(photos, n), "ours, tar": lambda: ours(shards, n),
                   "bare pillow": lambda: lambda workers: load(Photos(photos), workers, batch_size=BATCH),
-                  "webdataset, tar": lambda: of_webdataset(tar), "datasets, folder": lambda: of_datasets(photos, cache)}
+                  "webdataset, tar": lambda: of_webdataset(shards),
+                  "datasets, folder": lambda: of_datasets(photos, cache)}
         ways = {}
         for name, make in makers.items():
             try:
@@ -119,20 +130,28 @@ def compare_loaders(deadline, quick):
 
 def race_loaders(ways, workers, n, deadline):
     """The rows of one number of workers."""
-    rates = {name: [] for name in ways}                             # images per second, of each round
+    rates, costs = ({name: [] for name in ways} for _ in range(2))  # images per second, CPU seconds, of each round
     for _ in range(2 if n < 100 else ROUNDS):
         for name, batches in ways.items():
             if time.time() > deadline:
                 raise TimeoutError("no time left")
-            begin, seen = time.perf_counter(), 0
+            begin, spent, seen = time.perf_counter(), cpu_seconds(), 0
             for batch in batches(workers):
                 seen += len(batch["image"] if isinstance(batch, dict) else batch[0] if isinstance(batch, (tuple, list))
                             else batch)
             assert seen == n, f"{name}: {seen} of {n} images"
             rates[name].append(seen / (time.perf_counter() - begin))
+            costs[name].append(cpu_seconds() - spent)
     median = {name: statistics.median(values) for name, values in rates.items()}
     for name, values in rates.items():
         row = dict(way=name, workers=workers, img_s=median[name], least=min(values), most=max(values),
+                   cpu_ms=1000 * statistics.median(costs[name]) / n,
                    ours_over=median["ours, tar" if "tar" in name else "ours, folder"] / median[name])
         print("  ".join(f"{key} {cell(value)}" for key, value in row.items()), flush=True)
         yield row
+
+
+def cpu_seconds():
+    """Of this process and of all its workers that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(use.ru_utime + use.ru_stime for use in used)

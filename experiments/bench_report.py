@@ -17,7 +17,7 @@ TABLES = {
     "numbers": [("numbers", "numbers"), ("config", "config"), ("images/s", "img_s"), ("over float32", "ratio"),
                 ("GiB", "gib"), ("loss", "loss"), ("MFU", "mfu")],
     "loaders": [("by", "way"), ("workers", "workers"), ("images/s", "img_s"), ("least", "least"), ("most", "most"),
-                ("ours over it", "ours_over")],
+                ("ours over it", "ours_over"), ("CPU ms an image", "cpu_ms")],
     "small": [("steps", "steps"), ("config", "config"), ("stage", "stage"), ("loss", "loss"), ("images/s", "img_s"),
               ("GiB", "gib")]}
 

@@ -56,6 +56,37 @@ def test_what_bench_does_not_know_is_named(words, error, monkeypatch, capsys):
     assert stop.value.code == 2 and error in capsys.readouterr().err
 
 
+def test_all_outlives_parts_that_crash_hang_and_break_off(tmp_path, monkeypatch, capsys):
+    """And prints what the others gave, and leaves no process behind."""
+    from experiments import bench
+    row = dict(backend="gloo", ddp=1e-7, fsdp=2e-7, good=True)
+    write = "json.dump(dict(rows=[row]), open(file, 'w'))"
+    codes = {"kernels": "os.abort()", "models": f"{write}; raise RuntimeError", "processes": write, "numbers":
+             "child = subprocess.Popen(['sleep', '99']); open(pid, 'w').write(str(child.pid)); time.sleep(99)",
+             "loaders": "open(file, 'w').write('{')", "small": write}
+    pid = tmp_path / "pid"
+
+    def part_command(part, args, seconds, file):
+        names = f"row, file, pid = {row}, {file!r}, {str(pid)!r}"
+        return [sys.executable, "-c", f"import json, os, subprocess, time; {names}; {codes[part]}"]
+    monkeypatch.setattr(bench, "PARTS", dict.fromkeys(codes, (1, 1)))
+    monkeypatch.setattr(bench, "GRACE", 1)
+    monkeypatch.setattr(bench, "part_command", part_command)
+    monkeypatch.setattr(sys, "argv", ["bench.py", "all", "--minutes", "0.1", "--json", str(tmp_path / "x.json")])
+    with pytest.raises(SystemExit) as stop:
+        bench.main()
+    report, printed = (tmp_path / "x.md").read_text(), capsys.readouterr().out
+    assert stop.value.code == 1 and report in printed and "| gloo | 1e-07 | 2e-07 |" in report
+    rows = json.load(open(tmp_path / "x.json"))["rows"]
+    assert [(r["part"], "problem" in r) for r in rows] == [
+        ("kernels", True), ("models", False), ("models", True), ("processes", False), ("numbers", True),
+        ("loaders", True), ("small", False)]
+    assert "exit status -6" in report and "did not end in time" in report
+    deadline = time.monotonic() + 5
+    while os.path.exists(state := f"/proc/{pid.read_text()}/stat") and ") Z" not in open(state).read():
+        assert time.monotonic() < deadline, "a child of a part that hung is still there"
+
+
 @slow
 def test_all_goes_on_where_a_part_fails(tmp_path):
     done = bench("all", "nonsense/grow", "--minutes", 0.6, "--json", tmp_path / "x.json", "--out", tmp_path)

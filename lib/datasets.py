@@ -1,19 +1,22 @@
 """
 Data sets by name, and what people ask of one: `python data.py check|index|stats|vocabulary PATH`. These four know
-nothing of batches; each takes (args, config), the flags of data.py and a config's dict.
+nothing of batches; each takes (args, config), the flags of data.py and a config's dict. Nothing here imports torch
+before it is used: it takes longer than a folder of a thousand images.
 """
 import json
+import signal
+import sys
 import time
 
 import numpy as np
 from tqdm import tqdm
 
-from lib.encoders import train_pieces
 from lib.files import atomic_write
 from lib.images import index_folder, write_index
 from lib.nouns import noun_table, words
 from lib.scan import MUTE, open_images, require, scan
 from lib.scenes import Scenes
+from lib.settings import load_config
 
 LOOK = ("incomplete", "uncaptioned")                           # what show and stats do not refuse: they are for looking
 
@@ -79,6 +82,28 @@ def vocabulary(args, config):
     """Train a SentencePiece model on all captions (unigram, --size pieces at most; PixelGen-V2: 32,000)."""
     data, to = open_data(config), args.to or "captions.model"
     texts = (data.text(n) for n in tqdm(range(data.captions_count), "captions", disable=None))
+    from lib.encoders import train_pieces
     pieces = train_pieces(texts, args.size, to)
     print(f"{to}: {pieces} pieces of {data.captions_count} captions. "
           f"Train with --encoder sentencepiece:{to} --text_vocab {pieces + 1}")
+
+
+def run_command(parser, commands):
+    """
+    Run the command that the command line names, if it is one of {name: function of (args, config)}, and end there with
+    status 0; 130 where it was interrupted, 4 where nothing can be written.
+    """
+    args, flags = parser.parse_keys()
+    if args.command not in commands:
+        return
+    config = load_config(args.config, "grow", [("data", args.path), *flags])       # the stage whose images are largest
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))    # an exception, so that workers end and files are closed
+    try:
+        commands[args.command](args, config)
+    except KeyboardInterrupt:
+        print("\nstopped: the same command starts again, embeddings where they were", file=sys.stderr)
+        sys.exit(130)
+    except OSError as e:                                       # reading is guarded: this is a full or read-only disk
+        print(f"error: {e}: make room or choose a place that can be written with --to", file=sys.stderr)
+        sys.exit(4)
+    sys.exit(0)

@@ -13,7 +13,6 @@ import hashlib
 import operator
 
 import numpy as np
-import torch
 
 
 def hash_key(*key):
@@ -37,6 +36,7 @@ def normals(keys, shape, device="cpu"):
     Standard normal numbers, float32 (len(keys), *shape). Row i depends on keys[i] alone, so an image is the same in any
     batch. On a GPU they are drawn there, by its own generator: other numbers than on a CPU, and much faster.
     """
+    import torch                                               # data.py check, index and stats go without
     if torch.device(device).type == "cpu":
         return torch.from_numpy(np.stack([generator(*key).standard_normal(shape, np.float32) for key in keys]))
     seeds = [hash_key(*key) % 2**63 for key in keys]           # so that it fits a signed integer too

@@ -67,7 +67,8 @@ def decode(blob, least=None):
         if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:  # info: a palette, or one clear colour
             image = image.convert("RGBA")
             image = pillow().alpha_composite(pillow().new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
+        image.load()
+        image = image.convert("RGB") if image.mode != "RGB" else image             # it would copy one that is RGB
     except Exception as e:                                     # many kinds, such as struct.error and SyntaxError
         raise Unfit(f"cannot be decoded: {e}")
     return image.transpose(pillow().Transpose[turn]) if turn else image
@@ -129,6 +130,16 @@ def covering(size, height, width, rule):
         return width, height
     scale = max(width / size[0], height / size[1])
     return max(width, round(size[0] * scale)), max(height, round(size[1] * scale))
+
+
+def resized(image, w, h, part):
+    """
+    The part (left, top, right, bottom) of pillow's image resized to (w, h), (bottom - top, right - left, 3) uint8. What
+    lies outside of the part costs nothing.
+    """
+    left, top, right, bottom = part
+    box = tuple(min(edge * side / new, side) for edge, side, new in zip(part, 2 * image.size, (w, h, w, h)))
+    return np.asarray(image.resize((right - left, bottom - top), pillow().Resampling.BICUBIC, box))
 
 
 def jittered(image, uniforms, strength):
@@ -208,17 +219,17 @@ class Indexed:
         the middle. Raises Unfit, OSError. Callers must not write into it: small data sets keep resized images for the
         next epoch.
         """
-        image = self.resized.get((i, height, width, rule))
-        if image is None:
-            w, h = covering(self.size(i), height, width, rule)
-            # decoded at twice the size at least: the coarse scaling of a JPEG decoder would show below that
-            image = decode(self.read(i), (2 * w, 2 * h)).resize((w, h), pillow().Resampling.BICUBIC)
-            image = np.asarray(image)                          # (h, w, 3)
-            if len(self) * height * width < 2 ** 25:  # 100 MB if all are cut to the square, more where shapes differ
-                self.resized[i, height, width, rule] = image
-        h, w, _ = image.shape
+        w, h = covering(self.size(i), height, width, rule)
         left, top = int(uniforms[0] * (w - width + 1)), int(uniforms[1] * (h - height + 1))  # each place equally likely
-        return image[top:top + height, left:left + width], top, left
+        key, right, bottom = (i, height, width, rule), left + width, top + height
+        if key in self.resized:
+            return self.resized[key][top:bottom, left:right], top, left
+        # decoded at twice the size at least: the coarse scaling of a JPEG decoder would show below that
+        image = decode(self.read(i), (2 * w, 2 * h))
+        if len(self) * height * width < 2 ** 25:  # 100 MB if all are cut to the square, more where shapes differ
+            image = self.resized[key] = resized(image, w, h, (0, 0, w, h))         # (h, w, 3)
+            return image[top:bottom, left:right], top, left
+        return resized(image, w, h, (left, top, right, bottom)), top, left
 
     def read(self, i):
         """Bytes of image i. Raises Unfit if they are not those that were indexed, OSError if they cannot be read."""

@@ -46,6 +46,19 @@ def indexed(folder):
     return folder
 
 
+@pytest.mark.parametrize("size", [(512, 384), (300, 500), (257, 256)])
+def test_a_part_of_a_resized_image_is_that_part_of_the_whole(size):
+    """To rounding: pillow goes over an image twice, in the order that costs less, and rounds in between."""
+    image, random = decode(picture(16, 12)).resize(size), np.random.default_rng(0)   # smooth, as photos are
+    w, h = images.covering(size, 200, 200, "crop")
+    whole = images.resized(image, w, h, (0, 0, w, h)).astype(int)
+    assert (whole == np.asarray(image.resize((w, h), images.pillow().Resampling.BICUBIC))).all()
+    for left, top in [(0, 0), (w - 200, h - 200), *random.integers(0, [w - 199, h - 199], (8, 2)).tolist()]:
+        part = images.resized(image, w, h, (left, top, left + 200, top + 200))
+        apart = abs(part - whole[top:top + 200, left:left + 200])
+        assert part.shape == (200, 200, 3) and apart.max() <= 2 and (apart > 0).mean() < 0.05, (left, top)
+
+
 @pytest.fixture
 def photos(tmp_path):
     """24 fields of grey, some .png and some .JPG, each with its caption."""
