@@ -407,6 +407,7 @@ BAD_FOLDERS = [
      "core.conv_in.bias is (3,), not (16,)"),
     ("sdxl", lambda f: spoil_weights(f, "unet", lambda w: w.update(other=torch.zeros(3))),
      "core.other is none of its weights"),
+    ("sdxl", lambda f: os.truncate(next((f / "unet").glob("*.safetensors")), 1000), "bring it whole; a few lines"),
     ("sdxl", lambda f: spoil_weights(f, "text_encoder", lambda w: w.pop(sorted(w)[0])), "is missing"),
     ("sdxl", lambda f: spoil_weights(f, "vae", lambda w: w.pop("decoder.conv_in.bias")), "conv_in.bias is missing"),
     ("sdxl", lambda f: edit_json(f / "vae/config.json", latents_mean=[0.0] * 4), "take a pipeline whose autoencoder"),
@@ -488,7 +489,7 @@ def test_an_exported_run_is_the_run_to_the_bit_where_the_run_is_not(tmp_path, ca
     spoil_weights(tmp_path, "out", lambda w: w.pop(sorted(w)[0]))
     refused(capsys, lambda: load(str(tmp_path / "out")), "is missing", "bring them whole")
     edit_json(tmp_path / "out/config.json", format=0)
-    refused(capsys, lambda: load(str(tmp_path / "out")), "no export of format", "--export FOLDER")
+    refused(capsys, lambda: load(str(tmp_path / "out")), "no export of format", "that with model_index.json")
 
 
 __all__ = [name for name in globals() if name.startswith("test_")] + ["pipelines"]
