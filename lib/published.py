@@ -155,7 +155,7 @@ def in_dtype(model, config, dtype):
     """A published model in half precision, and its encoders. Its autoencoder stays in float32: SDXL's overflows."""
     if not config["pipeline"]:
         raise UserError(f"--dtype {dtype}: that is for published pipelines, a run is sampled in float32: leave it out")
-    config["dtype"] = dtype
+    config["dtype"] = model.config["dtype"] = dtype            # two dicts, once flags have changed one
     model.to(DTYPES[dtype])
 
 

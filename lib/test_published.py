@@ -443,8 +443,11 @@ def test_pipelines_are_sampled_and_described_from_the_command_line(pipelines, tm
         said = capsys.readouterr().out
         assert network in said and "16 px" in said and "predicts eps" in said and "--sampler dpm" in said
         refused(capsys, lambda: draws(monkeypatch, folder, "a", "--size", "16x17"), "--size 16x17", "multiples of 4")
-    draws(monkeypatch, folder, "a red circle", "--n", 1, "--steps", 2, "--dtype", "bf16", "--to", to)
-    assert "sdxl_1.png: 1 images" in capsys.readouterr().out
+    opened, really = [], PipelineEncoder.open                  # also for the null caption
+    monkeypatch.setattr(PipelineEncoder, "open", lambda self, part: opened.append(self.dtype) or really(self, part))
+    for kind in pipelines:
+        draws(monkeypatch, pipelines[kind][1], "a", "--n", 1, "--steps", 2, "--dtype", "bf16", "--to", to)
+    assert "sdxl_2.png: 1 images" in capsys.readouterr().out and "fp32" not in opened
 
 
 def test_pipelines_are_scored_on_captions_from_a_file(pipelines, tmp_path, capsys, monkeypatch):
