@@ -152,7 +152,12 @@ class MergedAttention(nn.Module):
 
 
 def in_dtype(model, config, dtype):
-    """A published model in half precision, and its encoders. Its autoencoder stays in float32: SDXL's overflows."""
+    """
+    A published model and its encoders in bf16 or fp16, or as they are, None. The autoencoder stays in float32: SDXL's
+    overflows.
+    """
+    if not dtype:
+        return
     if not config["pipeline"]:
         raise UserError(f"--dtype {dtype}: that is for published pipelines, a run is sampled in float32: leave it out")
     config["dtype"] = model.config["dtype"] = dtype            # two dicts, once flags have changed one

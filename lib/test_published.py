@@ -3,6 +3,7 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 
 import pytest
@@ -455,11 +456,12 @@ def test_pipelines_are_scored_on_captions_from_a_file(pipelines, tmp_path, capsy
     folder, kept = pipelines["pixart"][1], tmp_path / "kept"
     for k in range(3):
         write_png(str(tmp_path / f"{k}.png"), torch.randint(0, 255, (16, 16, 3), dtype=torch.uint8).numpy())
-    words = [folder, "--prompts", tmp_path / "captions.txt", "--n", 3, "--steps", 2, "--keep", kept]
+    words = [folder, "--prompts", tmp_path / "captions.txt", "--n", 3, "--steps", 2, "--keep", kept, "--dtype", "bf16"]
     monkeypatch.setattr("sys.argv", ["eval.py", *map(str, [*words, "--reference", tmp_path])])
     evaluation.main()
     said = capsys.readouterr().out
     assert "fd_random" in said and "dpm, 2 steps" in said and len(list(kept.glob("*.png"))) == 3
+    assert re.search("dtype +bf16", said)
 
 
 def test_an_exported_run_is_the_run_to_the_bit_where_the_run_is_not(tmp_path, capsys, monkeypatch):
