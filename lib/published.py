@@ -193,6 +193,8 @@ class PipelineEncoder:
         self.tokens, self.folder, self.dtype = tokens, folder, dtype
         self.opened, self.empty = {}, None                     # {part: (tokenizer, network)}; "" as they read it
         self.index = pipeline_index(folder)
+        if tokens != (own := PIPELINES[self.index["_class_name"]][2]):
+            raise UserError(f"pipeline:{tokens}: the network of {folder!r} takes {own} rows: take pipeline:{own}")
         self.parts = [part for part in ("text_encoder", "text_encoder_2") if part in self.index]
         about = [read_json(folder, part, "config.json") for part in self.parts]
         self.width = sum(c.get("d_model") or c["hidden_size"] for c in about)      # d_model is T5's word
