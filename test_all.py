@@ -56,7 +56,7 @@ from lib.results import flat
 from lib.scenes import Scenes
 from lib.settings import UserError, config_names, load_config, read_sections
 from lib.test_metrics import fd
-from lib.test_networks import stand_in_for_inception, tiny_blip, tiny_dino
+from lib.test_networks import stand_in_for_inception, tiny_blip, tiny_clip, tiny_dino
 from lib.test_people import prefers_a, tiny_page, write_answers
 from lib.test_questions import ANSWERS, DSG
 from lib.test_scripts import ended, fork, run, run_beside, run_ranks, start, start_ranks, until
@@ -2672,6 +2672,16 @@ def test_a_pipeline_is_tuned_to_a_style_from_a_folder(tuned, tmp_path):
     config = checkpoint_of(tmp_path, "style")["config"]
     assert config["style_token"] == "styled" and config["pipeline"] == origin
     run("sample.py", made, "a red circle", "--style", "--n", 1, "--to", tmp_path / "x.png")
+
+
+def test_a_pipeline_has_a_clip_score_without_images_to_compare_with(pipelines, tmp_path):
+    tiny_clip(tmp_path / "clip")
+    shutil.copytree(os.path.join(pipelines["sdxl"][1], "tokenizer"), tmp_path / "clip", dirs_exist_ok=True)
+    (tmp_path / "captions.txt").write_text("a red circle\na blue square\n")
+    words = [pipelines["pixart"][1], "--prompts", tmp_path / "captions.txt", "--steps", 2]
+    said = run("eval.py", *words, "--metrics", "questions", "--features", "clip", "--weights", tmp_path / "clip")
+    assert "clip_score" in said and "fd_" not in said
+    assert "for the CLIP score alone, --metrics questions" in run("eval.py", *words, code=2)
 
 
 @pytest.mark.parametrize("kind", ["pixart", "sdxl"])
