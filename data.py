@@ -123,7 +123,8 @@ class Batches(torch.utils.data.Dataset):
         same = {"batch": 1, "encoder_id": self.embeddings.id if self.embeddings else c["encoder_id"]}
         self.styled = Batches(styled, c | same, filtered, f"{stage} style") if styled else None
         if styled and (not self.latents, not self.embeddings) != (not self.styled.latents, not self.styled.embeddings):
-            raise UserError(f"{data.name} and its style set: embed both or none of them (data.py embed)")
+            raise UserError(f"{data.name} and its style set: embed captions of both or of none, and images "
+                            "too (data.py embed, --vae for images); scenes are never embedded: --data PATH")
 
     def __len__(self):
         return self.config["steps"]

@@ -39,6 +39,7 @@ add("--weights", default="", help="file or folder with the weights, one for each
 add("--guidance", help="one value or several, such as 1,2,4; default: the run's own")
 add("--sampler", choices="ddpm ddim dpm exp_heun lcm".split(), help="default: the run's own")
 add("--steps", type=int, help="default: the run's own")
+add("--dtype", choices=["bf16", "fp16"], help="of a published model and its encoders; default fp32")
 add("--style", action="store_true", help="in the style of a run of --stage style")
 add("--seeds", type=int, default=1, help="repeat with seeds 0 to k-1: mean and spread")
 add("--prompts", metavar="FILE", help="captions, one a line; a blank line is the null caption")
@@ -70,6 +71,7 @@ from lib.networks import open_network, open_vqa, random_features, to_square
 from lib.people import write_page
 from lib.pictures import draw_tuning, to_tensor, to_uint8
 from lib.processes import chunks, exit_with, get_rank, get_world_size, join, on_all_ranks
+from lib.published import in_dtype
 from lib.questions import read_dsg
 from lib.references import check_same_size, image_features, labelled_images, list_images, open_reference, read_image
 from lib.results import accuracy, best_point, make_card, over_seeds, report, tuning, write_result
@@ -370,6 +372,7 @@ def score_run(args, metrics, networks, task, vqa, device):
         sampler=config["sampler"], steps=config["sample_steps"], seeds=list(range(args.seeds)),
         prefix=config["prefix"], suffix=config["suffix"], processes=get_world_size(),
         **({"perceptual": config["vgg_id"]} if config["vgg_id"] else {}),
+        **({"dtype": config["dtype"]} if config["pipeline"] else {}),
         **({key: config[key] for key in ("base_id", "augmentation_sample") if config["base_id"]}),
         **({"classes": f"{args.classes}, {args.template!r}"} if classes else {}))
     (guidance, mean, spread), why = best_point(points)         # by which metric, the words tell
@@ -388,6 +391,7 @@ def load_run(run, args, device):
     """(model, config) of a run, with the sampler and steps of the command line, and the values of --guidance."""
     model, config = load(run, device)
     config = in_style(config | args.words) if args.style else config | args.words
+    in_dtype(model, config, args.dtype)
     check_student(config, args.steps, args.guidance, args.sampler)
     if config["low_resolution"]:                               # a cascade: is its base there?
         open_base(config["base"], config["base_id"], torch.device(device))
@@ -478,7 +482,7 @@ def check_folders(args):
     """Two folders of images take neither runs nor what concerns the making of pictures."""
     if is_run(args.run[1]) or os.path.isdir(args.run[0]) and is_run(args.run[0]):
         raise UserError("one of the two is a run: give one run alone, two folders of images, or two runs with --sheet")
-    of_runs = ("n", "guidance", "sampler", "steps", "style", "words", "prompts", "reference", "keep", "classes")
+    of_runs = "n guidance sampler steps dtype style words prompts reference keep classes".split()
     if flags := [f"--{flag}" for flag in of_runs if getattr(args, flag)]:
         raise UserError(f"{' '.join(flags)}: two folders are compared as they are, with all images: leave that away")
 

@@ -358,8 +358,7 @@ def main():
     prepare_cpu()
     model, config = load(args.run, "cuda" if torch.cuda.is_available() else "cpu")
     config = in_style(config | keys) if args.style else config | keys
-    if args.dtype:
-        in_dtype(model, config, args.dtype)
+    in_dtype(model, config, args.dtype)
     check_student(config, args.steps, args.guidance, args.sampler)
     if not is_student(config) and not config["pipeline"]:      # which have their own
         args.steps, args.sampler = args.steps or 256, args.sampler or "ddpm"

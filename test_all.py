@@ -42,7 +42,7 @@ import model as models
 import objectives
 import sample as sampling
 from data import Batches
-from lib import tables, triton_tools
+from lib import published, tables, triton_tools
 from lib.conditions import count_columns, untold
 from lib.datasets import open_style
 from lib.encoders import open_autoencoder
@@ -56,7 +56,7 @@ from lib.results import flat
 from lib.scenes import Scenes
 from lib.settings import UserError, config_names, load_config, read_sections
 from lib.test_metrics import fd
-from lib.test_networks import stand_in_for_inception, tiny_blip, tiny_dino
+from lib.test_networks import stand_in_for_inception, tiny_blip, tiny_clip, tiny_dino
 from lib.test_people import prefers_a, tiny_page, write_answers
 from lib.test_questions import ANSWERS, DSG
 from lib.test_scripts import ended, fork, run, run_beside, run_ranks, start, start_ranks, until
@@ -2603,6 +2603,9 @@ def test_a_published_pipeline_is_trained_and_goes_on_to_the_bit(pipelines, kind,
     assert_same_run(whole, broken, stage)
 
 
+LATENTS = "--resolution", 16, "--latent_stride", 2, "--latent_scale", 0.18215, "--latent_channels", 4
+
+
 @pytest.fixture(scope="session")
 def tuned(pipelines, tmp_path_factory):
     """A run of a tiny PixArt-Sigma with a merge of keys and values, on pictures that were embedded once."""
@@ -2615,8 +2618,7 @@ def tuned(pipelines, tmp_path_factory):
         (data_ / f"{k}.txt").write_text("a big red circle" if k % 2 else "a small blue square")
     run("data.py", "index", data_)
     run("data.py", "embed", data_, "--encoder", "pipeline:300", "--weights", origin, "--dtype", "bf16")
-    run("data.py", "embed", data_, "--vae", os.path.join(origin, "vae"), "--resolution", 16, "--latent_stride", 2,
-        "--latent_scale", 0.18215, "--latent_channels", 4)
+    run("data.py", "embed", data_, "--vae", os.path.join(origin, "vae"), *LATENTS)
     keys = dict(steps=4, sample_every=4, sample_steps=2, kv_merge=2, kv_merge_layers=1)
     said = run("train.py", "--core", origin, "--data", data_, *pipeline_words(out, "defrost", **keys))
     return folder(out, "defrost"), said, origin
@@ -2635,11 +2637,65 @@ def test_a_tuned_pipeline_is_a_run_like_any_other(tuned, tmp_path):
     assert "fd_random" in run("eval.py", made, "--n", 2, "--metrics", "fd")
     said = run("sample.py", made, "--export", tmp_path / "export")
     assert f"settings stay in {origin}" in said
-    again, _ = models.load(str(tmp_path / "export"))
+    about = tmp_path / "export/config.json"                    # elsewhere its pipeline has another place
+    about.write_text(about.read_text().replace(origin, "/nowhere/pixart"))
+    said = run("sample.py", tmp_path / "export", "a", code=2)
+    assert "its pipeline, /nowhere/pixart, is not there: bring it back, or put it, or a link to it, into an" in said
+    os.symlink(origin, tmp_path / "export/pipeline")
+    again, moved = models.load(str(tmp_path / "export"))
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in net.state_dict().items())
+    here, there = (sampling.sample(*drawn, ["a red square"], steps=2) for drawn in ((net, config), (again, moved)))
+    assert torch.equal(here, there)
     words = ["--teacher", made, "--data", config["data"], *pipeline_words(tmp_path, "distill", objective="lcm")]
     run("train.py", *changed(words, steps=2, sample_steps=2, teacher_steps=4))     # and it teaches
     assert checkpoint_of(tmp_path, "distill")["config"]["kv_merge"] == 2
+
+
+def test_a_pipeline_is_tuned_to_a_style_from_a_folder(tuned, tmp_path):
+    """Beside pictures of another folder. A style set is embedded with its token; scenes cannot stand beside it."""
+    origin, data_, style = tuned[2], models.load(str(tuned[0]))[1]["data"], tmp_path / "style"
+    style.mkdir()
+    for k in range(4):
+        write_png(str(style / f"{k}.png"), np.full((16, 16, 3), 60 * k, np.uint8))
+        (style / f"{k}.txt").write_text("a small white square")
+    words = ["--core", origin, "--style", style, *pipeline_words(tmp_path, "style", steps=2, sample_every=2)]
+    assert "no embeddings by pipeline:300: python data.py embed" in run("train.py", *words, "--data", data_, code=2)
+    run("data.py", "index", style)
+    embed = ["data.py", "embed", style, "--prefix", "styled"]
+    run(*embed, "--encoder", "pipeline:300", "--weights", origin, "--dtype", "bf16")
+    assert "scenes are never embedded: --data PATH" in run("train.py", *words, code=2)
+    run(*embed, "--vae", os.path.join(origin, "vae"), *LATENTS)                    # as the other folder has them
+    said = run("train.py", *words, "--data", data_)
+    assert "4 of 4 images are used" in said and "a row of a batch with a chance of" in said
+    made = folder(tmp_path, "style")
+    assert (made / "samples" / "step_2.png").exists()
+    config = checkpoint_of(tmp_path, "style")["config"]
+    assert config["style_token"] == "styled" and config["pipeline"] == origin
+    run("sample.py", made, "a red circle", "--style", "--n", 1, "--to", tmp_path / "x.png")
+
+
+def test_a_pipeline_has_a_clip_score_without_images_to_compare_with(pipelines, tmp_path):
+    tiny_clip(tmp_path / "clip")
+    shutil.copytree(os.path.join(pipelines["sdxl"][1], "tokenizer"), tmp_path / "clip", dirs_exist_ok=True)
+    (tmp_path / "captions.txt").write_text("a red circle\na blue square\n")
+    words = [pipelines["pixart"][1], "--prompts", tmp_path / "captions.txt", "--steps", 2]
+    said = run("eval.py", *words, "--metrics", "questions", "--features", "clip", "--weights", tmp_path / "clip")
+    assert "clip_score" in said and "fd_" not in said
+    assert "for the CLIP score alone, --metrics questions" in run("eval.py", *words, code=2)
+
+
+@pytest.mark.parametrize("kind", ["pixart", "sdxl"])
+def test_a_compiled_pipeline_is_the_same_and_its_encoders_are_no_part_of_the_graph(pipelines, kind, monkeypatch):
+    """The null caption in the batch opens them."""
+    (net, config), (other, _) = (models.load(pipelines[kind][1]) for _ in range(2))
+    text, traced = sampling.encode_captions(["a big red circle", "", "a small blue square"], config), []
+    z, logsnr, own = kernels.seeded_randn(3, 4, 8, 8), torch.tensor([1.0, -1.0, 0.0]), published.null_caption
+    with torch.no_grad():
+        there = other(z, logsnr, text)
+        monkeypatch.setattr(published, "null_caption",
+                            lambda *args: traced.append(torch.compiler.is_compiling()) or own(*args))
+        assert torch.allclose(torch.compile(net, backend="eager")(z, logsnr, text), there, atol=1e-5)
+    assert traced == [False]
 
 
 @pytest.mark.parametrize("words, message", [

@@ -108,8 +108,7 @@ def main():
     prepare_cpu()
     model, config = load(args.run, "cuda" if torch.cuda.is_available() else "cpu")
     config |= dict(keys)
-    if args.dtype:
-        in_dtype(model, config, args.dtype)
+    in_dtype(model, config, args.dtype)
     fonts = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}      # the machine's own
     page = build_page(gradio, model, config, args.run)
     try:

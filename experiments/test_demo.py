@@ -16,6 +16,7 @@ from lib.checkpoint import FORMAT
 from lib.pictures import make_grid, to_uint8
 from lib.settings import UserError, load_config
 from lib.test_people import browser, wait_for  # noqa: browser is a fixture
+from lib.test_published import pipelines  # noqa: a fixture
 from model import build, load
 from sample import sample
 
@@ -49,6 +50,17 @@ def test_the_page_draws_what_sample_draws_and_how_it_came_about(drawer, sampler)
     assert first.std() > 60 and not np.array_equal(first, last)
     few = demo.draw(model, config, "", 1, 2, None, sampler, 5, "")[1]
     assert few.shape[1] == (2 if sampler == "ddpm" else 3) * side + 2              # as many as there are evaluations
+
+
+@pytest.mark.parametrize("kind", ["pixart", "sdxl"])
+def test_the_page_draws_by_a_published_pipeline(pipelines, kind):  # noqa
+    """In pixels, of another shape than square; its path is decoded."""
+    model, config = load(pipelines[kind][1])
+    pictures, strip = demo.draw(model, config, "a red circle", 2, 3, 4.5, "dpm", 5, "16x20")
+    x = sample(model, config, ["a red circle"] * 2, seed=5, steps=3, guidance=4.5, sampler="dpm", size=(16, 20))
+    assert np.array_equal(pictures, make_grid(to_uint8(x), 2, most=256))
+    last = make_grid(to_uint8(x[:1]), 1, most=128)             # with a line round it
+    assert np.array_equal(strip[-last.shape[0] + 2:-2, -last.shape[1] + 2:-2], last[2:-2, 2:-2])
 
 
 def test_the_page_refuses_in_sentences(drawer, capsys):

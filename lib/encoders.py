@@ -288,7 +288,8 @@ class EmbeddingCache:
 
     def __init__(self, data, config):
         self.data, self.parts, self.tables = data, encoder_parts(config["encoder"]), []
-        command = f"python data.py embed {data.name} --encoder {config['encoder']} --weights FOLDER,..."
+        command = f"python data.py embed {data.name} --encoder {config['encoder']} --weights "
+        command += config["encoder_weights"] or "FOLDER,..."
         command += f" --prefix {data.prefix.strip()!r}" * bool(data.prefix)        # as they are read here
         for name, tokens in self.parts:
             path = embeddings_path(data, name, tokens)

@@ -99,6 +99,16 @@ def weight_files(folder):
     return variant, found.get(variant, [])
 
 
+def read_weights(path, purpose):
+    """{name: tensor} of a .safetensors, mapped into memory. UserError where it is cut short, or something else."""
+    load_file = import_extra("safetensors.torch", purpose, "safetensors").load_file
+    try:
+        return load_file(path)
+    except Exception as e:                                     # its own kinds, and those of the system
+        raise UserError(f"{path!r} cannot be read ({str(e)[:200]}): bring it whole; a few lines of text in its place "
+                        "are a pointer, for which `git lfs pull` fetches the file")
+
+
 def local_weights(folder):
     """Options of from_pretrained that keep it to this folder and to safetensors, and let it tell what is missing."""
     return {"local_files_only": True, "use_safetensors": True, "output_loading_info": True,

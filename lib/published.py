@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from lib.checkpoint import FORMAT
 from lib.conditions import SIZES
 from lib.files import (atomic_write, complete, from_folder, import_extra, local_weights, part_name, read_json,
-                       weight_files, weights_hash)
+                       read_weights, weight_files, weights_hash)
 from lib.runs import newest_about
 from lib.settings import UserError, default_config
 from lib.tables import DTYPES
@@ -37,6 +37,7 @@ DECIDED = ("pipeline", "shell", "encoder", "encoder_width", "text_length", "text
 USUAL = "weighting", "encoder_weights"                         # and these, where no flag says otherwise,
 ADVISED = "guidance", "sampler", "sample_steps"                # and these, where they stand at their defaults
 MERGE = "kv_merge", "kv_merge_layers", "kv_merge_norm"         # and these, where no other merge is asked for
+WITHIN = "pipeline"                                            # in an export: where its pipeline may lie, or a link
 
 
 def pipeline_index(folder):
@@ -76,6 +77,9 @@ class Published(nn.Module):
     def __init__(self, config, merged=(), kv_merge=None):
         super().__init__()
         self.config, folder = config, config["pipeline"]
+        if not os.path.isdir(folder):
+            raise UserError(f"its pipeline, {folder}, is not there: bring it back, or put it, or a link to it, into an "
+                            f"export of this run (sample.py --export) as {WITHIN!r}")
         part, kind, _, _ = PIPELINES[pipeline_index(folder)["_class_name"]]
         network = getattr(import_extra("diffusers", "a published pipeline"), kind)
         self.core, self.shell = network.from_config(read_json(folder, part, "config.json")), nn.Identity()
@@ -121,7 +125,7 @@ class Published(nn.Module):
         if not blank.any():
             return text
         if self.null is None:
-            self.null = open_pipeline(text.shape[1], self.config["encoder_weights"], encoder_dtype(self.config)).null
+            self.null = torch.compiler.disable(null_caption)(text.shape[1], self.config)       # no part of a graph
         return torch.where(blank[:, None, None], self.null.to(text), text)
 
 
@@ -148,10 +152,15 @@ class MergedAttention(nn.Module):
 
 
 def in_dtype(model, config, dtype):
-    """A published model in half precision, and its encoders. Its autoencoder stays in float32: SDXL's overflows."""
+    """
+    A published model and its encoders in bf16 or fp16, or as they are, None. The autoencoder stays in float32: SDXL's
+    overflows.
+    """
+    if not dtype:
+        return
     if not config["pipeline"]:
         raise UserError(f"--dtype {dtype}: that is for published pipelines, a run is sampled in float32: leave it out")
-    config["dtype"] = dtype
+    config["dtype"] = model.config["dtype"] = dtype            # two dicts, once flags have changed one
     model.to(DTYPES[dtype])
 
 
@@ -184,6 +193,8 @@ class PipelineEncoder:
         self.tokens, self.folder, self.dtype = tokens, folder, dtype
         self.opened, self.empty = {}, None                     # {part: (tokenizer, network)}; "" as they read it
         self.index = pipeline_index(folder)
+        if tokens != (own := PIPELINES[self.index["_class_name"]][2]):
+            raise UserError(f"pipeline:{tokens}: the network of {folder!r} takes {own} rows: take pipeline:{own}")
         self.parts = [part for part in ("text_encoder", "text_encoder_2") if part in self.index]
         about = [read_json(folder, part, "config.json") for part in self.parts]
         self.width = sum(c.get("d_model") or c["hidden_size"] for c in about)      # d_model is T5's word
@@ -273,6 +284,11 @@ def open_pipeline(tokens, folder, dtype):
     return PipelineEncoder(tokens, folder, dtype)
 
 
+def null_caption(tokens, config):
+    """(tokens, E): the null caption of a pipeline."""
+    return open_pipeline(tokens, config["encoder_weights"], encoder_dtype(config)).null
+
+
 def free_memory(device):
     """Bytes that can be had; 0 where that is not told."""
     if device != "cpu":
@@ -301,8 +317,8 @@ def read_pipeline(folder):
     files = weight_files(part)[1]
     if not files:
         raise UserError(f"no .safetensors in {part!r}: bring them, since pickled weights (.bin) could run code")
-    load_file = import_extra("safetensors.torch", "a published pipeline", "safetensors").load_file
-    weights = {f"core.{key}": value for file in files for key, value in load_file(file).items()}
+    named = (pair for file in files for pair in read_weights(file, "a published pipeline").items())
+    weights = {f"core.{key}": value for key, value in named}
     return {"name": name, "stage": "published", "step": 0, "config": config, "parents": [], "model": weights, "ema": {}}
 
 
@@ -403,7 +419,8 @@ def export(state, folder):
     text = json.dumps({"what": what} | about, indent=1)
     atomic_write(os.path.join(folder, "config.json"), lambda f: f.write(text.encode()))        # last: now it is whole
     pipeline = state["config"]["pipeline"]
-    needs = f"; encoders, autoencoder and the network's settings stay in {pipeline}" * bool(pipeline)
+    needs = (f"; encoders, autoencoder and the network's settings stay in {pipeline}: on another machine put it, or a "
+             f"link to it, there as {WITHIN!r}") * bool(pipeline)
     return (f"{folder}: {len(weights)} tensors of {state['stage']}, step {state['step']}: python sample.py {folder}"
             f"{needs}")
 
@@ -412,7 +429,11 @@ def read_export(folder):
     """The state that `export` wrote."""
     state, path = read_json(folder, "config.json"), os.path.join(folder, "model.safetensors")
     if state.get("format") != FORMAT or not os.path.exists(path):
-        raise UserError(f"{folder!r} is no export of format {FORMAT}: python sample.py RUN --export FOLDER makes one")
+        raise UserError(f"{folder!r} is no export of format {FORMAT} and no pipeline: make one by python sample.py RUN "
+                        "--export FOLDER, or name a pipeline's whole folder, that with model_index.json")
     config = {key: tuple(value) if isinstance(value, list) else value for key, value in state["config"].items()}
-    load_file = import_extra("safetensors.torch", "an export", "safetensors").load_file
-    return state | {"config": default_config() | config, "model": load_file(path), "ema": {}}
+    config, within = default_config() | config, os.path.join(folder, WITHIN)
+    if config["pipeline"] and os.path.isdir(within):           # else where training found it
+        config |= {key: config[key].replace(config["pipeline"], within, 1)
+                   for key in ("pipeline", "encoder_weights", "autoencoder")}
+    return state | {"config": config, "model": read_weights(path, "an export"), "ema": {}}

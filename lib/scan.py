@@ -369,8 +369,8 @@ def open_images(path, allow=()):
     now. Raises UserError as require does, and for an index that is broken or out of date.
     """
     if not path:
-        raise UserError("a published pipeline brings no images: give --reference FOLDER and --prompts FILE, or other "
-                        "--metrics; or --data PATH to train on")
+        raise UserError("a published pipeline brings no images: give --prompts FILE, and --reference FOLDER or, for "
+                        "the CLIP score alone, --metrics questions --features clip --weights W")
     for folder in (path, index_folder(path)):
         if os.path.exists(os.path.join(folder, "index.arrow")):
             return read_index(folder)

@@ -3,6 +3,7 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 
 import pytest
@@ -344,6 +345,8 @@ def test_embeddings_of_a_pipeline_are_kept_as_those_of_any_encoder(pipelines, ki
     now = embed_now([captions.text(n) for n in (2, 3, 1)], config | {"encoder_id": cache.id})
     assert torch.allclose(cache([2, 3, 1]), now, atol=1e-5) and now[:2].any(-1).any(-1).all() and not now[2].any()
     assert not cache([-1]).any()                               # the null caption, which the network replaces
+    refused(capsys, lambda: open_encoders("pipeline:77", pipelines[kind][1], "fp32"),
+            f"take pipeline:{config['text_length']}")          # not after hours
 
 
 def test_half_precision_where_it_is_asked_for(pipelines):
@@ -370,11 +373,6 @@ def test_v_prediction_is_taken_as_it_is(pipelines, tmp_path):
         assert torch.allclose((net(z, level, text) - sigma * z) / alpha, other(z, level, text), atol=1e-5)
 
 
-def remove(folder, *parts):
-    for part in parts:
-        shutil.rmtree(folder / part)
-
-
 def pickle_weights(folder, part):
     (file,) = (folder / part).glob("*.safetensors")
     file.unlink()
@@ -394,11 +392,11 @@ SCHEDULER = "scheduler/scheduler_config.json"
 BAD_FOLDERS = [
     ("pixart", lambda f: edit_json(f / "model_index.json", _class_name="FluxPipeline"), "is a FluxPipeline: take"),
     ("pixart", lambda f: (f / "model_index.json").write_text("{"), "cannot be read (JSONDecodeError): bring the whole"),
-    ("pixart", lambda f: remove(f, "scheduler"), "scheduler_config.json' cannot be read (FileNotFoundError): bring"),
-    ("pixart", lambda f: remove(f, "transformer"), "transformer/config.json' cannot be read"),
-    ("sdxl", lambda f: remove(f, "vae"), "vae/config.json' cannot be read"),
-    ("sdxl", lambda f: remove(f, "text_encoder_2"), "text_encoder_2/config.json' cannot be read"),
-    ("sdxl", lambda f: remove(f, "tokenizer"), "does not open as text_encoder"),
+    ("pixart", lambda f: shutil.rmtree(f / "scheduler"), "config.json' cannot be read (FileNotFoundError): bring"),
+    ("pixart", lambda f: shutil.rmtree(f / "transformer"), "transformer/config.json' cannot be read"),
+    ("sdxl", lambda f: shutil.rmtree(f / "vae"), "vae/config.json' cannot be read"),
+    ("sdxl", lambda f: shutil.rmtree(f / "text_encoder_2"), "text_encoder_2/config.json' cannot be read"),
+    ("sdxl", lambda f: shutil.rmtree(f / "tokenizer"), "does not open as text_encoder"),
     ("sdxl", lambda f: pickle_weights(f, "unet"), "could run code"),
     ("pixart", lambda f: pickle_weights(f, "text_encoder"), "does not open as text_encoder"),
     ("pixart", lambda f: pickle_weights(f, "vae"), "does not open as autoencoder"),
@@ -407,6 +405,7 @@ BAD_FOLDERS = [
      "core.conv_in.bias is (3,), not (16,)"),
     ("sdxl", lambda f: spoil_weights(f, "unet", lambda w: w.update(other=torch.zeros(3))),
      "core.other is none of its weights"),
+    ("sdxl", lambda f: os.truncate(next((f / "unet").glob("*.safetensors")), 1000), "bring it whole; a few lines"),
     ("sdxl", lambda f: spoil_weights(f, "text_encoder", lambda w: w.pop(sorted(w)[0])), "is missing"),
     ("sdxl", lambda f: spoil_weights(f, "vae", lambda w: w.pop("decoder.conv_in.bias")), "conv_in.bias is missing"),
     ("sdxl", lambda f: edit_json(f / "vae/config.json", latents_mean=[0.0] * 4), "take a pipeline whose autoencoder"),
@@ -442,8 +441,11 @@ def test_pipelines_are_sampled_and_described_from_the_command_line(pipelines, tm
         said = capsys.readouterr().out
         assert network in said and "16 px" in said and "predicts eps" in said and "--sampler dpm" in said
         refused(capsys, lambda: draws(monkeypatch, folder, "a", "--size", "16x17"), "--size 16x17", "multiples of 4")
-    draws(monkeypatch, folder, "a red circle", "--n", 1, "--steps", 2, "--dtype", "bf16", "--to", to)
-    assert "sdxl_1.png: 1 images" in capsys.readouterr().out
+    opened, really = [], PipelineEncoder.open                  # also for the null caption
+    monkeypatch.setattr(PipelineEncoder, "open", lambda self, part: opened.append(self.dtype) or really(self, part))
+    for kind in pipelines:
+        draws(monkeypatch, pipelines[kind][1], "a", "--n", 1, "--steps", 2, "--dtype", "bf16", "--to", to)
+    assert "sdxl_2.png: 1 images" in capsys.readouterr().out and "fp32" not in opened
 
 
 def test_pipelines_are_scored_on_captions_from_a_file(pipelines, tmp_path, capsys, monkeypatch):
@@ -451,11 +453,12 @@ def test_pipelines_are_scored_on_captions_from_a_file(pipelines, tmp_path, capsy
     folder, kept = pipelines["pixart"][1], tmp_path / "kept"
     for k in range(3):
         write_png(str(tmp_path / f"{k}.png"), torch.randint(0, 255, (16, 16, 3), dtype=torch.uint8).numpy())
-    words = [folder, "--prompts", tmp_path / "captions.txt", "--n", 3, "--steps", 2, "--keep", kept]
+    words = [folder, "--prompts", tmp_path / "captions.txt", "--n", 3, "--steps", 2, "--keep", kept, "--dtype", "bf16"]
     monkeypatch.setattr("sys.argv", ["eval.py", *map(str, [*words, "--reference", tmp_path])])
     evaluation.main()
     said = capsys.readouterr().out
     assert "fd_random" in said and "dpm, 2 steps" in said and len(list(kept.glob("*.png"))) == 3
+    assert re.search("dtype +bf16", said)
 
 
 def test_an_exported_run_is_the_run_to_the_bit_where_the_run_is_not(tmp_path, capsys, monkeypatch):
@@ -488,7 +491,7 @@ def test_an_exported_run_is_the_run_to_the_bit_where_the_run_is_not(tmp_path, ca
     spoil_weights(tmp_path, "out", lambda w: w.pop(sorted(w)[0]))
     refused(capsys, lambda: load(str(tmp_path / "out")), "is missing", "bring them whole")
     edit_json(tmp_path / "out/config.json", format=0)
-    refused(capsys, lambda: load(str(tmp_path / "out")), "no export of format", "--export FOLDER")
+    refused(capsys, lambda: load(str(tmp_path / "out")), "no export of format", "that with model_index.json")
 
 
 __all__ = [name for name in globals() if name.startswith("test_")] + ["pipelines"]
