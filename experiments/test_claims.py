@@ -152,6 +152,9 @@ def test_every_claim_is_registered_with_what_decides_it(tmp_path):
     assert (flags["F"]["lr"], flags["F"]["muon_lr"]) == (0.001, 0.005)             # as registered
     assert flags["Gt"]["channels"] == (16,) and (flags["G1"]["depth"], flags["G4"]["depth"]) == (1, 4)
     assert flags["Gf"]["scene_native"] == 12 and flags["Gb"]["noise_base_resolution"] == 16
+    tuned = [claim_runs.config_of(lab._replace(config="claims-long"), arm) for arm in ("Y", "Ya")]
+    assert [c["style_share"] for c in tuned] == [0.5, 1.0]
+    assert all((c["scene_styled"], c["steps"], c["lr"], c["muon_lr"]) == (60, 300, 0.0015, 0.0075) for c in tuned)
     assert claim_runs.with_parents(["D", "G"]) == ["P", "Q", "D", "G"]
     assert claim_runs.config_of(lab._replace(config="small"), "F")["lr"] == pytest.approx(0.0005 / 3)
 
