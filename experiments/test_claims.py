@@ -131,6 +131,12 @@ def test_a_registered_text_that_changes_is_refused(tmp_path, capsys):
         assert "frozen" in capsys.readouterr().err
 
 
+def test_seeds_that_are_not_registered_are_not_trained(tmp_path, capsys):
+    with pytest.raises(UserError):
+        claims.investigate(lab_of(tmp_path, dsg={}), "frozen-long", text_of("frozen-long"), [4, 5])
+    assert "frozen-long has [5, 6, 7, 8], not [4]" in capsys.readouterr().err and not os.listdir(tmp_path)
+
+
 def test_the_texts_that_were_registered_first_are_what_they_were():
     """Whatever is added to the file and to its rules: their runs were made, and their verdicts told, under these."""
     words = {name: "".join(f"{key} = {value}\n" for key, value in text_of(name).items()) for name in list(TEXT_HASHES)}
