@@ -2245,19 +2245,24 @@ def test_a_run_stopped_and_continued_equals_an_unbroken_one_to_the_bit(
 
 
 @pytest.mark.parametrize("stage, kills, steps", [
-    ("grow", 2, 15), *[pytest.param(s, 30, 40, marks=slow) for s in ("pretrain", "grow", "defrost", "cascade")]])
+    ("grow", 2, 15), *[pytest.param(s, 30, 80, marks=slow) for s in ("pretrain", "grow", "defrost", "cascade")]])
 def test_kill_9_at_random_moments_loses_nothing(runs, stage, kills, steps, tmp_path):
-    """A checkpoint at every step, so that many kills hit a save."""
+    """A checkpoint at every step, so that many kills hit a save; a kill before the first would lose nothing anyhow."""
     whole, broken = (with_parents(runs, tmp_path / name, stage) for name in ("whole", "broken"))
     words = ["--stage", stage, *changed(TINY, steps=steps, save_every=1, sample_every=0)]
     run("train.py", "--out", whole, *words)
-    moments = np.random.default_rng(int(time.time()))
+    moments, reached = np.random.default_rng(int(time.time())), 0
     for _ in range(kills):
         process, said = start("train.py", "--out", broken, *words)
-        until(said, "model:", process)
-        time.sleep(moments.uniform(0, 0.6))
+        until(said, "\nstep", process)                         # every second step
+        time.sleep(moments.uniform(0, 0.3))
         process.kill(), process.join()
         assert process.exitcode in (-9, 0), said()
+        assert not reached or f"going on at step {reached} of" in said()
+        before, reached = reached, checkpoint_of(broken, stage)["step"]
+        assert before <= reached and reached > 0
+        if reached == steps:                                   # faster than we
+            break
     run("train.py", "--out", broken, *words)
     assert_same_run(whole, broken, stage)
 

@@ -129,6 +129,9 @@ class Pictures:
             return to_uint8(self.small(None, "drawn"))
         net, config = load(self.run_of(row), self.device)
         config |= SAMPLING | {"augmentation_sample": row.level}
+        if row.low == "drawn" and config["base_id"] != checkpoint_hash(self.run_of(Row("base"))):
+            raise UserError(f"{self.run_of(row)} was not trained above {self.run_of(Row('base'))}: give the --models "
+                            "that it was made with, or another --out")
         low = self.small(config, row.low) if row.low else None
         return to_uint8(sample(net, config, held_out_task(config, self.n).captions, bar=True, low=low))
 

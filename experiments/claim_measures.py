@@ -60,8 +60,8 @@ class Measures:
         if name not in self.known:
             self.known[name] = work()
             line = "\n" + json.dumps([key, self.known[name]])  # after a line that was cut off a new one begins
-            with open(self.file, "a") as f:
-                f.write(line)
+            with open(self.file, "ab", 0) as f:                # unbuffered: in one piece, as two processes may write
+                f.write(line.encode())
         return self.known[name]
 
     def pictures(self, file, n, guidance, noise=0, first=0, token=False):

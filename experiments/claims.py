@@ -119,8 +119,11 @@ def result_file(lab, name):
 
 def investigate(lab, name, text, seeds):
     """Train, measure and, where all seeds are there, write the claim's figures and draw them."""
-    register(lab, name, text)
     arms, everything = text["arms"].split(), all_seeds(lab, name, text)
+    if others := sorted(set(seeds or ()) - set(everything)):
+        raise UserError(f"--seeds: {name} has {everything}, not {others}, of which no verdict would know: give some of "
+                        "its own, or leave this out")
+    register(lab, name, text)
     for arm, seed in missing_runs(lab, arms, seeds or everything):
         train(lab, arm, seed)
     if missing_runs(lab, arms, everything):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from experiments import cascade
-from lib.settings import load_config
+from lib.settings import UserError, load_config
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="slow: SLOW=1 pytest test_all.py")
@@ -46,6 +46,14 @@ def test_what_is_enlarged_is_the_worlds_picture_made_small_or_that_of_the_next_c
     world = cascade.open_data(config).held_out()
     whole = torch.from_numpy(world.image(1, 64) / 127.5 - 1).permute(2, 0, 1).float()
     assert torch.allclose(true[1], F.avg_pool2d(whole, 2), atol=1e-5)
+
+
+def test_a_cascade_above_another_base_is_refused(monkeypatch, capsys):
+    config = load_config("toy", "cascade") | {"base_id": "of another"}
+    monkeypatch.setattr(cascade, "load", lambda path, device: (None, config))
+    with pytest.raises(UserError):
+        cascade.Pictures("out", "none", 2).of(cascade.Row("plain", "drawn"))
+    assert "out/plain/toy/cascade was not trained above none/toy/pretrain" in capsys.readouterr().err
 
 
 @slow

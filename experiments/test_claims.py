@@ -131,6 +131,12 @@ def test_a_registered_text_that_changes_is_refused(tmp_path, capsys):
         assert "frozen" in capsys.readouterr().err
 
 
+def test_seeds_that_are_not_registered_are_not_trained(tmp_path, capsys):
+    with pytest.raises(UserError):
+        claims.investigate(lab_of(tmp_path, dsg={}), "frozen-long", text_of("frozen-long"), [4, 5])
+    assert "frozen-long has [5, 6, 7, 8], not [4]" in capsys.readouterr().err and not os.listdir(tmp_path)
+
+
 def test_the_texts_that_were_registered_first_are_what_they_were():
     """Whatever is added to the file and to its rules: their runs were made, and their verdicts told, under these."""
     words = {name: "".join(f"{key} = {value}\n" for key, value in text_of(name).items()) for name in list(TEXT_HASHES)}
@@ -152,6 +158,9 @@ def test_every_claim_is_registered_with_what_decides_it(tmp_path):
     assert (flags["F"]["lr"], flags["F"]["muon_lr"]) == (0.001, 0.005)             # as registered
     assert flags["Gt"]["channels"] == (16,) and (flags["G1"]["depth"], flags["G4"]["depth"]) == (1, 4)
     assert flags["Gf"]["scene_native"] == 12 and flags["Gb"]["noise_base_resolution"] == 16
+    tuned = [claim_runs.config_of(lab._replace(config="claims-long"), arm) for arm in ("Y", "Ya")]
+    assert [c["style_share"] for c in tuned] == [0.5, 1.0]
+    assert all((c["scene_styled"], c["steps"], c["lr"], c["muon_lr"]) == (60, 300, 0.0015, 0.0075) for c in tuned)
     assert claim_runs.with_parents(["D", "G"]) == ["P", "Q", "D", "G"]
     assert claim_runs.config_of(lab._replace(config="small"), "F")["lr"] == pytest.approx(0.0005 / 3)
 

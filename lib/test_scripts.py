@@ -72,7 +72,10 @@ def start(script, *words, fault=int, **environment):
 def ended(process, said, code=0):
     """What a process has printed when it has ended, with this status."""
     process.join(300)
-    assert process.exitcode == code, f"status {process.exitcode}: " + said()[-5000:]
+    status = process.exitcode
+    if status is None:                                         # it hangs, and so would the end of all tests
+        process.kill(), process.join()
+    assert status == code, f"status {status}: " + said()[-5000:]
     return said()
 
 
