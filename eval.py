@@ -61,7 +61,7 @@ import torch
 from data import Batches, encode_captions, open_data
 from lib.answers import score_answers, score_people
 from lib.checkpoint import is_run
-from lib.conditions import condition_row
+from lib.conditions import check_cascade_keys, condition_row
 from lib.draws import normals
 from lib.encoders import open_autoencoder
 from lib.files import file_hash, free_name
@@ -390,6 +390,7 @@ def score_run(args, metrics, networks, task, vqa, device):
 def load_run(run, args, device):
     """(model, config) of a run, with the sampler and steps of the command line, and the values of --guidance."""
     model, config = load(run, device)
+    check_cascade_keys(config, args.words)
     config = in_style(config | args.words) if args.style else config | args.words
     in_dtype(model, config, args.dtype)
     check_student(config, args.steps, args.guidance, args.sampler)

@@ -51,7 +51,7 @@ from tqdm import tqdm
 
 from data import encode_captions
 from lib.checkpoint import checkpoint_hash
-from lib.conditions import check_levels, condition_row, parse_set, seeing, untold
+from lib.conditions import check_cascade_keys, check_levels, condition_row, parse_set, seeing, untold
 from lib.draws import normals
 from lib.encoders import open_autoencoder
 from lib.files import free_name
@@ -357,6 +357,7 @@ def main():
         return
     prepare_cpu()
     model, config = load(args.run, "cuda" if torch.cuda.is_available() else "cpu")
+    check_cascade_keys(config, keys)
     config = in_style(config | keys) if args.style else config | keys
     in_dtype(model, config, args.dtype)
     check_student(config, args.steps, args.guidance, args.sampler)

@@ -12,7 +12,8 @@ the FLOPs of growing, so that both ways from the core to large pictures cost the
 so the same command goes on after a stop. OUT/tables.md has three tables, OUT/pictures.png a caption a row.
 
 1. dsg and fidelity of a cascade's pictures when what it enlarges is true, the world's own picture made small as in
-   training, and when the base has drawn it; the difference is the gap. Beside it the base's own pictures and `grow`.
+   training, and when the base has drawn it; the difference is the gap. The base has learned what the world draws at
+   its own size, which is part of the gap. Beside it the base's own pictures and `grow`.
 2. Is the small picture used? A cascade is given a caption and the true small picture of the next one: its pictures are
    judged by the questions of both.
 3. What each way costs, in training and for a picture.

@@ -148,6 +148,12 @@ def check_levels(config):
                         f"{config['augmentation']:g}, the most that training tells of: give at most that")
 
 
+def check_cascade_keys(config, keys):
+    """UserError for keys of a cascade that are given to another run."""
+    if not config["low_resolution"] and (given := {"base", "augmentation_sample"} & set(keys)):
+        raise UserError(f"--{min(given)}: this run is no cascade: leave it out")
+
+
 def augmented(low, eps, level, size):
     """
     What lies beside z, (B, C, H, W): small pictures low (B, C, h, w), mixed with noise eps by a level (B,) from 0 to 1,

@@ -4,8 +4,9 @@ import math
 import pytest
 import torch
 
-from lib.conditions import (augmented, beside, check_levels, condition_names, condition_row, count_columns,
-                            embedded_conditions, parse_set, ranges_known, ranges_seen, read_conditions, seeing)
+from lib.conditions import (augmented, beside, check_cascade_keys, check_levels, condition_names, condition_row,
+                            count_columns, embedded_conditions, parse_set, ranges_known, ranges_seen, read_conditions,
+                            seeing)
 from lib.settings import UserError
 
 KNOWN = {"conditions": "size, score,size_and_crop", "condition_ranges": "size 0.25..0.5, score -1..1e+06"}
@@ -104,3 +105,10 @@ def test_a_cascade_is_told_the_level_and_guidance_leaves_no_picture_out(capsys):
         shown.append(calls[-1][0][:, 1])
         assert torch.equal(calls[-1][3], torch.tensor([[0.0, 0.5]] * n))
     assert torch.equal(shown[0][2:], shown[1]) and 0.2 < shown[0].std() < 0.7 and not torch.equal(*shown[0][:2])
+
+
+def test_keys_of_a_cascade_are_refused_where_there_is_none(capsys):
+    check_cascade_keys({"low_resolution": 32}, {"base": "out", "augmentation_sample": 0.1})
+    check_cascade_keys({"low_resolution": 0}, {"prefix": "a"})
+    refuses_to(capsys, "--base: this run is no cascade: leave it out", check_cascade_keys, {"low_resolution": 0},
+               {"base": "out", "prefix": "a"})
