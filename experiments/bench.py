@@ -5,6 +5,7 @@ Kernels and models, beside every alternative: all that a GPU at hand is for.
     python -m experiments.bench models [CONFIG/STAGE ...]   TFLOP, seconds and memory of a forward and a training step
     python -m experiments.bench sm90                        compiles for an H100, on any machine: registers, spills
     python -m experiments.bench plan|numbers|processes|small          whole runs: experiments/bench_runs.py
+    python -m experiments.bench published                   PixArt-Sigma's and SDXL's own networks at their real sizes
     python -m experiments.bench loaders                     batches of images from files: experiments/bench_loaders.py
     python -m experiments.bench all [--minutes 25]          one after the other, whatever fails, and a report
 
@@ -40,6 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 from experiments.bench_loaders import compare_loaders
+from experiments.bench_published import measure_published
 from experiments.bench_report import write_report
 from experiments.bench_runs import check_plan, compare_numbers, train_small, try_processes
 from kernels import MERGE_EPS, example_call, kv_merge_reference, kv_merge_triton
@@ -53,7 +55,7 @@ from model import build, diffusion_loss, enable_activation_checkpointing, exampl
 # in the order in which a GPU at hand is wanted, and how the time is shared out: by minutes on a GPU, and by the seconds
 # that --quick takes on one core of a CPU. Who ends early leaves more to the rest
 PARTS = {"kernels": (5, 6), "models": (5, 10), "processes": (1, 5), "plan": (3, 14), "numbers": (3, 17),
-         "loaders": (1, 8), "sm90": (1, 8), "small": (7, 23)}
+         "published": (1, 9), "loaders": (1, 8), "sm90": (1, 8), "small": (7, 23)}
 GRACE = 60                                                          # seconds: a part that takes longer is ended
 
 
@@ -381,7 +383,8 @@ def about():
 
 def run_part(part, args, deadline):
     """Yields the rows of one part in this process."""
-    runs = {"plan": check_plan, "numbers": compare_numbers, "processes": try_processes, "loaders": compare_loaders}
+    runs = {"plan": check_plan, "numbers": compare_numbers, "processes": try_processes, "loaders": compare_loaders,
+            "published": measure_published}
     if part in runs:
         yield from runs[part](deadline, args.quick)
     elif part == "small":

@@ -16,6 +16,8 @@ TABLES = {
              ("measured over foretold", "ratio")],
     "numbers": [("numbers", "numbers"), ("config", "config"), ("images/s", "img_s"), ("over float32", "ratio"),
                 ("GiB", "gib"), ("loss", "loss"), ("MFU", "mfu")],
+    "published": [("network", "published"), ("images", "batch"), ("M parameters", "millions"), ("latents", "side"),
+                  ("TFLOP", "tflop"), ("s", "seconds"), ("GiB", "gib"), ("share of peak", "share_of_peak")],
     "loaders": [("by", "way"), ("workers", "workers"), ("images/s", "img_s"), ("least", "least"), ("most", "most"),
                 ("ours over it", "ours_over"), ("CPU ms an image", "cpu_ms")],
     "small": [("steps", "steps"), ("config", "config"), ("stage", "stage"), ("loss", "loss"), ("images/s", "img_s"),

@@ -6,8 +6,10 @@ import sys
 import time
 
 import pytest
+import torch
 
 from experiments.bench import PARTS
+from experiments.bench_published import NETWORKS, measure_published
 from experiments.bench_report import report_of
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -34,6 +36,19 @@ def test_models_are_measured_and_their_figures_tell_where_they_come_from(tmp_pat
     assert forward["millions"] == step["millions"] > 1 and forward["seconds"] > 0
     # a frozen core: its backward passes gradients on, and computes none of its weights
     assert not forward["training"] and step["training"] and 2 < step["tflop"] / forward["tflop"] < 3
+
+
+def test_published_networks_have_their_real_sizes_and_their_forwards_are_timed(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):                                 # as their model cards say
+        counts = {name: sum(p.numel() for p in getattr(diffusers, kind)(**about).parameters()) / 1e6
+                  for name, (kind, about) in NETWORKS.items()}
+    assert counts == pytest.approx({"PixArt-Sigma": 610.9, "SDXL": 2567.5}, abs=0.05)
+    rows = list(measure_published(time.time() + 60, quick=True))
+    assert [row["published"] for row in rows] == list(NETWORKS) and all(row["seconds"] > 0 for row in rows)
+    report = report_of({"device": "cpu", "date": "", "torch": "", "triton": "", "threads": 1, "command": "",
+                        "rows": [{"part": "published", **row} for row in rows]})
+    assert "**published**" in report and "| SDXL | 1 |" in report
 
 
 def test_kernels_run_in_the_interpreter_and_stop_in_time(tmp_path):
