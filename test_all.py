@@ -2558,7 +2558,7 @@ def test_what_a_student_cannot_learn_from_is_refused(words, message, runs, tmp_p
 
 def test_a_style_starts_from_the_latest_run_and_is_asked_for_by_its_token(styled, tmp_path, says):
     (out, said), words = styled, changed(TINY, steps=3, sample_every=0)
-    assert f"from {folder(out, 'defrost')}: " in said and "a chance of 0.5" in said
+    assert f"from {folder(out, 'defrost')}: " in said and "a chance of 0.3" in said
     assert checkpoint_of(out, "style")["config"]["style"] == "scenes"
     student = ["train.py", "--stage", "distill", "--teacher_steps", 8, "--out", out, *words]
     assert "style scenes there,  here" in run(*student, code=2)                    # what it knows is to be learned too
