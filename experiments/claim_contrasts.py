@@ -375,7 +375,8 @@ def converging(lab, text, seeds):
             "here": f"G has what S has at the end {said_of(text, earlier['G'], 2)} doublings of the steps before it",
             "figures": figures,
             "panels": [{"title": "score of snapshots", "x": "steps at large size", "y": "dsg", "settings":
-                        {"xscale": "log"}, "lines": {arm: (steps, scores[arm].tolist()) for arm in names}}]}
+                        {"xscale": "log", "xticks": steps, "xticklabels": steps},
+                        "lines": {arm: (steps, scores[arm].tolist()) for arm in names}}]}
 
 
 def style(lab, text, seeds):

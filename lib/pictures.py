@@ -132,6 +132,7 @@ def draw_seeds(panels, file):
             panel.axhline(y, color="0.5", ls=":", lw=1)
             panel.annotate(label, (0.01, y), xycoords=("axes fraction", "data"), color="0.4", fontsize=7, va="bottom")
         panel.set(title=wanted["title"], xlabel=wanted["x"], ylabel=wanted["y"], **wanted.get("settings", {}))
+        panel.tick_params(which="minor", labelbottom=False)    # of a logarithmic axis: they would lie over each other
         if "names" in wanted:
             panel.set_xticks(range(len(wanted["names"])), wanted["names"])
         panel.legend(frameon=False, fontsize=8)
