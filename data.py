@@ -302,7 +302,8 @@ def embed_known(captions, config):
     how = f"set encoder_weights to local folders of {config['encoder']}, comma-separated"
     if not os.path.exists(config["data"]):
         raise UserError(f"captions need embeddings, and {config['data']} holds none of {config['encoder']}: {how}")
-    cache = open_cache(tuple((k, config[k]) for k in ("data", "encoder", "encoder_width", "encoder_id")))
+    keys = "data", "encoder", "encoder_width", "encoder_id", "encoder_weights"
+    cache = open_cache(tuple((k, config[k]) for k in keys))
     unknown = [c for c in captions if c not in cache.numbers]
     if unknown:
         raise UserError(f"{unknown[0]!r} is not among the embedded captions of {config['data']}: {how}")
