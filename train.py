@@ -9,6 +9,7 @@ Train one stage. Each leaves a run folder out/CONFIG/STAGE: last.pt, config.txt,
     python train.py --stage distill                    a student of the last model that takes 16 steps, no guidance
     python train.py --stage scratch                    baseline: the grown model from random weights, large images only
     python train.py --stage finetune                   baseline: growing without freezing
+    python train.py --stage hold                       baseline: a grown model trained on, its core still frozen
     python train.py --stage cascade                    baseline: a model that enlarges the pictures of pretrain
     python train.py --stage grow --data my/photos      your own images, each with a .txt beside it
     python train.py --stage grow --lr 0.002 --batch 64 any key of configs.txt is a flag

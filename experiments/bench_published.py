@@ -3,6 +3,7 @@ How long the networks of published pipelines take at their real sizes. Time need
 
     python -m experiments.bench published       PixArt-Sigma and SDXL at 1024 px, captions whole; in bfloat16 on a GPU
 """
+import gc
 import statistics
 import time
 
@@ -24,8 +25,8 @@ SDXL = dict(sample_size=128, in_channels=4, out_channels=4, block_out_channels=(
 NETWORKS = {"PixArt-Sigma": ("PixArtTransformer2DModel", PIXART_SIGMA), "SDXL": ("UNet2DConditionModel", SDXL)}
 
 
-def example_call(name, about, batch, device, dtype):
-    """The arguments of a forward of that network: latents (B, 4, h, w), a time, a caption (B, L, E), sizes."""
+def forward_arguments(name, about, batch, device, dtype):
+    """Of that network: latents z (B, 4, h, w), a time (B,), a caption (B, L, E), and of SDXL pooled text and sizes."""
     z = torch.randn(batch, 4, about["sample_size"], about["sample_size"], device=device, dtype=dtype)
     t = torch.full((batch,), 500, device=device)
     if name == "SDXL":
@@ -37,7 +38,6 @@ def example_call(name, about, batch, device, dtype):
     return (z, text, t, {"resolution": None, "aspect_ratio": None}), {}
 
 
-@torch.inference_mode()
 def measure_published(deadline, quick):
     """Yields a row for a forward of each network; with `quick`, of one with latents of 16 x 16 and fewer blocks."""
     try:
@@ -45,31 +45,40 @@ def measure_published(deadline, quick):
     except ImportError:
         print("published networks are not measured without diffusers: pip install diffusers", flush=True)
         return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    peak = peak_rate(torch.cuda.get_device_name(), dtype, True) if device == "cuda" else sgemm_rate()
     smaller = {"PixArt-Sigma": {"num_layers": 2}, "SDXL": {"block_out_channels": (32, 64, 128),
                "attention_head_dim": (1, 2, 4), "transformer_layers_per_block": 1}}
-    batch = 1 if quick else 8
     for name, (kind, about) in NETWORKS.items():
         if time.time() > deadline:
             raise TimeoutError("no time left")
         about = about | (smaller[name] | {"sample_size": 16} if quick else {})
-        with torch.device(device):
-            network = getattr(diffusers, kind)(**about).to(dtype)
-        words, options = example_call(name, about, batch, device, dtype)
+        yield measure_forward(name, getattr(diffusers, kind), about, batch=1 if quick else 8)
 
-        def forward():
-            begin = time.perf_counter()
-            float(network(*words, **options).sample.sum())     # waits for the device
-            return time.perf_counter() - begin
-        forward()
-        with FlopCounterMode(display=False) as counter:
-            forward()
-        seconds, tera = statistics.median(forward() for _ in range(3)), counter.get_total_flops() / 1e12
-        gib = torch.cuda.max_memory_allocated() / 2 ** 30 if device == "cuda" else None
-        millions = sum(p.numel() for p in network.parameters()) / 1e6
-        print(f"{name:14} {millions:8.1f}M  {batch} x forward  {tera:9.3g} TFLOP  {seconds:9.4f} s", flush=True)
-        yield dict(published=name, batch=batch, millions=millions, side=about["sample_size"], tflop=tera,
-                   seconds=seconds, gib=gib, share_of_peak=peak and tera * 1e12 / seconds / peak)
-        del network
+
+@torch.inference_mode()
+def measure_forward(name, kind, about, batch):
+    """The row of one network: parameters, TFLOP, seconds, peak memory, share of the device's rate."""
+    device, dtype, gib = "cpu", torch.float32, None
+    if torch.cuda.is_available():
+        device, dtype = "cuda", torch.bfloat16
+        gc.collect()                                           # what the network before may still hold
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    peak = peak_rate(torch.cuda.get_device_name(), dtype, True) if device == "cuda" else sgemm_rate()
+    with torch.device(device):
+        network = kind(**about).to(dtype)
+    words, options = forward_arguments(name, about, batch, device, dtype)
+
+    def seconds_of_forward():
+        begin = time.perf_counter()
+        float(network(*words, **options).sample.sum())         # waits for the device
+        return time.perf_counter() - begin
+    seconds_of_forward()                                       # the first one chooses kernels
+    with FlopCounterMode(display=False) as counter:
+        seconds_of_forward()
+    seconds, tera = statistics.median(seconds_of_forward() for _ in range(3)), counter.get_total_flops() / 1e12
+    if device == "cuda":
+        gib = torch.cuda.max_memory_allocated() / 2 ** 30
+    millions = sum(p.numel() for p in network.parameters()) / 1e6
+    print(f"{name:14} {millions:8.1f}M  {batch} x forward  {tera:9.3g} TFLOP  {seconds:9.4f} s", flush=True)
+    return dict(published=name, batch=batch, millions=millions, side=about["sample_size"], tflop=tera,
+                seconds=seconds, gib=gib, share_of_peak=peak and tera * 1e12 / seconds / peak)

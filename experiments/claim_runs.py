@@ -12,17 +12,15 @@ A run that is finished counts only if it was made with the settings that are ask
 import glob
 import json
 import os
-import subprocess
-import sys
 import time
 from collections import namedtuple
 
 from experiments.claim_measures import gflop_of_step
+from experiments.trainings import run_train
 from lib.files import atomic_write
 from lib.runs import is_finished, newest_about, read_settings
 from lib.settings import UserError, default_config, load_config
 
-HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 # where all lies; the section of configs.txt; flags for all runs; what was measured
 Lab = namedtuple("Lab", "out config keys measures")
 # A run: its stage, the arm whose core (or all) it starts from, its share of the stage's steps, its own keys
@@ -159,10 +157,8 @@ def train(lab, arm, seed):
              "out": os.path.join(lab.out, f"{arm}-s{seed}")}
     if ARMS[arm].parent:
         words["core"] = run_of(lab, ARMS[arm].parent, seed)
-    command = [sys.executable, os.path.join(HERE, "train.py"), *(f"--{key}={value}" for key, value in words.items())]
     start, begun = time.time(), newest_about(run_of(lab, arm, seed))
-    if subprocess.run(command).returncode:
-        raise UserError(f"{' '.join(command)} failed: mend what it says, and the same command goes on")
+    run_train(words)
     if begun:                                                  # its minutes are those of a part
         return
     took = json.dumps({"minutes": (time.time() - start) / 60, "gflop": gflop_of(lab, arm)})

@@ -24,8 +24,9 @@ import torch
 
 from experiments.claim_contrasts import CLAIMS, looks_in
 from experiments.claim_measures import Measures, Planned, gflop_of_step, passes
-from experiments.claim_runs import (ARMS, HERE, START, Lab, config_of, flags_of, gflop_of, missing_runs, rates,
+from experiments.claim_runs import (ARMS, START, Lab, config_of, flags_of, gflop_of, missing_runs, rates,
                                     size_of, train, with_parents)
+from experiments.trainings import HERE
 from lib.contrasts import Estimate, holm, level_of, verdict
 from lib.files import atomic_write
 from lib.pictures import draw_seeds

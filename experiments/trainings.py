@@ -20,7 +20,11 @@ def train(out, stage, seed, keys, **own):
     """
     if not keys and is_finished(os.path.join(out, "toy", stage)):
         return
-    flags = {**own, **keys, "stage": stage, "out": out, "seed": seed, "eval_n": 0}
+    run_train({**own, **keys, "stage": stage, "out": out, "seed": seed, "eval_n": 0})
+
+
+def run_train(flags):
+    """train.py with these flags, {name: value}. UserError, with the command, where it fails."""
     command = [sys.executable, os.path.join(HERE, "train.py"), *(f"--{key}={flags[key]}" for key in flags)]
     if subprocess.run(command).returncode:
         raise UserError(f"{' '.join(command)} failed: mend what it says, and the same command goes on")
