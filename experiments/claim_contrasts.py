@@ -156,7 +156,7 @@ def forgetting(lab, text, seeds):
         lines[f"{arm}, old shell"] = steps, [[damage(seed, snapshots(lab, arm, seed)[step]) for step in steps]
                                              for seed in seeds]
     total = flags_of(lab, "F", seeds[0])["steps"]
-    early = round(float(text["share"]) * total)
+    early = max(1, round(float(text["share"]) * total))
     best = better_finetuned(lab, text, seeds)
     for step in (early, total):
         refitted[step] = [damage(seed, snapshots(lab, best, seed)[step], refit) for seed in seeds]
