@@ -18,22 +18,19 @@ Notable features:
 - adaLN-single (PixArt-alpha, Sec. 2.3): one linear layer makes the shifts, scales and gates of all blocks from time
   and caption;
 - the branches of every block and the last layer start at exactly zero, set by one function that runs last;
-- no dropout, no buffers: positions on the grid are a formula of its sides, so a model takes any grid, and a larger
-  one interpolates.
+- no dropout, no buffers: positions are a formula, so a model takes any grid, and a larger one interpolates.
 
 Letters: B images, C channels (3, or the latents'), H W pixels or latents, h w the core's grid of tokens, N = h*w of
 them, L caption tokens, E width of their embeddings, D width of the core, r ratio of the KV merge, K numbers that
 condition a picture; c channels of features and h' w' their size inside a shell. temb (B, D) embeds time, conditions and
 pooled caption.
 """
-import functools
 import math
 import os
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 
 from kernels import MERGE_EPS, attention, kv_merge
 from lib.checkpoint import older_checkpoints, open_checkpoint
@@ -41,6 +38,7 @@ from lib.conditions import embedded_conditions, read_conditions
 from lib.encoders import encoder_parts, has_pretrained_encoder
 from lib.published import Published, fill, read_published
 from lib.settings import UserError, default_config
+from lib.timesteps import ddpm_timestep
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Noise and loss. z = alpha x + sigma eps,  v = alpha eps - sigma x,  logsnr = log(alpha^2 / sigma^2).
@@ -119,30 +117,30 @@ class WordEncoding(nn.Module):
 
 class PretrainedEncoding(nn.Module):
     """
-    Embeddings of pretrained encoders, side by side along L, each projected from its own width into the core's (Sec.
-    4), and their mean as one vector. A row of zeros is padding. The null caption has no other rows: its vector is
-    made of biases alone.
+    Embeddings of pretrained encoders, side by side along L, each projected from its own width into the core's (Sec. 4;
+    PixArt-alpha), and their mean as one vector. Rows of zeros are padding; the null caption instead has a learned one.
     """
 
     def __init__(self, spans, width):
         super().__init__()
         self.spans = spans                                     # [(tokens, width of the embeddings)] of each encoder
-        self.projections = nn.ModuleList(nn.Linear(e, width) for _, e in spans)
-        self.norm_out = nn.LayerNorm(width)
+        self.projections = nn.ModuleList(
+            nn.Sequential(nn.Linear(e, width), nn.GELU("tanh"), nn.Linear(width, width)) for _, e in spans)
+        self.null = nn.Parameter(torch.empty(width))
         self.pool_out = nn.Linear(width, width)
 
     def forward(self, embeddings):
         mask = embeddings.any(-1)                                                  # (B, L), True where a token is real
         real = mask[..., None].float()                                             # (B, L, 1)
         spans = embeddings.split([tokens for tokens, _ in self.spans], 1)
-        parts = [project(span[..., :project.in_features]) for project, span in zip(self.projections, spans)]
+        parts = [project(span[..., :e]) for project, span, (_, e) in zip(self.projections, spans, self.spans)]
         text = torch.cat(parts, 1)                                                 # (B, L, D)
-        text = self.norm_out(text)                                                 # (B, L, D)
         pooled = (text * real).sum(1) / real.sum(1).clamp(min=1)
         # pack: the real tokens of all encoders come first, so that attention skips all padding instead of masking it
         order = (~mask).int().argsort(dim=1, stable=True)                          # (B, L)
         text = text.gather(1, order[..., None].expand_as(text))                    # (B, L, D)
-        return text, mask.sum(1), self.pool_out(pooled)                            # (B, L, D), (B,), (B, D)
+        text = torch.where(mask.any(1)[:, None, None], text, self.null)
+        return text, mask.sum(1).clamp(min=1), self.pool_out(pooled)               # (B, L, D), (B,), (B, D)
 
 
 def sinusoidal_embedding(x, frequencies):
@@ -158,16 +156,19 @@ class TimeEmbedding(nn.Module):
     Sec. 2.2), each from zero: a finished core takes up a new one as it takes up new noise levels.
     """
 
-    def __init__(self, width, conditions):
+    def __init__(self, width, conditions, pixart):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(128, width), nn.SiLU(), nn.Linear(width, width))
-        self.conditions = conditions
+        self.mlp = nn.Sequential(nn.Linear(256 if pixart else 128, width), nn.SiLU(), nn.Linear(width, width))
+        self.conditions, self.pixart = conditions, pixart
         self.condition_in = nn.ModuleDict({c.key: nn.Linear(128 * c.columns, width) for c in conditions})
         self.condition_out = nn.ModuleDict({c.key: nn.Linear(width, width) for c in conditions})
 
     def forward(self, logsnr, conditions=None):
-        per_logsnr = torch.logspace(-4, 2, 64, base=2.0, device=logsnr.device)     # radians per unit of logsnr
-        temb = self.mlp(sinusoidal_embedding(logsnr, per_logsnr))                  # (B, D)
+        if self.pixart:                                        # which counts time in DDPM's thousand steps
+            x, per_x = ddpm_timestep(logsnr), 10000.0 ** (-torch.arange(128, device=logsnr.device) / 128)
+        else:
+            x, per_x = logsnr, torch.logspace(-4, 2, 64, base=2.0, device=logsnr.device)     # radians per unit of x
+        temb = self.mlp(sinusoidal_embedding(x, per_x))                            # (B, D)
         numbers = () if conditions is None else conditions.split([c.columns for c in self.conditions], 1)
         for c, x in zip(self.conditions, numbers):                                 # (B, columns)
             there = ~x.isnan().any(1, keepdim=True)                                # (B, 1): else it adds nothing
@@ -227,59 +228,61 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """
     Self-attention, cross-attention to the caption, MLP. Time and caption shift, scale and gate the first and the
-    last (adaLN-single, PixArt-alpha, Sec. 2.3); cross-attention needs none of it.
+    last (adaLN-single, PixArt-alpha, Sec. 2.3); cross-attention needs none, but the norm, which PixArt leaves out.
     """
 
-    def __init__(self, width, heads, mlp_ratio, r=1, merge_norm=True):
+    def __init__(self, width, heads, mlp_ratio, r=1, merge_norm=True, pixart=False):
         super().__init__()
         self.scale_shift_table = nn.Parameter(torch.empty(6, width))               # this block's own offset
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6 if pixart else 1e-5)
         self.self_attention = SelfAttention(width, heads, r, merge_norm)
-        self.cross_attention = CrossAttention(width, heads)
-        self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), nn.GELU(), nn.Linear(mlp_ratio * width, width))
+        self.cross_norm, self.cross_attention = not pixart, CrossAttention(width, heads)
+        self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), nn.GELU("tanh" if pixart else "none"),
+                                 nn.Linear(mlp_ratio * width, width))
 
     def forward(self, x, modulation, text, text_len, hw):
         modulation = (modulation + self.scale_shift_table).unsqueeze(2)            # (B, 6, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(1)        # (B, 1, D) each
         x = torch.addcmul(x, gate1, self.self_attention(modulate(self.norm(x), shift1, scale1), hw))   # (B, N, D)
-        x = x + self.cross_attention(self.norm(x), text, text_len)
+        x = x + self.cross_attention(self.norm(x) if self.cross_norm else x, text, text_len)
         return torch.addcmul(x, gate2, self.mlp(modulate(self.norm(x), shift2, scale2)))
 
 
-def positions_2d(h, w, width, device=None):
+def positions_2d(h, w, width, pixart=False, device=None):
     """
-    2-D sine-cosine positions, (h*w, D). Any grid covers the same square of 16 x 16 units, so those of a finer grid
-    lie between those of a coarser one. Wavelengths go from 2 pi to 100 * 2 pi units: 10000, usual for text, would
-    leave most of them constant over the square.
+    2-D sine-cosine positions, (h*w, D). Any grid covers the same square of 16 x 16 units, so those of a finer grid lie
+    between those of a coarser one. Wavelengths go from 2 pi to 100 * 2 pi units: 10000, usual for text, would leave
+    most of them constant over the square. PixArt-Sigma: 10000, 32 x 32 units, corners of cells for middles, x first.
     """
-    frequency = 100.0 ** (-torch.arange(width // 4, device=device) / (width // 4)) # (D/4,)
-    y = 16 * (torch.arange(h, device=device) + 0.5)[:, None] / h * frequency       # (h, D/4)
-    x = 16 * (torch.arange(w, device=device) + 0.5)[:, None] / w * frequency       # (w, D/4)
+    units, middle, longest = (32, 0.0, 10000.0) if pixart else (16, 0.5, 100.0)
+    frequency = longest ** (-torch.arange(width // 4, device=device) / (width // 4))         # (D/4,)
+    y = units * (torch.arange(h, device=device) + middle)[:, None] / h * frequency # (h, D/4)
+    x = units * (torch.arange(w, device=device) + middle)[:, None] / w * frequency # (w, D/4)
     y = torch.cat([y.sin(), y.cos()], 1)[:, None].expand(h, w, -1)                 # (h, w, D/2)
     x = torch.cat([x.sin(), x.cos()], 1)[None].expand(h, w, -1)                    # (h, w, D/2)
-    return torch.cat([y, x], 2).flatten(0, 1)
+    return torch.cat([x, y] if pixart else [y, x], 2).flatten(0, 1)
 
 
 class Core(nn.Module):
     """Text-to-image core: embeds caption and time, works on a grid of tokens (Sec. 3.1). `grow` trains `time` alone."""
 
-    def __init__(self, text, width, heads, mlp_ratio, merge_ratios, merge_norm, conditions):
+    def __init__(self, text, time, width, blocks, pixart):
         super().__init__()
         self.text = text                                       # WordEncoding or PretrainedEncoding
-        self.time = TimeEmbedding(width, conditions)
+        self.time, self.pixart = time, pixart
         self.modulation = nn.Linear(width, 6 * width)          # shifts, scales and gates of all blocks (adaLN-single)
-        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio, r, merge_norm) for r in merge_ratios)
+        self.blocks = nn.ModuleList(blocks)
 
     def embed(self, logsnr, text, conditions=None):
         """temb for shell and blocks, the caption's tokens, and how many of them are real."""
         text, text_len, pooled = self.text(text)                                   # (B, L, D), (B,), (B, D)
-        return F.silu(self.time(logsnr, conditions) + pooled), text, text_len
+        return self.time(logsnr, conditions) + pooled, text, text_len
 
     def forward(self, features, temb, text, text_len):
         h, w = features.shape[2:]
         x = features.flatten(2).transpose(1, 2)                                    # (B, D, h, w) -> (B, N, D)
-        x = x + positions_2d(h, w, x.shape[2], x.device)
-        modulation = self.modulation(temb).unflatten(1, (6, -1))                   # (B, 6, D)
+        x = x + positions_2d(h, w, x.shape[2], self.pixart, x.device)
+        modulation = self.modulation(F.silu(temb)).unflatten(1, (6, -1))           # (B, 6, D)
         for block in self.blocks:
             x = block(x, modulation, text, text_len, (h, w))
         return x.transpose(1, 2).unflatten(2, (h, w))                              # (B, D, h, w)
@@ -318,7 +321,7 @@ class ResidualBlock(nn.Module):
         self.skip = Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
     def forward(self, x, temb):
-        shift, scale = self.temb_proj(temb)[..., None, None].chunk(2, 1)           # (B, c_out, 1, 1)
+        shift, scale = self.temb_proj(F.silu(temb))[..., None, None].chunk(2, 1)           # (B, c_out, 1, 1)
         y = self.conv1(F.silu(self.norm1(x)))                                      # (B, c_out, h', w')
         y = torch.addcmul(shift, self.norm2(y), 1 + scale)                         # modulate, in one pass
         return self.skip(x) + self.conv2(F.silu(y))
@@ -467,7 +470,7 @@ class Patch(nn.Module):
         super().__init__()
         self.patch = patch
         self.conv_in = Conv2d(c_z, width, patch, stride=patch)
-        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.scale_shift_table = nn.Parameter(torch.empty(2, width))
         self.proj_out = nn.Linear(width, c_image * patch ** 2)
 
@@ -488,7 +491,8 @@ class Denoiser(nn.Module):
     """
     z (B, C, H, W), in a cascade (B, 2 C, H, W), logsnr (B,), text (B, L) tokens or (B, L, E) embeddings, conditions
     (B, K), NaN where a number is absent, or None -> v (B, C, H, W). What the shell makes is v, or with `prediction` "x"
-    the clean image, from which v follows (JiT, arXiv 2511.13720): a narrow shell cannot carry noise.
+    the clean image, from which v follows (JiT, arXiv 2511.13720), since a narrow shell cannot carry noise; or the noise
+    "eps", as in PixArt.
     """
 
     def __init__(self, core, shell, prediction="v", pool=1):
@@ -504,8 +508,8 @@ class Denoiser(nn.Module):
         y = self.shell.decode(features, skips, temb)                               # (B, C, H, W)
         if self.prediction == "v":
             return y
-        alpha, sigma = alpha_sigma(logsnr)                                         # (B, 1, 1, 1)
-        return (alpha * z[:, :y.shape[1]] - y.float()) / sigma # y is x, the clean image, which needs no noise to pass
+        (alpha, sigma), z, y = alpha_sigma(logsnr), z[:, :y.shape[1]], y.float()   # (B, 1, 1, 1), beside z nothing
+        return (y - sigma * z) / alpha if self.prediction == "eps" else (alpha * z - y) / sigma
 
 
 def build(config):
@@ -513,11 +517,13 @@ def build(config):
     c = config
     check_sizes(c)
     if c["pipeline"]:
-        return Published(c, merged_layers(c), kv_merge)
+        return Published(c)
     width, spans, merged = c["width"], encoder_spans(c), merged_layers(c)
     text = PretrainedEncoding(spans, width) if spans else WordEncoding(c["text_vocab"], c["text_length"], width)
     ratios = [c["kv_merge"] if i in merged else 1 for i in range(c["depth"])]
-    core = Core(text, width, c["heads"], c["mlp_ratio"], ratios, c["kv_merge_norm"], embedded_conditions(c))
+    time = TimeEmbedding(width, embedded_conditions(c), c["pixart_core"])
+    blocks = [Block(width, c["heads"], c["mlp_ratio"], r, c["kv_merge_norm"], c["pixart_core"]) for r in ratios]
+    core = Core(text, time, width, blocks, c["pixart_core"])
     pool = c["resolution"] // c["inner_resolution"] if c["shell"] == "nested" else 1
     return init_weights(Denoiser(core, build_shell(c), c["prediction"], pool))
 
@@ -618,15 +624,9 @@ def init_from(parent, config, prefix):
 
 
 def checkpointed_modules(model):
-    """The modules whose inside is computed again in the backward under activation checkpointing."""
+    """The modules whose inside is computed again in the backward under activation checkpointing (lib/plan.py)."""
     names = "Block", "ResidualBlock", "BasicTransformerBlock", "ResnetBlock2D"     # the last two are diffusers'
     return [module for module in model.modules() if type(module).__name__ in names]
-
-
-def enable_activation_checkpointing(model):
-    """These modules keep their inputs alone (Chen et al. 2016): less memory, a third more time."""
-    for module in checkpointed_modules(model):                 # replaced, not wrapped: parameters keep their names
-        module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -712,9 +712,9 @@ def check_sizes(config):
 def example(config, batch=1, device=None):
     """(z, logsnr, text) of the shapes that a model of this config takes: to count with, as on the meta device."""
     spans, length = encoder_spans(config), config["text_length"]
-    zeros = functools.partial(torch.zeros, batch, device=device)
-    text = zeros(length, max(width for _, width in spans)) if spans else zeros(length, dtype=torch.long)
-    return zeros(*image_shape(config)), zeros(), text
+    text = torch.zeros(batch, length, *([max(width for _, width in spans)] if spans else []), device=device)
+    z, logsnr = torch.zeros(batch, *image_shape(config), device=device), torch.zeros(batch, device=device)
+    return z, logsnr, text if spans else text.long()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -319,10 +319,9 @@ def parse_size(text, config):
 def describe_run(path):
     """What a checkpoint is, as lines of text."""
     state = read_checkpoint(path)
-    if state["stage"] == "published":
+    c, counts = state["config"], {"core": 0, "shell": 0}
+    if state["stage"] == c["shell"] == "published":            # a pipeline, untouched
         return describe_published(state)
-    c = state["config"]
-    counts = {"core": 0, "shell": 0}
     for name, value in state["model"].items():
         counts[name.partition(".")[0]] += value.numel()
     blocks = f"{c['depth']} blocks of width {c['width']}" if not c["pipeline"] else f"the network of {c['pipeline']}"

@@ -1187,7 +1187,7 @@ def test_each_encoder_has_its_own_projection_and_real_tokens_come_first():
         assert torch.equal(before, net(z, logsnr, wider))
         tokens, text_len, _ = net.core.text(text)
         assert text_len.tolist() == [5, 5]                     # three of the first encoder, then two of the second
-        second = net.core.text.norm_out(net.core.text.projections[1](text[:, 5, :8]))
+        second = net.core.text.projections[1](text[:, 5, :8])
         assert torch.allclose(tokens[:, 3], second, atol=1e-6)
         features, temb = torch.ones(2, 32, 8, 8), net.core.embed(logsnr, text)[0]
         tokens_and_junk = tokens + 100.0 * (torch.arange(8)[:, None] >= 5)
@@ -2591,7 +2591,7 @@ def pipeline_words(out, stage, **keys):
 @pytest.mark.parametrize("kind, stage, keys", [
     ("sdxl", "defrost", dict(checkpointing=True)), ("pixart", "distill", dict(objective="lcm", teacher_steps=4)),
     *[pytest.param(*row, marks=slow) for row in (
-        ("pixart", "defrost", dict(kv_merge=2, kv_merge_layers="1")), ("sdxl", "distill", dict(objective="dmd")),
+        ("pixart", "defrost", {}), ("sdxl", "distill", dict(objective="dmd")),
         ("sdxl", "distill", dict(objective="consistency", teacher_steps=4)))]])
 def test_a_published_pipeline_is_trained_and_goes_on_to_the_bit(pipelines, kind, stage, keys, tmp_path):
     origin, whole, broken = pipelines[kind][1], tmp_path / "whole", tmp_path / "broken"
@@ -2599,7 +2599,7 @@ def test_a_published_pipeline_is_trained_and_goes_on_to_the_bit(pipelines, kind,
     start_at = "--teacher" if stage == "distill" else "--core"
     words = [start_at, origin]
     said = run("train.py", *words, *pipeline_words(whole, stage, **keys))
-    assert f"from {origin}: " in said and f"{4 if 'kv_merge' in keys else 0} new" in said
+    assert f"from {origin}: " in said and " 0 new" in said
     state, before = checkpoint_of(whole, stage), models.ema_weights(models.read_checkpoint(origin))
     assert sum(not torch.equal(state["model"][k], v) for k, v in before.items()) > 20        # it is trained
     assert state["config"]["pipeline"] == origin and state["config"]["encoder_id"].startswith("pipeline fp32 ")
@@ -2613,7 +2613,7 @@ LATENTS = "--resolution", 16, "--latent_stride", 2, "--latent_scale", 0.18215, "
 
 @pytest.fixture(scope="session")
 def tuned(pipelines, tmp_path_factory):
-    """A run of a tiny PixArt-Sigma with a merge of keys and values, on pictures that were embedded once."""
+    """A run of a tiny PixArt-Sigma, on pictures that were embedded once."""
     pytest.importorskip("pyarrow"), pytest.importorskip("PIL")
     folder_, out = tmp_path_factory.mktemp("pictures"), tmp_path_factory.mktemp("tuned")
     origin, data_ = pipelines["pixart"][1], folder_ / "data"
@@ -2624,7 +2624,7 @@ def tuned(pipelines, tmp_path_factory):
     run("data.py", "index", data_)
     run("data.py", "embed", data_, "--encoder", "pipeline:300", "--weights", origin, "--dtype", "bf16")
     run("data.py", "embed", data_, "--vae", os.path.join(origin, "vae"), *LATENTS)
-    keys = dict(steps=4, sample_every=4, sample_steps=2, kv_merge=2, kv_merge_layers=1)
+    keys = dict(steps=4, sample_every=4, sample_steps=2)
     said = run("train.py", "--core", origin, "--data", data_, *pipeline_words(out, "defrost", **keys))
     return folder(out, "defrost"), said, origin
 
@@ -2653,7 +2653,7 @@ def test_a_tuned_pipeline_is_a_run_like_any_other(tuned, tmp_path):
     assert torch.equal(here, there)
     words = ["--teacher", made, "--data", config["data"], *pipeline_words(tmp_path, "distill", objective="lcm")]
     run("train.py", *changed(words, steps=2, sample_steps=2, teacher_steps=4))     # and it teaches
-    assert checkpoint_of(tmp_path, "distill")["config"]["kv_merge"] == 2
+    assert checkpoint_of(tmp_path, "distill")["config"]["pipeline"] == origin
 
 
 def test_a_pipeline_is_tuned_to_a_style_from_a_folder(tuned, tmp_path):

@@ -79,16 +79,16 @@ from lib.files import file_hash
 from lib.muon import Muon
 from lib.perceptual import open_vgg
 from lib.pictures import draw_curves, make_grid, to_uint8, write_png
-from lib.plan import (choose_dtype, count_flops, peak_memory, peak_rate, plan_training, print_plan, sgemm_rate,
-                      split_batch, state_bytes)
+from lib.plan import (choose_dtype, count_flops, enable_activation_checkpointing, peak_memory, peak_rate, plan_training,
+                      print_plan, sgemm_rate, split_batch, state_bytes)
 from lib.processes import (all_gather, all_gather_rows, all_reduce_max, catch_signals, exit_with, fail,
                            install_excepthook, join, print0, sync_gradients)
 from lib.published import check_encoder, start_config
 from lib.runs import (RUN_FIRST, Log, check_room, check_settings, finish_first, first_fault, is_finished, lock_run,
                       loss_figures, prepare_run, read_log)
 from lib.tables import DTYPES
-from model import (build, check_sizes, checkpointed_modules, diffusion_loss, enable_activation_checkpointing, example,
-                   freeze_core, init_from, read_checkpoint)
+from model import (build, check_sizes, checkpointed_modules, diffusion_loss, example, freeze_core, init_from,
+                   read_checkpoint)
 from objectives import cascade_loss, check_base, check_cascade, critic_turns, distill_turns
 from sample import STUDENTS, check_student, is_student, sample
 
@@ -96,7 +96,7 @@ from sample import STUDENTS, check_student, is_student, sample
 # noises, at every how many steps. Plain training is a list of one; distribution matching and a critic add a second one.
 Turn = namedtuple("Turn", "name model net trained optimizers ema_params scaler every noises loss")
 # settings that weights depend on: of the core, and of the shell
-CORE_KEYS = ("pipeline", "width", "depth", "heads", "mlp_ratio", "text_vocab", "encoder_id")
+CORE_KEYS = ("pipeline", "width", "depth", "heads", "mlp_ratio", "text_vocab", "encoder_id", "pixart_core")
 SHELL_KEYS = ("shell", "channels", "residual_blocks", "entry_channels", "patch", "image_skip",
               "inner_resolution", "prediction", "low_resolution")
 # parts of names: of the layers next to the image, of what time and caption add, of offsets
@@ -417,7 +417,7 @@ if parent:
 def prepare(model):
     """Put a model on the device, in shards under FSDP. -> the network that training calls, with the same weights."""
     if config["checkpointing"]:
-        enable_activation_checkpointing(model)                 # less memory, a third more time
+        enable_activation_checkpointing(checkpointed_modules(model))               # less memory, a third more time
     if config["fsdp"]:                                         # shards of weights, gradients and moments
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
         mesh = torch.distributed.init_device_mesh(device.split(":")[0], (world,))

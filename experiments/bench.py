@@ -47,10 +47,10 @@ from experiments.bench_runs import check_plan, compare_numbers, train_small, try
 from kernels import MERGE_EPS, example_call, kv_merge_reference, kv_merge_triton
 from lib.conditions import count_columns
 from lib.files import atomic_write
-from lib.plan import peak_rate, sgemm_rate
+from lib.plan import enable_activation_checkpointing, peak_rate, sgemm_rate
 from lib.settings import Parser, UserError, load_config
 from lib.triton_tools import INTERPRETED, NO_TRITON, relative_errors, run_with_gradients, tolerance, triton, worst
-from model import build, diffusion_loss, enable_activation_checkpointing, example, freeze_core
+from model import build, checkpointed_modules, diffusion_loss, example, freeze_core
 
 # in the order in which a GPU at hand is wanted, and how the time is shared out: by minutes on a GPU, and by the seconds
 # that --quick takes on one core of a CPU. Who ends early leaves more to the rest
@@ -273,7 +273,7 @@ def measure_model(name, device, batch):
     if stage == "grow":
         freeze_core(model)
     if config["checkpointing"]:
-        enable_activation_checkpointing(model)
+        enable_activation_checkpointing(checkpointed_modules(model))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
 

@@ -7,12 +7,14 @@ What a training takes, before anything is rented: parameters, memory, FLOPs and 
 
 make_model() gives the model, frozen parameters without requires_grad; loss(model, images) a number.
 """
+import functools
 import json
 import resource
 import time
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from lib.processes import fail, print0
@@ -165,6 +167,12 @@ def plan_training(make_model, loss, steps, batch, micro, devices=1, kind="h100",
             "dtype": str(dtype).split(".")[1], "batch": batch, "micro": micro, "accumulation": per_device // micro,
             "flops_per_image": flops / micro, "mfu": mfu, "images_per_second": speed,
             "steps": steps, "days": steps * batch / speed / 86400}
+
+
+def enable_activation_checkpointing(modules):
+    """These modules keep their inputs alone (Chen et al. 2016): less memory, a third more time."""
+    for module in modules:                                     # replaced, not wrapped: parameters keep their names
+        module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
 
 
 def print_plan(p, json_file=None):

@@ -24,6 +24,7 @@ from lib.files import (atomic_write, complete, from_folder, import_extra, local_
 from lib.runs import newest_about
 from lib.settings import UserError, default_config
 from lib.tables import DTYPES
+from lib.timesteps import logsnr_table, timestep_of
 
 # pipeline -> the network's subfolder and class; tokens of a caption; the sampler's settings that its makers advise
 PIPELINES = {
@@ -36,7 +37,6 @@ DECIDED = ("pipeline", "shell", "encoder", "encoder_width", "text_length", "text
            "channels", "residual_blocks", "entry_channels", "patch", "image_skip")
 USUAL = "weighting", "encoder_weights"                         # and these, where no flag says otherwise,
 ADVISED = "guidance", "sampler", "sample_steps"                # and these, where they stand at their defaults
-MERGE = "kv_merge", "kv_merge_layers", "kv_merge_norm"         # and these, where no other merge is asked for
 WITHIN = "pipeline"                                            # in an export: where its pipeline may lie, or a link
 
 
@@ -61,9 +61,8 @@ def noise_levels(folder):
             or prediction not in ("epsilon", "v_prediction"):
         raise UserError(f"the scheduler of {folder!r} has beta_schedule {schedule} and predicts {prediction}: take a "
                         "model of linear or scaled_linear betas, not rescaled, that predicts epsilon or v_prediction")
-    first, last = about["beta_start"] ** (1 / power), about["beta_end"] ** (1 / power)
-    betas = torch.linspace(first, last, about["num_train_timesteps"]) ** power     # float32, and so to their rounding
-    return torch.logit(torch.cumprod(1 - betas, 0).double()), prediction == "v_prediction"
+    table = logsnr_table(about["beta_start"], about["beta_end"], about["num_train_timesteps"], power)
+    return table, prediction == "v_prediction"
 
 
 class Published(nn.Module):
@@ -71,10 +70,9 @@ class Published(nn.Module):
     The network of config["pipeline"]: z (B, c, h, w), logsnr (B,), text (B, L, E), conditions (B, 6), those of
     size_and_crop, or None -> v (B, c, h, w). Zeros in place of a caption are the null caption here as everywhere; the
     network gets its own.
-    kv_merge(k, v, weight, bias, norm_weight, norm_bias, hw, r) merges keys and values in the blocks `merged`.
     """
 
-    def __init__(self, config, merged=(), kv_merge=None):
+    def __init__(self, config):
         super().__init__()
         self.config, folder = config, config["pipeline"]
         if not os.path.isdir(folder):
@@ -85,14 +83,13 @@ class Published(nn.Module):
         self.core, self.shell = network.from_config(read_json(folder, part, "config.json")), nn.Identity()
         self.logsnrs, self.predicts_v = noise_levels(folder)   # no buffer: it stays in float64
         self.null = None                                       # its null caption, (L, E), where one is needed
-        if merged and part == "unet":
-            raise UserError("kv_merge merges in the blocks of PixArt-Sigma, and this is a U-Net: leave it out")
-        self.merges = [MergedAttention(self.core.inner_dim, config, kv_merge) for _ in merged]
-        for number, merge in zip(merged, self.merges):         # its parameters now belong to the core
-            self.core.transformer_blocks[number].attn1.set_processor(merge)
+        if config["kv_merge"]:
+            raise UserError("kv_merge merges in our own blocks: bring a PixArt-Sigma into them by `python -m "
+                            "experiments.pixart FOLDER --to OWN` and start from OWN, or leave it out")
 
     def forward(self, z, logsnr, text, conditions=None):
-        dtype, t, text = self.core.dtype, self.timestep(logsnr), self.with_null(text)
+        dtype, text = self.core.dtype, self.with_null(text)
+        t = timestep_of(logsnr, self.logsnrs.to(logsnr.device))
         if self.config["conditions"]:                          # SDXL
             stride = self.config["latent_stride"]
             h, w = stride * z.shape[2], stride * z.shape[3]    # pixels
@@ -103,21 +100,12 @@ class Published(nn.Module):
             out = self.core(z.to(dtype), t, text[:, :-1].to(dtype), added_cond_kwargs=added).sample
         else:
             added = {"resolution": None, "aspect_ratio": None}
-            for merge in self.merges:
-                merge.hw = [side // self.core.config.patch_size for side in z.shape[2:]]
             out = self.core(z.to(dtype), text.to(dtype), t, added, encoder_attention_mask=text.any(-1)).sample
             out = out[:, :z.shape[1]]                          # behind it the learned variance, which no sampler takes
         if self.predicts_v:
             return out
         level = logsnr.view(-1, 1, 1, 1)
         return (out.float() - torch.sigmoid(-level).sqrt() * z) / torch.sigmoid(level).sqrt()      # from eps
-
-    def timestep(self, logsnr):
-        """(B,) -> (B,) float: where on the scheduler's scale there is so much noise, between whole numbers too."""
-        table, logsnr = self.logsnrs.to(logsnr.device), logsnr.double()
-        after = torch.searchsorted(-table, -logsnr).clamp(1, len(table) - 1)       # the table falls
-        share = (table[after - 1] - logsnr) / (table[after - 1] - table[after])
-        return (after - 1 + share.clamp(0, 1)).float()
 
     def with_null(self, text):
         """The text with the pipeline's null caption where there is none."""
@@ -127,28 +115,6 @@ class Published(nn.Module):
         if self.null is None:
             self.null = torch.compiler.disable(null_caption)(text.shape[1], self.config)       # no part of a graph
         return torch.where(blank[:, None, None], self.null.to(text), text)
-
-
-class MergedAttention(nn.Module):
-    """
-    Self-attention in which keys and values of r x r neighbours are merged into one (PixArt-Sigma), in place of the
-    processor of one of diffusers' attentions. It starts as their mean.
-    """
-
-    def __init__(self, width, config, kv_merge):
-        super().__init__()
-        self.r, self.kv_merge, self.hw = config["kv_merge"], kv_merge, None        # hw: sides of the grid of tokens
-        self.merge = nn.Conv2d(width, width, self.r, stride=self.r, groups=width)
-        self.merge_norm = nn.LayerNorm(width) if config["kv_merge_norm"] else None
-        nn.init.constant_(self.merge.weight, 1 / self.r ** 2)
-        nn.init.zeros_(self.merge.bias)
-
-    def forward(self, attn, x, encoder_hidden_states=None, attention_mask=None):
-        norm = (self.merge_norm.weight, self.merge_norm.bias) if self.merge_norm else (None, None)
-        k, v = self.kv_merge(attn.to_k(x), attn.to_v(x), self.merge.weight, self.merge.bias, *norm, self.hw, self.r)
-        q, k, v = (y.unflatten(2, (attn.heads, -1)).transpose(1, 2) for y in (attn.to_q(x), k, v))
-        y = F.scaled_dot_product_attention(q, k, v)            # (B, heads, N, D/heads), of N/r^2 keys
-        return attn.to_out[0](y.transpose(1, 2).flatten(2))    # (B, N, D)
 
 
 def in_dtype(model, config, dtype):
@@ -338,7 +304,6 @@ def pipeline_config(folder):
         "text_length": tokens, "autoencoder": os.path.join(folder, "vae"), "latent_channels": vae["latent_channels"],
         "latent_stride": stride, "latent_scale": vae["scaling_factor"], "conditions": SIZES * unet,
         "resolution": side * stride, "noise_base_resolution": side * stride, "grid": side // patch,
-        "depth": about.get("num_layers", 1),                   # blocks that kv_merge can name
         "logsnr_max": float(logsnrs[0]), "logsnr_min": float(logsnrs[-1]), "steps": 0}
 
 
@@ -361,8 +326,7 @@ def start_config(config, path, flags):
                         "--checkpointing and --micro")
     defaults, student = default_config(), config["objective"] != "diffusion"       # a student has its own steps
     advised = [key for key in (ADVISED[:1] if student else ADVISED) if config[key] == defaults[key]]
-    merge = MERGE if not config["kv_merge"] else ()
-    taken = {key: there[key] for key in (*USUAL, *advised, *merge) if key not in given}
+    taken = {key: there[key] for key in (*USUAL, *advised) if key not in given}
     return config | {key: there[key] for key in DECIDED} | taken
 
 
@@ -378,7 +342,7 @@ def network_config(path):
 
 def check_encoder(config):
     """UserError where the captions of a training were embedded by others than the encoders of its pipeline."""
-    if not config["pipeline"]:
+    if not config["encoder"].startswith("pipeline:") or not config["encoder_weights"]:
         return
     own, known = open_pipeline(config["text_length"], config["encoder_weights"], "fp32").id, config["encoder_id"]
     if known.split(" ")[2:] != own.split(" ")[2:]:             # behind the dtype

@@ -17,8 +17,9 @@ from lib.pictures import write_png
 from lib.files import file_hash, weights_hash
 from lib.published import PipelineEncoder, in_dtype
 from lib.settings import load_config
+from lib.timesteps import timestep_of
 from lib.test_encoders import Trap, captions, refused  # noqa: captions is a fixture
-from model import SelfAttention, alpha_sigma, build, diffusion_loss, init_from, load, read_checkpoint
+from model import alpha_sigma, build, diffusion_loss, load, read_checkpoint
 from sample import describe_run
 
 VOCABULARY = "a big small red blue circle square on the left right of white".split()
@@ -55,7 +56,8 @@ def tiny_pixart(library, diffusers, vae):
     t5 = library.T5EncoderModel(library.T5Config(**sizes)).eval()                  # as it is published: no dropout
     net = diffusers.PixArtTransformer2DModel(
         num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, num_layers=2,
-        cross_attention_dim=32, sample_size=8, patch_size=2, caption_channels=32, use_additional_conditions=False)
+        cross_attention_dim=32, sample_size=8, patch_size=2, caption_channels=32, use_additional_conditions=False,
+        interpolation_scale=0.125)                             # of 4 tokens a side 32 units, as in PixArt-Sigma
     return diffusers.PixArtSigmaPipeline(
         tiny_tokenizer(library, 300), t5, vae, shaken_weights(net),
         diffusers.DPMSolverMultistepScheduler(**BETAS["linear"]))
@@ -131,7 +133,7 @@ def test_the_velocity_is_that_of_diffusers_own_network(pipelines, kind):
     size = torch.tensor([[16.0, 24, 0, 0, 16, 24]] * 2)
     for t, logsnr in zip(times, logsnrs.float()):
         z = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(int(t)))
-        assert abs(net.timestep(logsnr[None]) - t) < 2e-3
+        assert abs(timestep_of(logsnr[None], net.logsnrs) - t) < 2e-3
         for tokens, theirs in ((text, positive), (torch.zeros_like(text), negative)):
             with torch.no_grad():
                 eps = noise_of(pipeline, z, t, theirs, size)
@@ -174,7 +176,7 @@ def test_at_the_timesteps_nearest_to_our_levels_pictures_are_the_same(pipelines,
     net, config = load(folder)
     own = sampling.get_logsnrs(config, 20, "dpm")
     assert torch.allclose(own[[0, -1]], net.logsnrs[[-1, 0]].float(), atol=1e-4)   # from end to end
-    nearest = net.timestep(own).round().long()
+    nearest = timestep_of(own, net.logsnrs).round().long()
     theirs, noise, times = picture_of_pipeline(pipeline, "DPMSolverMultistepScheduler", timesteps=nearest.tolist())
     assert torch.equal(times, nearest)
     ours = picture_of_ours(folder, noise, "dpm", lambda net, config: net.logsnrs[nearest].float())
@@ -202,31 +204,6 @@ def test_the_training_loss_is_that_of_diffusers_own_network(pipelines, kind):
     a, b = (torch.cat([slope.flatten() for slope in torch.autograd.grad(loss.sum(), list(of.parameters()))])
             for loss, of in ((ours, net.core), (theirs, own)))
     assert (a - b).norm() < 1e-3 * b.norm()
-
-
-def test_kv_merge_is_switched_on_from_outside_and_is_that_of_our_own_attention(pipelines, capsys):
-    folder = pipelines["pixart"][1]
-    (plain, config), state = load(folder), read_checkpoint(folder)
-    merged = config | {"kv_merge": 2, "kv_merge_layers": "1"}
-    weights, report = init_from(state, merged, "")
-    net = build(merged).eval()
-    net.load_state_dict({**net.state_dict(), **weights})
-    assert "4 new" in report and "KV merge by 2, blocks 1, as the mean" in report
-    text, level = sampling.encode_captions(CAPTIONS, config), torch.tensor([0.5, -2.0])
-    z = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        assert 0 < deviation(net(z, level, text), plain(z, level, text)) < 0.5
-    theirs, ours = net.core.transformer_blocks[1].attn1, SelfAttention(32, 2, r=2)
-    for p in theirs.processor.parameters():
-        p.data += 0.1 * torch.randn_like(p)
-    ours.qkv.weight.data = torch.cat([part.weight for part in (theirs.to_q, theirs.to_k, theirs.to_v)])
-    ours.qkv.bias.data = torch.cat([part.bias for part in (theirs.to_q, theirs.to_k, theirs.to_v)])
-    ours.out.load_state_dict(theirs.to_out[0].state_dict())
-    ours.load_state_dict(ours.state_dict() | theirs.processor.state_dict())
-    x = torch.randn(2, 4 * 6, 32)
-    assert theirs.processor.hw == [4, 6] and torch.allclose(theirs(x), ours(x, (4, 6)), atol=1e-5)
-    other = read_checkpoint(pipelines["sdxl"][1])["config"] | {"kv_merge": 2, "kv_merge_layers": "0"}
-    refused(capsys, lambda: build(other), "this is a U-Net: leave it out")
 
 
 def test_a_pipeline_is_hashed_part_by_part_and_each_once(pipelines, monkeypatch):
