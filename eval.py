@@ -60,7 +60,7 @@ import torch
 
 from data import Batches, encode_captions, open_data
 from lib.answers import score_answers, score_people
-from lib.checkpoint import is_run
+from lib.checkpoint import checkpoint_hash, is_run
 from lib.conditions import check_cascade_keys, condition_row
 from lib.draws import normals
 from lib.encoders import open_autoencoder
@@ -364,11 +364,10 @@ def score_run(args, metrics, networks, task, vqa, device):
     rows, points = evaluate_all(model, config, n, task, metrics, networks, reference, guidances, args.seeds, classes)
     if get_rank():
         return
-    checkpoint = os.path.join(args.run[0], "last.pt")          # of a run folder; else a checkpoint itself was given
     card = make_card(
         networks | ({"vqa": vqa} if vqa else {}), device, n=n, reference=about_reference, guidance=guidances,
         captions=f"{prompts}, sha256 {file_hash(prompts)}" if prompts else describe_captions(config, n),
-        checkpoint=file_hash(checkpoint if os.path.exists(checkpoint) else args.run[0]), checkpoint_step=step, ema=True,
+        checkpoint=checkpoint_hash(args.run[0]), checkpoint_step=step, ema=True,
         sampler=config["sampler"], steps=config["sample_steps"], seeds=list(range(args.seeds)),
         prefix=config["prefix"], suffix=config["suffix"], processes=get_world_size(),
         **({"perceptual": config["vgg_id"]} if config["vgg_id"] else {}),

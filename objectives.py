@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 from lib.checkpoint import checkpoint_hash
 from lib.conditions import augmented, beside, check_levels, untold
+from lib.lineage import check_finished
 from lib.perceptual import Discriminator, hinge, slope_penalty
 from lib.settings import UserError
 from model import WEIGHTINGS, alpha_sigma, build, diffusion_loss, get_logsnr, load, read_checkpoint
@@ -268,9 +269,7 @@ def check_base(config):
         raise UserError(f"no run in {path}: bring it back, or {other}")
     state = read_checkpoint(path)
     its = state["config"]
-    if state["step"] < its["steps"]:
-        raise UserError(f"{path} stopped at step {state['step']} of {its['steps']}: finish it with --stage "
-                        f"{state['stage']}, or {other}")
+    check_finished(path, state, other)
     if its["autoencoder"]:
         raise UserError(f"{path} works in latents, and a cascade in pixels: {other}")
     if its["resolution"] != config["low_resolution"]:

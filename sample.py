@@ -50,11 +50,12 @@ import torch
 from tqdm import tqdm
 
 from data import encode_captions
-from lib.checkpoint import checkpoint_hash
+from lib.checkpoint import newest_file
 from lib.conditions import check_cascade_keys, check_levels, condition_row, parse_set, seeing, untold
 from lib.draws import normals
 from lib.encoders import open_autoencoder
 from lib.files import free_name
+from lib.lineage import check_unchanged
 from lib.pictures import make_grid, to_uint8, write_png
 from lib.processes import prepare_cpu
 from lib.published import describe_published, export, in_dtype
@@ -256,9 +257,7 @@ def draw_low(config, device, captions, *args, size, **options):
 @functools.lru_cache(2)                                        # pictures come in many calls
 def open_base(path, digest, device):
     """(model, config) of a cascade's base. UserError unless it has the weights that it had in training."""
-    if checkpoint_hash(path) != digest:
-        what = "is no more what it was in training" if os.path.exists(path) else "is not there"
-        raise UserError(f"the base of this cascade, {path}, {what}: bring it back, or say where it lies: --base RUN")
+    check_unchanged(newest_file(path), digest, "the base of this cascade", "say where it lies: --base RUN")
     return load(path, device)
 
 

@@ -2541,7 +2541,7 @@ def test_a_turn_that_is_not_finite_moves_nothing_of_its_own(tmp_path):
     ("--out {tmp}/empty", "no finished run to learn from: train {tmp}/empty/toy/grow first, or give --teacher RUN"),
     ("--teacher {runs}/toy/pretrain", "does not fit"),
     ("--stage grow --teacher {runs}/toy/grow", "all other stages take diffusion"),
-    ("--objective consistency", "is no more the teacher of this run")])
+    ("--objective consistency", "the teacher of this run, {tmp}/toy/grow/last.pt, is no more what it was in training")])
 def test_what_a_student_cannot_learn_from_is_refused(words, message, runs, tmp_path):
     out = with_parents(runs, tmp_path, "defrost")
     keys = changed(TINY, steps=2, sample_every=0)
@@ -3449,6 +3449,7 @@ from lib.test_encoders import *  # noqa
 from lib.test_files import *  # noqa
 from lib.test_images import *  # noqa
 from lib.test_judge import *  # noqa
+from lib.test_lineage import *  # noqa
 from lib.test_metrics import *  # noqa
 from lib.test_muon import *  # noqa
 from lib.test_networks import *  # noqa

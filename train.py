@@ -76,6 +76,8 @@ from lib.datasets import open_style
 from lib.draws import normals, uniforms
 from lib.encoders import open_autoencoder
 from lib.files import file_hash
+from lib.lineage import (RUN_FIRST, check_finished, check_fits, check_origins, check_settings, check_unchanged,
+                         finish_first)
 from lib.muon import Muon
 from lib.perceptual import open_vgg
 from lib.pictures import draw_curves, make_grid, to_uint8, write_png
@@ -84,8 +86,7 @@ from lib.plan import (choose_dtype, count_flops, peak_memory, peak_rate, plan_tr
 from lib.processes import (all_gather, all_gather_rows, all_reduce_max, catch_signals, exit_with, fail,
                            install_excepthook, join, print0, sync_gradients)
 from lib.published import check_encoder, start_config
-from lib.runs import (RUN_FIRST, Log, check_room, check_settings, finish_first, first_fault, is_finished, lock_run,
-                      loss_figures, prepare_run, read_log)
+from lib.runs import Log, check_room, first_fault, is_finished, lock_run, loss_figures, prepare_run, read_log
 from lib.tables import DTYPES
 from model import (build, check_sizes, checkpointed_modules, diffusion_loss, enable_activation_checkpointing, example,
                    freeze_core, init_from, read_checkpoint)
@@ -312,8 +313,7 @@ if cascades:                                                   # the base is nam
     config["base"] = os.path.normpath(config["base"] or (saved["config"]["base"] if saved else usual))
     if config["base"] == usual and not saved:
         ours = "base", "resolution", "shell", "low_resolution", "augmentation", "augmentation_sample"
-        words = [f"--{key}={value}" for key, value in flags if key not in ours]
-        finish_first(usual, ["--config", args.config, "--stage", "pretrain", f"--out={args.out}", *words])
+        finish_first(usual, flags, ours)
     config["base_id"] = check_base(config)
 if saved:
     config |= {"condition_ranges": ranges_known(config, saved["config"])}
@@ -321,17 +321,10 @@ if saved:
     if (saved["config"]["muon_lr"] > 0) != (config["muon_lr"] > 0):                # other moments than are saved
         free -= {"muon_lr"}
     changes = check_settings(run, saved, about, free)          # refuses another run's
-    about["parents"] = saved["parents"]                        # all runs before this one, and their steps
+    check_origins(run, saved, args.core, args.teacher)
     if distills:
-        path, was = about["teacher"] = saved["teacher"]
-        if not os.path.exists(path) or file_hash(path) != was:
-            raise UserError(f"{path} is no more the teacher of this run: bring that back, or start anew with --fresh")
-        if args.teacher not in (None, path, os.path.dirname(path)):
-            raise UserError(f"{run} learns from {path}, not from {args.teacher}: leave --teacher out, or start anew "
-                            "with --fresh")
-    if args.core and not saved["parents"][-1].startswith(f"{args.core} ("):
-        raise UserError(f"{run} was grown from {saved['parents'][-1]}, not from {args.core}: leave --core out, or "
-                        "start anew with --fresh")
+        check_unchanged(*saved["teacher"], "the teacher of this run", "start anew with --fresh")
+    about |= {key: saved[key] for key in ("parents", "teacher") if key in saved}   # parents: all runs before this one
     if saved["step"] >= config["steps"] and (not config["eval_n"] or os.path.exists(os.path.join(run, "metrics.json"))):
         print0(f"{run} is finished: {saved['step']} steps. Look at it: {look}")
         exit_with(0)
@@ -353,8 +346,7 @@ elif stage.sources:                                            # new, from anoth
         # a new shell, or another config, has its own resolution and shell; all other flags are the same for both runs
         ours = ("resolution", "shell") if stage.init_prefix or source_run == config["starts"] else ()
         ours += ("conditions",) * (args.stage == "condition")  # which are taken up here
-        words = [f"--{key}={value}" for key, value in flags if key not in ours and not key.startswith("style")]
-        finish_first(parent, ["--config", *source_run.replace("/", " --stage ").split(), f"--out={args.out}", *words])
+        finish_first(parent, flags, (*ours, "style", "style_token", "style_share"))
     origin = read_checkpoint(parent)
     if stage.init_prefix and origin["stage"] not in stage.sources:
         raise UserError(f"{parent} is a {origin['stage']} run and {args.stage} takes the core of a {stage.sources[0]} "
@@ -371,23 +363,17 @@ elif stage.sources:                                            # new, from anoth
     for path, other in others.items():
         if other["stage"] == "published":                      # a pipeline, which learned from no data of ours
             other["config"] |= batches.identity
-        if other["step"] < other["config"]["steps"]:
-            if args.core != path or not os.path.basename(path).startswith("step_"):          # no snapshot by its name
-                raise UserError(f"{path} stopped at step {other['step']} of {other['config']['steps']}: finish it with "
-                                f"--stage {other['stage']}, or name a snapshot, --core {path}/step_N.pt")
-            print0(f"{path} is a snapshot, of step {other['step']} of {other['config']['steps']}")
-        if other["config"]["pipeline"] != config["pipeline"] and other["config"]["pipeline"]:
+        snapshot = path == args.core and os.path.basename(path).startswith("step_")
+        check_finished(path, other, f"name a snapshot, --core {path}/step_N.pt", snapshot)
+        if other["config"]["pipeline"] not in ("", config["pipeline"]):
             raise UserError(f"{path} has the network of a pipeline, whose settings count where it is named: take "
                             "--stage defrost or style and --core, or distill and --teacher")
-        if differ := [key for key in keys if other["config"][key] != config[key]]:
-            differences = ", ".join(f"{key} {other['config'][key]} there, {config[key]} here" for key in differ[:3])
-            raise UserError(f"{path} does not fit ({differences}): use its settings, or train another")
+        check_fits(path, other["config"], config, keys)
     config |= {"condition_ranges": ranges_known(config, origin["config"])}
     parent_weights, report_of_init = init_from(origin, config, stage.init_prefix)
     about["parents"] = [*origin["parents"], f"{parent} ({origin['stage']}, step {origin['step']})"]
     if distills:                                               # named, not copied
-        path = next(filter(os.path.isfile, (os.path.join(teacher, "last.pt"), teacher)), teacher)
-        about["teacher"] = [path, file_hash(path)]
+        about["teacher"] = [path := checkpoint.newest_file(teacher), file_hash(path)]
 if rank == 0:
     lock = prepare_run(run, lock, args.fresh, f"{args.config}.{args.stage}", config)
 settings = f"{args.stage} of config {args.config}: " + " ".join(f"{key}={value}" for key, value in config.items())
