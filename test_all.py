@@ -2373,6 +2373,7 @@ def test_a_cascade_without_its_base_says_where_to_name_it(cascaded, tmp_path, sa
                                                 tmp_path / "moved", code=2)
     train = ["train.py", "--stage", "cascade", "--out", out, *changed(TINY, steps=7)]
     assert f"no run in {folder(out)}: bring it back" in run(*train, code=2)
+    assert f"{folder(out, 'cascade')} is finished: 6 steps" in run(*train[:5], *TINY)    # and needs no base any more
     said = run(*train, "--base", tmp_path / "moved")
     assert f"going on at step 6 of 7, base {folder(out)} -> {tmp_path / 'moved'}, steps 6 -> 7" in said
 
@@ -2549,6 +2550,7 @@ def test_what_a_student_cannot_learn_from_is_refused(words, message, runs, tmp_p
         os.remove(folder(out, "grow")), shutil.copytree(folder(runs[0], "grow"), folder(out, "grow"))
         run("train.py", "--stage", "distill", "--out", out, *keys)
         shutil.copy(folder(runs[0], "pretrain") / "last.pt", folder(out, "grow") / "last.pt")
+        assert "is finished: 2 steps" in run("train.py", "--stage", "distill", "--out", out, *keys)
         keys = changed(TINY, steps=3, sample_every=0)
     words = words.format(tmp=tmp_path, runs=runs[0]).split()
     stage = [] if "--stage" in words else ["--stage", "distill"]

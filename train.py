@@ -307,6 +307,8 @@ about = {"name": args.config, "stage": args.stage, "config": config, "parents": 
 lock = lock_run(run) if rank == 0 else None                    # before anything in it is looked at or moved
 all_reduce_max(0)                                              # a barrier
 saved, saved_file = (None, None) if args.fresh else checkpoint.newest_checkpoint(run, default_config())
+scored = not config["eval_n"] or os.path.exists(os.path.join(run, "metrics.json"))
+done = saved is not None and saved["step"] >= config["steps"] and scored           # it needs no base or teacher any more
 parent = None                                                  # the run that this one starts from
 if cascades:                                                   # the base is named, not copied
     usual = os.path.normpath(os.path.join(args.out, args.config, "pretrain"))
@@ -314,7 +316,7 @@ if cascades:                                                   # the base is nam
     if config["base"] == usual and not saved:
         ours = "base", "resolution", "shell", "low_resolution", "augmentation", "augmentation_sample"
         finish_first(usual, flags, ours)
-    config["base_id"] = check_base(config)
+    config["base_id"] = saved["config"]["base_id"] if done else check_base(config)
 if saved:
     config |= {"condition_ranges": ranges_known(config, saved["config"])}
     free = set(FREE_KEYS) - ({"guidance", "sample_steps"} if distills else set())  # a student has learned with these
@@ -322,10 +324,10 @@ if saved:
         free -= {"muon_lr"}
     changes = check_settings(run, saved, about, free)          # refuses another run's
     check_origins(run, saved, args.core, args.teacher)
-    if distills:
+    if distills and not done:
         check_unchanged(*saved["teacher"], "the teacher of this run", "start anew with --fresh")
     about |= {key: saved[key] for key in ("parents", "teacher") if key in saved}   # parents: all runs before this one
-    if saved["step"] >= config["steps"] and (not config["eval_n"] or os.path.exists(os.path.join(run, "metrics.json"))):
+    if done:
         print0(f"{run} is finished: {saved['step']} steps. Look at it: {look}")
         exit_with(0)
     print0(f"{run}: going on at step {saved['step']} of {config['steps']}{changes}")
