@@ -61,7 +61,7 @@ import torch
 from data import Batches, encode_captions, open_data
 from lib.answers import score_answers, score_people
 from lib.checkpoint import checkpoint_hash, is_run
-from lib.conditions import check_cascade_keys, condition_row
+from lib.conditions import condition_row
 from lib.draws import normals
 from lib.encoders import open_autoencoder
 from lib.files import file_hash, free_name
@@ -71,14 +71,13 @@ from lib.networks import open_network, open_vqa, random_features, to_square
 from lib.people import write_page
 from lib.pictures import draw_tuning, to_tensor, to_uint8
 from lib.processes import chunks, exit_with, get_rank, get_world_size, join, on_all_ranks
-from lib.published import in_dtype
 from lib.questions import read_dsg
 from lib.references import check_same_size, image_features, labelled_images, list_images, open_reference, read_image
 from lib.results import accuracy, best_point, make_card, over_seeds, report, tuning, write_result
 from lib.scenes import describe, world_name
-from lib.tasks import Task, dsg_task, in_style, keep_pictures, prompts_task
-from model import diffusion_loss, load, read_checkpoint
-from sample import check_student, is_student, open_base, sample
+from lib.tasks import Task, dsg_task, keep_pictures, prompts_task
+from model import diffusion_loss, read_checkpoint
+from sample import is_student, open_base, open_run, sample
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What a run is asked to draw, and who looks at it: a Task (lib/tasks.py)
@@ -388,11 +387,7 @@ def score_run(args, metrics, networks, task, vqa, device):
 
 def load_run(run, args, device):
     """(model, config) of a run, with the sampler and steps of the command line, and the values of --guidance."""
-    model, config = load(run, device)
-    check_cascade_keys(config, args.words)
-    config = in_style(config | args.words) if args.style else config | args.words
-    in_dtype(model, config, args.dtype)
-    check_student(config, args.steps, args.guidance, args.sampler)
+    model, config = open_run(run, args.words, args, device)
     if config["low_resolution"]:                               # a cascade: is its base there?
         open_base(config["base"], config["base_id"], torch.device(device))
     config |= {"guidance": 1.0} if is_student(config) else {}   # it is inside

@@ -349,17 +349,23 @@ def parse():
     return args, keys                                          # keys: encoder_weights, prefix, suffix ...
 
 
+def open_run(run, keys, args, device):
+    """(model, config) of a run, with the keys {key: value} of a command line, and its --style, --dtype and checks."""
+    model, config = load(run, device)
+    check_cascade_keys(config, keys)
+    config |= keys                                             # in place: a published network has this very dict
+    in_dtype(model, config, args.dtype)
+    check_student(config, args.steps, args.guidance, args.sampler)
+    return model, in_style(config) if args.style else config
+
+
 def main():
     args, keys = parse()
     if args.describe or args.export:
         print(export(read_checkpoint(args.run), args.export) if args.export else describe_run(args.run))
         return
     prepare_cpu()
-    model, config = load(args.run, "cuda" if torch.cuda.is_available() else "cpu")
-    check_cascade_keys(config, keys)
-    config = in_style(config | keys) if args.style else config | keys
-    in_dtype(model, config, args.dtype)
-    check_student(config, args.steps, args.guidance, args.sampler)
+    model, config = open_run(args.run, keys, args, "cuda" if torch.cuda.is_available() else "cpu")
     if not is_student(config) and not config["pipeline"]:      # which have their own
         args.steps, args.sampler = args.steps or 256, args.sampler or "ddpm"
     size, numbers = parse_size(args.size, config), parse_set(args.set, config)
