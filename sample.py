@@ -249,7 +249,10 @@ def draw_low(config, device, captions, *args, size, **options):
     """The base's pictures of the same captions, (n, 3, h, w), for pictures of this size; the rest is as in `sample`."""
     check_levels(config)
     base, its = open_base(config["base"], config["base_id"], device)
-    its = its | {key: config[key] for key in ("prefix", "suffix", "encoder_weights")}
+    keys = "prefix", "suffix"
+    if config["encoder_weights"] and config["encoder"] == its["encoder"]:          # else it has weights of its own
+        keys += ("encoder_weights",)
+    its = its | {key: config[key] for key in keys}
     height, width = (side * config["low_resolution"] // config["resolution"] for side in size)
     return sample(base, its, captions, *args, size=parse_size(f"{height}x{width}", its), **options)
 

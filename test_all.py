@@ -1646,6 +1646,16 @@ def test_a_chain_draws_by_each_models_own_settings_from_noises_that_never_meet(t
     assert draw(size=(24, 16)).shape == (3, 3, 24, 16)
 
 
+def test_a_base_is_given_weights_of_encoders_that_it_has_and_keeps_others(monkeypatch):
+    its, config = tiny(resolution=8, encoder="clip-h:8", encoder_weights="clip"), cascade_of(prefix="please,")
+    monkeypatch.setattr(sampling, "sample", lambda net, settings, *_, **__: settings)
+    for encoder, given, wanted in (("t5-xxl:8", "t5", "clip"), ("clip-h:8", "", "clip"), ("clip-h:8", "new", "new")):
+        monkeypatch.setattr(sampling, "open_base", lambda *names: (None, its))
+        config |= {"encoder": encoder, "encoder_weights": given}
+        base = sampling.draw_low(config, "cpu", ["a red circle"], size=(16, 16))
+        assert (base["encoder"], base["encoder_weights"], base["prefix"]) == ("clip-h:8", wanted, "please,")
+
+
 def test_sampling_from_the_command_line(runs, tmp_path):
     out, to = runs[0] / "toy/grow", tmp_path / "g.png"
     words = [out, "a red circle", "a blue square", "--n", 2, "--steps", 3, "--to", to]
