@@ -308,7 +308,7 @@ lock = lock_run(run) if rank == 0 else None                    # before anything
 all_reduce_max(0)                                              # a barrier
 saved, saved_file = (None, None) if args.fresh else checkpoint.newest_checkpoint(run, default_config())
 scored = not config["eval_n"] or os.path.exists(os.path.join(run, "metrics.json"))
-done = saved is not None and saved["step"] >= config["steps"] and scored           # it needs no base or teacher any more
+done = saved is not None and saved["step"] >= config["steps"] and scored           # it needs no base or teacher now
 parent = None                                                  # the run that this one starts from
 if cascades:                                                   # the base is named, not copied
     usual = os.path.normpath(os.path.join(args.out, args.config, "pretrain"))
