@@ -3456,6 +3456,7 @@ from experiments.test_styles import *  # noqa
 from lib.test_checkpoint import *  # noqa
 from lib.test_conditions import *  # noqa
 from lib.test_contrasts import *  # noqa
+from lib.test_devices import *  # noqa
 from lib.test_draws import *  # noqa
 from lib.test_encoders import *  # noqa
 from lib.test_files import *  # noqa

@@ -73,6 +73,7 @@ from eval import evaluate, report
 from lib import checkpoint
 from lib.conditions import count_columns, ranges_known
 from lib.datasets import open_style
+from lib.devices import loss_scaler, set_precision, spread
 from lib.draws import normals, uniforms
 from lib.encoders import open_autoencoder
 from lib.files import file_hash
@@ -81,8 +82,8 @@ from lib.lineage import (RUN_FIRST, check_finished, check_fits, check_origins, c
 from lib.muon import Muon
 from lib.perceptual import open_vgg
 from lib.pictures import draw_curves, make_grid, to_uint8, write_png
-from lib.plan import (choose_dtype, count_flops, peak_memory, peak_rate, plan_training, print_plan, sgemm_rate,
-                      split_batch, state_bytes)
+from lib.plan import (count_flops, peak_memory, peak_rate, plan_training, print_plan, sgemm_rate, split_batch,
+                      state_bytes)
 from lib.processes import (all_gather, all_gather_rows, all_reduce_max, catch_signals, exit_with, fail,
                            install_excepthook, join, print0, sync_gradients)
 from lib.published import check_encoder, start_config
@@ -385,14 +386,8 @@ print0(f"batch {config['batch']} = {micro} micro x {per_device_batch // micro} a
 print0(batches.summary())                                      # how many images are used, and why not all
 
 # ---- precision: of products and convolutions; weights, moments, EMA and sums of norms stay float32 -------------------
-dtype = choose_dtype(config["dtype"], device)
-if dtype == torch.float16 and config["fsdp"]:
-    raise UserError("dtype = fp16 with fsdp is not supported, for its scale would differ between devices: take bf16")
-if dtype == torch.float32 and device != "cpu":
-    torch.set_float32_matmul_precision("high" if config["tf32"] else "highest")
-    print0("float32 products " + ("rounded to TF32 (10 bits): --tf32 False for all 23" if config["tf32"] else "exact"))
-scaler = torch.amp.GradScaler(device.split(":")[0], enabled=dtype == torch.float16)          # for fp16's range
-torch.backends.cudnn.deterministic = True                      # a run repeats itself on a GPU too
+dtype = set_precision(config, device)
+scaler = loss_scaler(dtype, device)
 
 # ---- model: first weights, or a new shell round the old core; freeze; wrap -------------------------------------------
 torch.manual_seed(config["seed"])                              # for first weights alone: all else draws from keys
@@ -406,25 +401,17 @@ def prepare(model):
     """Put a model on the device, in shards under FSDP. -> the network that training calls, with the same weights."""
     if config["checkpointing"]:
         enable_activation_checkpointing(model)                 # less memory, a third more time
-    if config["fsdp"]:                                         # shards of weights, gradients and moments
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-        mesh = torch.distributed.init_device_mesh(device.split(":")[0], (world,))
-        for unit in (*model.core.blocks, model.core, model):   # before the optimizers, which must see the shards
-            # gathers a unit's weights where it is used; the outermost would keep them after a pass without gradient
-            fully_shard(unit, mesh=mesh, **{"reshard_after_forward": True} if distills else {})
-        register_fsdp_forward_method(model.core, "embed")      # called from outside the core's forward
-    model.to(device)                                           # under FSDP each process's shards
-    net = torch.compile(model) if config["compile"] else model # names are those of `model`
-    if world > 1 and not config["fsdp"]:
-        net = torch.nn.parallel.DistributedDataParallel(net)   # frozen weights take no part in the exchange
-    return net
+    cut = config["fsdp"]                                       # before the optimizers, which must see the shards
+    units = (*model.core.blocks, model.core, model) if cut else ()
+    entries = [(model.core, "embed")] if cut else []           # called from outside the core's forward
+    return spread(model, device, config["compile"], units, entries, reshard=distills)
 
 
 def second_turn(name, model, **keys):
     """The turn of a network beside the model, in every step, with settings of its own; its loss is still to be told."""
     net, trained = prepare(model), dict(model.named_parameters())
-    own_scaler = torch.amp.GradScaler(device.split(":")[0], enabled=dtype == torch.float16)
-    return Turn(name, model, net, trained, make_optimizers(trained, config | keys), {}, own_scaler, 1, 1, None)
+    optimizers = make_optimizers(trained, config | keys)
+    return Turn(name, model, net, trained, optimizers, {}, loss_scaler(dtype, device), 1, 1, None)
 
 
 net = prepare(model)
