@@ -67,7 +67,7 @@ from lib.encoders import open_autoencoder
 from lib.files import file_hash, free_name
 from lib.judge import counting, diversity, fidelity, judge, look, style
 from lib.metrics import clip_score, cmmd, fd, kid, mmd, named, prdc, precision_recall, shuffled_inception_score
-from lib.networks import open_network, open_vqa, random_features, to_square
+from lib.networks import open_networks, open_vqa, random_features, to_square
 from lib.people import write_page
 from lib.pictures import draw_tuning, to_tensor, to_uint8
 from lib.processes import chunks, exit_with, get_rank, get_world_size, join, on_all_ranks
@@ -491,18 +491,6 @@ def parse_metrics(args):
     return parse_words(args.metrics or usual, known, "--metrics")                  # in this order
 
 
-def open_networks(features, weights, metrics, device):
-    """{name: (features, about)} of --features, with the logits of the Inception score where it is asked for."""
-    names = parse_words(features, ["random", "inception", "dino", "clip"], "--features")  # in the order given
-    files = iter([w for w in weights.split(",") if w])         # in the order of --features
-    file_of = {name: None if name == "random" else next(files, None) for name in names}
-    if rows_of("logits", metrics):
-        if "inception" not in file_of:
-            raise UserError("--metrics is: the Inception score needs --features inception --weights FILE")
-        file_of["logits"] = file_of["inception"]               # one file, two outputs
-    return {name: open_network(name, file, device) for name, file in file_of.items()}
-
-
 def choose_program(args, device):
     """One of the five, told apart by the flags."""
     prompts = read_dsg(args.dsg)[:args.n] if args.dsg else None                    # with their questions
@@ -514,7 +502,7 @@ def choose_program(args, device):
     if args.sheet:
         return make_sheet(args, task, device)
     metrics = parse_metrics(args)
-    networks = open_networks(args.features, args.weights, metrics, device)
+    networks = open_networks(args.features, args.weights, bool(rows_of("logits", metrics)), device)
     if len(args.run) == 2:
         check_folders(args)
         return score_folders(args, metrics, networks, device)
