@@ -24,7 +24,7 @@ from lib.lineage import check_finished
 from lib.perceptual import Discriminator, hinge, slope_penalty
 from lib.settings import UserError
 from model import WEIGHTINGS, alpha_sigma, build, diffusion_loss, get_logsnr, load, read_checkpoint
-from sample import guided
+from sample import STUDENTS, check_student, guided, is_student
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Students of few steps
@@ -225,6 +225,24 @@ def critic_turns(own, vgg, autoencoder, config, second_turn):
         turn = second_turn("discriminator", discriminator, lr=config["discriminator_lr"])
         turns.append(turn._replace(noises=0, loss=of_discriminator))
     return turns
+
+
+def check_objective(config, stage, teacher, flags):
+    """
+    (is it a student that learns, do critics take part), after the sampler of a student is filled in. UserError where
+    keys, flags {key: text} and the stage cannot go together.
+    """
+    distills, critics = stage == "distill", config["perceptual"] > 0 or config["adversarial"] > 0
+    if distills != is_student(config) or teacher and not distills:
+        raise UserError(f"--stage {stage}, objective = {config['objective']}: distill takes --objective consistency, "
+                        "lcm or dmd, and --teacher RUN; all other stages take diffusion")
+    if distills:
+        check_student(config, sampler=flags.get("sampler"))
+        if config["sampler"] not in (samplers := STUDENTS[config["objective"]][0]):
+            config["sampler"] = samplers[0]
+    if critics and distills:
+        raise UserError("a student takes neither perceptual nor adversarial terms: give --perceptual 0 --adversarial 0")
+    return distills, critics
 
 
 # ----------------------------------------------------------------------------------------------------------------------

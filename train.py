@@ -91,8 +91,8 @@ from lib.runs import Log, check_room, first_fault, is_finished, lock_run, loss_f
 from lib.tables import DTYPES
 from model import (build, check_sizes, checkpointed_modules, diffusion_loss, enable_activation_checkpointing, example,
                    freeze_core, init_from, read_checkpoint)
-from objectives import cascade_loss, check_base, check_cascade, critic_turns, distill_turns
-from sample import STUDENTS, check_student, is_student, sample
+from objectives import cascade_loss, check_base, check_cascade, check_objective, critic_turns, distill_turns
+from sample import is_student, sample
 
 # A turn is one update within a step: who is trained, by which loss per image, loss(net, step, *batch), of how many
 # noises, at every how many steps. Plain training is a list of one; distribution matching and a critic add a second one.
@@ -228,24 +228,14 @@ config = start_config(config, whole and (args.teacher or args.core), flags)
 check_sizes(config)                                            # before any file is opened
 if args.core and not stage.sources:
     raise UserError(f"--core says where to start, and {args.stage} starts from nothing: leave it out")
-distills = args.stage == "distill"
-if distills != is_student(config) or args.teacher and not distills:
-    raise UserError(f"--stage {args.stage}, objective = {config['objective']}: distill takes --objective consistency, "
-                    "lcm or dmd, and --teacher RUN; all other stages take diffusion")
+distills, critics = check_objective(config, args.stage, args.teacher, dict(flags)) # of a student; with critics
 if bool(config["style"]) != (args.stage == "style") and not distills or config["style"] == "scenes" != config["data"]:
     raise UserError(f"--stage {args.stage}, data = {config['data']}, style = {config['style']!r}: give --style PATH, "
                     "or with scenes --style scenes, to --stage style and to its students alone")
 if args.stage == "condition" and not config["conditions"]:
     raise UserError(f"--stage {args.stage}: of which numbers is the model to be told? --conditions objects,size")
-if distills:
-    check_student(config, sampler=dict(flags).get("sampler"))
-    if config["sampler"] not in (samplers := STUDENTS[config["objective"]][0]):
-        config["sampler"] = samplers[0]
 cascades = check_cascade(config, args.stage)
 plain_loss, noises = (cascade_loss, 2) if cascades else (diffusion_loss, 1)        # of so many noises
-critics = config["perceptual"] > 0 or config["adversarial"] > 0
-if critics and distills:
-    raise UserError("a student takes neither perceptual nor adversarial terms: give --perceptual 0 --adversarial 0")
 plan_flags = {flag: value for flag in ("devices", "kind", "mfu", "json") if (value := getattr(args, flag)) is not None}
 if plan_flags and not args.plan:
     raise UserError(f"--{next(iter(plan_flags))} belongs to --plan: add it, or leave --{next(iter(plan_flags))} out")
