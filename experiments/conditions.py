@@ -77,6 +77,7 @@ def correlation(model, config, name, said, n, told):
     images = to_uint8(sample(model, config, captions, numbers={name: asked} if told else {}))
     judged = np.array(judged_numbers(images, world, name))
     there = ~np.isnan(judged)
+    # of ranks: it asks whether more is drawn where more is asked for, whatever the scale; "error" tells how far off
     return {"rank": rank_correlation(np.array(asked)[there], judged[there]), "seen": float(there.mean()),
             "error": float(np.median(abs(judged - asked)[there]))}
 
@@ -91,6 +92,7 @@ def measure(path, files, checks, n, told):
     config |= SAMPLING
     jobs = {f"{name}, {said}": lambda name=name, said=said: correlation(model, config, name, said, n, told)
             for name, said in checks}
+    # told nothing, before and after: what learning the conditions has cost
     jobs["exam"] = lambda: evaluate(model, config, 2 * n, metrics=("questions", "fidelity"))
 
     def work(job):
