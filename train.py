@@ -73,7 +73,7 @@ from eval import evaluate, report
 from lib import checkpoint
 from lib.conditions import count_columns, ranges_known
 from lib.datasets import open_style
-from lib.devices import loss_scaler, set_precision, spread
+from lib.devices import in_half, loss_scaler, set_precision, spread
 from lib.draws import normals, uniforms
 from lib.encoders import open_autoencoder
 from lib.files import file_hash
@@ -87,7 +87,8 @@ from lib.plan import (count_flops, peak_memory, peak_rate, plan_training, print_
 from lib.processes import (all_gather, all_gather_rows, all_reduce_max, catch_signals, exit_with, fail,
                            install_excepthook, join, print0, sync_gradients)
 from lib.published import check_encoder, start_config
-from lib.runs import Log, check_room, first_fault, is_finished, lock_run, loss_figures, prepare_run, read_log
+from lib.runs import (Log, check_room, first_fault, is_finished, lock_run, loss_figures, prepare_run, read_log,
+                      save_or_fail)
 from lib.tables import DTYPES
 from model import (build, check_sizes, checkpointed_modules, diffusion_loss, enable_activation_checkpointing, example,
                    freeze_core, init_from, read_checkpoint)
@@ -172,14 +173,6 @@ def draw_noise(rows, shape, key, config, device):
     offset = float(uniforms(1, "times", *key)[0])              # the same on all devices
     t = (torch.arange(rows.start, rows.stop, device=device) + offset) / config["batch"]      # rises: clean to noisy
     return t, normals([("noise", *key, row) for row in rows], shape, device)
-
-
-def in_half(net, dtype):
-    """The network with its products in dtype. Autocast ends with each call, as does its cache of rounded weights."""
-    def call(z, *args):
-        with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32):
-            return net(z, *args)
-    return call
 
 
 def forward_backward(turn, step, batch, micro, world, dtype, config):
@@ -325,19 +318,16 @@ if saved:
 elif stage.sources:                                            # new, from another run
     made = [name for name in stage.sources if is_finished(os.path.join(args.out, args.config, name))]
     usual = ("defrost",) if config["starts"] and len(stage.sources) > 1 else stage.sources[-1:]
-    source_run = f"{args.config}/{(made or usual)[0]}"         # CONFIG/STAGE
-    if stage.sources == ("grow",) and config["starts"]:
-        source_run = config["starts"]                          # weak to strong: all weights of another config's run
+    weak = config["starts"] if stage.sources == ("grow",) else ""                  # another config's run, weak to strong
+    latest = os.path.join(args.out, weak or f"{args.config}/{(made or usual)[0]}")
     if distills:                                               # its flags are not its teacher's, so it trains none
-        latest = os.path.join(args.out, source_run)
-        teacher = args.teacher or args.core or (latest if made else "")
-        if not teacher:
+        if not (teacher := args.teacher or args.core or made and latest):
             raise UserError(f"no finished run to learn from: train {latest} first, or give --teacher RUN")
         args.core = args.core or teacher                       # a student starts as its teacher, or as another student
-    parent = args.core or os.path.join(args.out, source_run)
+    parent = args.core or latest
     if not args.core:
         # a new shell, or another config, has its own resolution and shell; all other flags are the same for both runs
-        ours = ("resolution", "shell") if stage.init_prefix or source_run == config["starts"] else ()
+        ours = ("resolution", "shell") if stage.init_prefix or weak else ()
         ours += ("conditions",) * (args.stage == "condition")  # which are taken up here
         finish_first(parent, flags, (*ours, "style", "style_token", "style_share"))
     origin = read_checkpoint(parent)
@@ -458,13 +448,8 @@ signals = catch_signals()                                      # heard after a s
 def save(step, data_step):
     """All state, replaced as a whole."""
     state = {turn.name: (counted[turn.name], turn.scaler.state_dict()) for turn in turns}
-    try:
-        checkpoint.save(file, about | {"step": step, "data_step": data_step, "turns": state}, training_state(),
-                        config["sharded"], config["num_checkpoints"], config["snapshots"])
-    except FloatingPointError as e:
-        fail(f"{e} is not finite and is not saved: start anew with a lower --lr and --fresh, or go on from {file}", 3)
-    except OSError as e:
-        fail(f"{file} cannot be written ({e}): make room there; the checkpoint before is whole", 4)
+    save_or_fail(file, about | {"step": step, "data_step": data_step, "turns": state}, training_state(),
+                 config["sharded"], config["num_checkpoints"], config["snapshots"])
 
 
 def poll():

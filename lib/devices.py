@@ -43,6 +43,14 @@ def loss_scaler(dtype, device):
     return torch.amp.GradScaler(device.split(":")[0], enabled=dtype == torch.float16)
 
 
+def in_half(net, dtype):
+    """The network with its products in dtype. Autocast ends with each call, as does its cache of rounded weights."""
+    def call(z, *args):
+        with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32):
+            return net(z, *args)
+    return call
+
+
 def spread(model, device, compiled=False, units=(), entries=(), reshard=False):
     """
     Put a model on the device. -> the network that training calls, with the same weights, compiled if that is asked for;

@@ -16,7 +16,7 @@ import shutil
 
 import torch
 
-from lib.checkpoint import older_checkpoints, read_about
+from lib.checkpoint import older_checkpoints, read_about, save
 from lib.pictures import leaves
 from lib.processes import all_gather_rows, fail, print0
 from lib.settings import UserError
@@ -85,6 +85,16 @@ def check_room(run, needed):
     if shutil.disk_usage(run).free + there < needed:
         fail(f"{run} needs {needed / 2 ** 30:.2f} GiB for checkpoints and its disk has less: make room, or lower "
              "--num_checkpoints", 4)
+
+
+def save_or_fail(file, *args):
+    """checkpoint.save; where that fails it says why and ends, with status 3 for a value that is not finite, else 4."""
+    try:
+        save(file, *args)
+    except FloatingPointError as e:
+        fail(f"{e} is not finite and is not saved: start anew with a lower --lr and --fresh, or go on from {file}", 3)
+    except OSError as e:
+        fail(f"{file} cannot be written ({e}): make room there; the checkpoint before is whole", 4)
 
 
 # ---- where a run stands ----------------------------------------------------------------------------------------------

@@ -27,6 +27,12 @@ def test_only_fp16_scales_its_loss():
     assert scaled[0] == 1 < scaled[1]
 
 
+def test_products_in_half_precision_end_with_the_call():
+    net, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
+    assert devices.in_half(net, torch.bfloat16)(x).dtype == torch.bfloat16
+    assert devices.in_half(net, torch.float32)(x).dtype == net(x).dtype == torch.float32
+
+
 def test_one_device_has_the_network_to_itself(monkeypatch):
     model, x = torch.nn.Linear(2, 2), torch.ones(1, 2)
     monkeypatch.setattr(torch, "compile", lambda net: lambda x: ("compiled", net(x)))
