@@ -2701,6 +2701,19 @@ def test_a_pipeline_has_a_clip_score_without_images_to_compare_with(pipelines, t
     assert "for the CLIP score alone, --metrics questions" in run("eval.py", *words, code=2)
 
 
+def test_encoder_weights_of_a_command_line_serve_the_null_caption_too(pipelines, tmp_path, monkeypatch):
+    folder = pipelines["pixart"][1]
+    bare, (net, config) = tmp_path / "bare", models.load(folder)
+    shutil.copytree(folder, bare)
+    for file in (bare / "text_encoder").glob("*.safetensors"):
+        file.unlink()
+    monkeypatch.setattr("sys.argv", ["sample.py", str(bare), "a caption", "--encoder_weights", folder])
+    args, keys = sampling.parse()
+    other, its = sampling.open_run(args.run, keys, args, "cpu")
+    one, two = (sampling.sample(*drawn, ["a red circle"], steps=2) for drawn in ((net, config), (other, its)))
+    assert config["guidance"] != 1 and torch.equal(one, two)
+
+
 @pytest.mark.parametrize("kind", ["pixart", "sdxl"])
 def test_a_compiled_pipeline_is_the_same_and_its_encoders_are_no_part_of_the_graph(pipelines, kind, monkeypatch):
     """The null caption in the batch opens them."""

@@ -318,7 +318,7 @@ if saved:
 elif stage.sources:                                            # new, from another run
     made = [name for name in stage.sources if is_finished(os.path.join(args.out, args.config, name))]
     usual = ("defrost",) if config["starts"] and len(stage.sources) > 1 else stage.sources[-1:]
-    weak = config["starts"] if stage.sources == ("grow",) else ""                  # another config's run, weak to strong
+    weak = config["starts"] if stage.sources == ("grow",) else ""                  # weak to strong: of another config
     latest = os.path.join(args.out, weak or f"{args.config}/{(made or usual)[0]}")
     if distills:                                               # its flags are not its teacher's, so it trains none
         if not (teacher := args.teacher or args.core or made and latest):

@@ -335,18 +335,6 @@ def test_the_null_caption_is_the_published_one(pipelines, tmp_path):
             assert torch.allclose(null[:77], rows[0], atol=1e-5) and torch.allclose(null[77, :20], other[0], atol=1e-5)
 
 
-def test_encoder_weights_of_a_command_line_serve_the_null_caption_too(pipelines, tmp_path, monkeypatch):
-    folder = pipelines["pixart"][1]
-    bare, (net, config) = copied(folder, tmp_path), load(folder)
-    for file in (bare / "text_encoder").glob("*.safetensors"):
-        file.unlink()
-    monkeypatch.setattr("sys.argv", ["sample.py", str(bare), "a caption", "--encoder_weights", folder])
-    args, keys = sampling.parse()
-    other, its = sampling.open_run(args.run, keys, args, "cpu")
-    one, two = (sampling.sample(*drawn, ["a red circle"], steps=2) for drawn in ((net, config), (other, its)))
-    assert config["guidance"] != 1 and torch.equal(one, two)
-
-
 @pytest.mark.parametrize("kind", ["pixart", "sdxl"])
 def test_embeddings_of_a_pipeline_are_kept_as_those_of_any_encoder(pipelines, kind, captions, capsys):  # noqa
     config = read_checkpoint(pipelines[kind][1])["config"]
