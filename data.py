@@ -39,7 +39,6 @@ import itertools
 import math
 import os
 import sys
-import zlib
 from collections import namedtuple
 
 from lib.settings import Parser, UserError
@@ -71,9 +70,8 @@ from lib.buckets import bucket_sizes, nearest_bucket
 from lib.conditions import condition_names, condition_row, ranges_seen
 from lib.draws import generator, uniforms
 from lib.encoders import (EmbeddingCache, LatentCache, embed_captions, embed_images, embed_now, encoder_identity,
-                          has_pretrained_encoder, latents_path, open_encoders, to_pieces)
+                          has_pretrained_encoder, latents_path, open_encoders, padded, to_pieces, tokenize)
 from lib.images import Unfit, covering, jittered
-from lib.nouns import words
 from lib.pictures import contact_sheet, to_tensor, write_png
 from lib.processes import get_world_size, join
 from lib.tables import is_begun
@@ -278,23 +276,6 @@ def encode_captions(captions, config):
     if not any(captions):                                      # the null caption takes no weights
         return torch.zeros(len(captions), config["text_length"], max(config["encoder_width"]))
     return embed_now(captions, config) if config["encoder_weights"] else embed_known(captions, config)
-
-
-def tokenize(captions, length, vocab):
-    """
-    Words hashed into `vocab` buckets: (B, L) int64, 0 where no word is. Needs no vocabulary file; its embedding is
-    learned in the core. Captions longer than `length` words are cut.
-    """
-    # crc32, since Python's own hash of a string differs from process to process; 1 to vocab - 1
-    return padded([[1 + zlib.crc32(w.encode()) % (vocab - 1) for w in words(c)[:length]] for c in captions], length)
-
-
-def padded(rows, length):
-    """Lists of tokens -> (B, L) int64, zeros behind; what is longer is cut."""
-    tokens = np.zeros((len(rows), length), np.int64)
-    for k, row in enumerate(rows):
-        tokens[k, :len(row)] = row[:length]
-    return torch.from_numpy(tokens)
 
 
 def embed_known(captions, config):

@@ -60,25 +60,24 @@ import torch
 
 from data import Batches, encode_captions, open_data
 from lib.answers import score_answers, score_people
-from lib.checkpoint import is_run
-from lib.conditions import check_cascade_keys, condition_row
+from lib.checkpoint import checkpoint_hash, is_run
+from lib.conditions import condition_row
 from lib.draws import normals
 from lib.encoders import open_autoencoder
 from lib.files import file_hash, free_name
 from lib.judge import counting, diversity, fidelity, judge, look, style
 from lib.metrics import clip_score, cmmd, fd, kid, mmd, named, prdc, precision_recall, shuffled_inception_score
-from lib.networks import open_network, open_vqa, random_features, to_square
+from lib.networks import open_networks, open_vqa, random_features, to_square
 from lib.people import write_page
 from lib.pictures import draw_tuning, to_tensor, to_uint8
 from lib.processes import chunks, exit_with, get_rank, get_world_size, join, on_all_ranks
-from lib.published import in_dtype
 from lib.questions import read_dsg
 from lib.references import check_same_size, image_features, labelled_images, list_images, open_reference, read_image
 from lib.results import accuracy, best_point, make_card, over_seeds, report, tuning, write_result
 from lib.scenes import describe, world_name
-from lib.tasks import Task, dsg_task, in_style, keep_pictures, prompts_task
-from model import diffusion_loss, load, read_checkpoint
-from sample import check_student, is_student, open_base, sample
+from lib.tasks import Task, dsg_task, keep_pictures, prompts_task
+from model import diffusion_loss, read_checkpoint
+from sample import is_student, open_base, open_run, sample
 
 # ----------------------------------------------------------------------------------------------------------------------
 # What a run is asked to draw, and who looks at it: a Task (lib/tasks.py)
@@ -364,11 +363,10 @@ def score_run(args, metrics, networks, task, vqa, device):
     rows, points = evaluate_all(model, config, n, task, metrics, networks, reference, guidances, args.seeds, classes)
     if get_rank():
         return
-    checkpoint = os.path.join(args.run[0], "last.pt")          # of a run folder; else a checkpoint itself was given
     card = make_card(
         networks | ({"vqa": vqa} if vqa else {}), device, n=n, reference=about_reference, guidance=guidances,
         captions=f"{prompts}, sha256 {file_hash(prompts)}" if prompts else describe_captions(config, n),
-        checkpoint=file_hash(checkpoint if os.path.exists(checkpoint) else args.run[0]), checkpoint_step=step, ema=True,
+        checkpoint=checkpoint_hash(args.run[0]), checkpoint_step=step, ema=True,
         sampler=config["sampler"], steps=config["sample_steps"], seeds=list(range(args.seeds)),
         prefix=config["prefix"], suffix=config["suffix"], processes=get_world_size(),
         **({"perceptual": config["vgg_id"]} if config["vgg_id"] else {}),
@@ -389,11 +387,7 @@ def score_run(args, metrics, networks, task, vqa, device):
 
 def load_run(run, args, device):
     """(model, config) of a run, with the sampler and steps of the command line, and the values of --guidance."""
-    model, config = load(run, device)
-    check_cascade_keys(config, args.words)
-    config = in_style(config | args.words) if args.style else config | args.words
-    in_dtype(model, config, args.dtype)
-    check_student(config, args.steps, args.guidance, args.sampler)
+    model, config = open_run(run, args.words, args, device)
     if config["low_resolution"]:                               # a cascade: is its base there?
         open_base(config["base"], config["base_id"], torch.device(device))
     config |= {"guidance": 1.0} if is_student(config) else {}   # it is inside
@@ -497,18 +491,6 @@ def parse_metrics(args):
     return parse_words(args.metrics or usual, known, "--metrics")                  # in this order
 
 
-def open_networks(features, weights, metrics, device):
-    """{name: (features, about)} of --features, with the logits of the Inception score where it is asked for."""
-    names = parse_words(features, ["random", "inception", "dino", "clip"], "--features")  # in the order given
-    files = iter([w for w in weights.split(",") if w])         # in the order of --features
-    file_of = {name: None if name == "random" else next(files, None) for name in names}
-    if rows_of("logits", metrics):
-        if "inception" not in file_of:
-            raise UserError("--metrics is: the Inception score needs --features inception --weights FILE")
-        file_of["logits"] = file_of["inception"]               # one file, two outputs
-    return {name: open_network(name, file, device) for name, file in file_of.items()}
-
-
 def choose_program(args, device):
     """One of the five, told apart by the flags."""
     prompts = read_dsg(args.dsg)[:args.n] if args.dsg else None                    # with their questions
@@ -520,7 +502,7 @@ def choose_program(args, device):
     if args.sheet:
         return make_sheet(args, task, device)
     metrics = parse_metrics(args)
-    networks = open_networks(args.features, args.weights, metrics, device)
+    networks = open_networks(args.features, args.weights, bool(rows_of("logits", metrics)), device)
     if len(args.run) == 2:
         check_folders(args)
         return score_folders(args, metrics, networks, device)

@@ -624,7 +624,7 @@ def init_from(parent, config, prefix):
 
 
 def checkpointed_modules(model):
-    """The modules whose inside is computed again in the backward under activation checkpointing (lib/plan.py)."""
+    """The modules whose inside is computed again in the backward under activation checkpointing (lib/devices.py)."""
     names = "Block", "ResidualBlock", "BasicTransformerBlock", "ResnetBlock2D"     # the last two are diffusers'
     return [module for module in model.modules() if type(module).__name__ in names]
 

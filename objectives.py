@@ -20,10 +20,11 @@ import torch.nn.functional as F
 
 from lib.checkpoint import checkpoint_hash
 from lib.conditions import augmented, beside, check_levels, untold
+from lib.lineage import check_finished
 from lib.perceptual import Discriminator, hinge, slope_penalty
 from lib.settings import UserError
 from model import WEIGHTINGS, alpha_sigma, build, diffusion_loss, get_logsnr, load, read_checkpoint
-from sample import guided
+from sample import STUDENTS, check_student, guided, is_student
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Students of few steps
@@ -226,6 +227,24 @@ def critic_turns(own, vgg, autoencoder, config, second_turn):
     return turns
 
 
+def check_objective(config, stage, teacher, flags):
+    """
+    (is it a student that learns, do critics take part), after the sampler of a student is filled in. UserError where
+    keys, flags {key: text} and the stage cannot go together.
+    """
+    distills, critics = stage == "distill", config["perceptual"] > 0 or config["adversarial"] > 0
+    if distills != is_student(config) or teacher and not distills:
+        raise UserError(f"--stage {stage}, objective = {config['objective']}: distill takes --objective consistency, "
+                        "lcm or dmd, and --teacher RUN; all other stages take diffusion")
+    if distills:
+        check_student(config, sampler=flags.get("sampler"))
+        if config["sampler"] not in (samplers := STUDENTS[config["objective"]][0]):
+            config["sampler"] = samplers[0]
+    if critics and distills:
+        raise UserError("a student takes neither perceptual nor adversarial terms: give --perceptual 0 --adversarial 0")
+    return distills, critics
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Cascades (--stage cascade): super-resolution, told how much noise lies on the picture that it starts from
 
@@ -268,9 +287,7 @@ def check_base(config):
         raise UserError(f"no run in {path}: bring it back, or {other}")
     state = read_checkpoint(path)
     its = state["config"]
-    if state["step"] < its["steps"]:
-        raise UserError(f"{path} stopped at step {state['step']} of {its['steps']}: finish it with --stage "
-                        f"{state['stage']}, or {other}")
+    check_finished(path, state, other)
     if its["autoencoder"]:
         raise UserError(f"{path} works in latents, and a cascade in pixels: {other}")
     if its["resolution"] != config["low_resolution"]:

@@ -50,11 +50,12 @@ import torch
 from tqdm import tqdm
 
 from data import encode_captions
-from lib.checkpoint import checkpoint_hash
+from lib.checkpoint import newest_file
 from lib.conditions import check_cascade_keys, check_levels, condition_row, parse_set, seeing, untold
 from lib.draws import normals
 from lib.encoders import open_autoencoder
 from lib.files import free_name
+from lib.lineage import check_unchanged
 from lib.pictures import make_grid, to_uint8, write_png
 from lib.processes import prepare_cpu
 from lib.published import describe_published, export, in_dtype
@@ -248,7 +249,10 @@ def draw_low(config, device, captions, *args, size, **options):
     """The base's pictures of the same captions, (n, 3, h, w), for pictures of this size; the rest is as in `sample`."""
     check_levels(config)
     base, its = open_base(config["base"], config["base_id"], device)
-    its = its | {key: config[key] for key in ("prefix", "suffix", "encoder_weights")}
+    keys = "prefix", "suffix"
+    if config["encoder_weights"] and config["encoder"] == its["encoder"]:          # else it has weights of its own
+        keys += ("encoder_weights",)
+    its = its | {key: config[key] for key in keys}
     height, width = (side * config["low_resolution"] // config["resolution"] for side in size)
     return sample(base, its, captions, *args, size=parse_size(f"{height}x{width}", its), **options)
 
@@ -256,9 +260,7 @@ def draw_low(config, device, captions, *args, size, **options):
 @functools.lru_cache(2)                                        # pictures come in many calls
 def open_base(path, digest, device):
     """(model, config) of a cascade's base. UserError unless it has the weights that it had in training."""
-    if checkpoint_hash(path) != digest:
-        what = "is no more what it was in training" if os.path.exists(path) else "is not there"
-        raise UserError(f"the base of this cascade, {path}, {what}: bring it back, or say where it lies: --base RUN")
+    check_unchanged(newest_file(path), digest, "the base of this cascade", "say where it lies: --base RUN")
     return load(path, device)
 
 
@@ -349,17 +351,23 @@ def parse():
     return args, keys                                          # keys: encoder_weights, prefix, suffix ...
 
 
+def open_run(run, keys, args, device):
+    """(model, config) of a run, with the keys {key: value} of a command line, and its --style, --dtype and checks."""
+    model, config = load(run, device)
+    check_cascade_keys(config, keys)
+    config |= keys                                             # in place: a published network has this very dict
+    in_dtype(model, config, args.dtype)
+    check_student(config, args.steps, args.guidance, args.sampler)
+    return model, in_style(config) if args.style else config
+
+
 def main():
     args, keys = parse()
     if args.describe or args.export:
         print(export(read_checkpoint(args.run), args.export) if args.export else describe_run(args.run))
         return
     prepare_cpu()
-    model, config = load(args.run, "cuda" if torch.cuda.is_available() else "cpu")
-    check_cascade_keys(config, keys)
-    config = in_style(config | keys) if args.style else config | keys
-    in_dtype(model, config, args.dtype)
-    check_student(config, args.steps, args.guidance, args.sampler)
+    model, config = open_run(args.run, keys, args, "cuda" if torch.cuda.is_available() else "cpu")
     if not is_student(config) and not config["pipeline"]:      # which have their own
         args.steps, args.sampler = args.steps or 256, args.sampler or "ddpm"
     size, numbers = parse_size(args.size, config), parse_set(args.set, config)

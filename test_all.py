@@ -1646,6 +1646,16 @@ def test_a_chain_draws_by_each_models_own_settings_from_noises_that_never_meet(t
     assert draw(size=(24, 16)).shape == (3, 3, 24, 16)
 
 
+def test_a_base_is_given_weights_of_encoders_that_it_has_and_keeps_others(monkeypatch):
+    its, config = tiny(resolution=8, encoder="clip-h:8", encoder_weights="clip"), cascade_of(prefix="please,")
+    monkeypatch.setattr(sampling, "sample", lambda net, settings, *_, **__: settings)
+    for encoder, given, wanted in (("t5-xxl:8", "t5", "clip"), ("clip-h:8", "", "clip"), ("clip-h:8", "new", "new")):
+        monkeypatch.setattr(sampling, "open_base", lambda *names: (None, its))
+        config |= {"encoder": encoder, "encoder_weights": given}
+        base = sampling.draw_low(config, "cpu", ["a red circle"], size=(16, 16))
+        assert (base["encoder"], base["encoder_weights"], base["prefix"]) == ("clip-h:8", wanted, "please,")
+
+
 def test_sampling_from_the_command_line(runs, tmp_path):
     out, to = runs[0] / "toy/grow", tmp_path / "g.png"
     words = [out, "a red circle", "a blue square", "--n", 2, "--steps", 3, "--to", to]
@@ -2373,6 +2383,7 @@ def test_a_cascade_without_its_base_says_where_to_name_it(cascaded, tmp_path, sa
                                                 tmp_path / "moved", code=2)
     train = ["train.py", "--stage", "cascade", "--out", out, *changed(TINY, steps=7)]
     assert f"no run in {folder(out)}: bring it back" in run(*train, code=2)
+    assert f"{folder(out, 'cascade')} is finished: 6 steps" in run(*train[:5], *TINY)    # and needs no base any more
     said = run(*train, "--base", tmp_path / "moved")
     assert f"going on at step 6 of 7, base {folder(out)} -> {tmp_path / 'moved'}, steps 6 -> 7" in said
 
@@ -2541,7 +2552,7 @@ def test_a_turn_that_is_not_finite_moves_nothing_of_its_own(tmp_path):
     ("--out {tmp}/empty", "no finished run to learn from: train {tmp}/empty/toy/grow first, or give --teacher RUN"),
     ("--teacher {runs}/toy/pretrain", "does not fit"),
     ("--stage grow --teacher {runs}/toy/grow", "all other stages take diffusion"),
-    ("--objective consistency", "is no more the teacher of this run")])
+    ("--objective consistency", "the teacher of this run, {tmp}/toy/grow/last.pt, is no more what it was in training")])
 def test_what_a_student_cannot_learn_from_is_refused(words, message, runs, tmp_path):
     out = with_parents(runs, tmp_path, "defrost")
     keys = changed(TINY, steps=2, sample_every=0)
@@ -2549,6 +2560,7 @@ def test_what_a_student_cannot_learn_from_is_refused(words, message, runs, tmp_p
         os.remove(folder(out, "grow")), shutil.copytree(folder(runs[0], "grow"), folder(out, "grow"))
         run("train.py", "--stage", "distill", "--out", out, *keys)
         shutil.copy(folder(runs[0], "pretrain") / "last.pt", folder(out, "grow") / "last.pt")
+        assert "is finished: 2 steps" in run("train.py", "--stage", "distill", "--out", out, *keys)
         keys = changed(TINY, steps=3, sample_every=0)
     words = words.format(tmp=tmp_path, runs=runs[0]).split()
     stage = [] if "--stage" in words else ["--stage", "distill"]
@@ -2687,6 +2699,19 @@ def test_a_pipeline_has_a_clip_score_without_images_to_compare_with(pipelines, t
     said = run("eval.py", *words, "--metrics", "questions", "--features", "clip", "--weights", tmp_path / "clip")
     assert "clip_score" in said and "fd_" not in said
     assert "for the CLIP score alone, --metrics questions" in run("eval.py", *words, code=2)
+
+
+def test_encoder_weights_of_a_command_line_serve_the_null_caption_too(pipelines, tmp_path, monkeypatch):
+    folder = pipelines["pixart"][1]
+    bare, (net, config) = tmp_path / "bare", models.load(folder)
+    shutil.copytree(folder, bare)
+    for file in (bare / "text_encoder").glob("*.safetensors"):
+        file.unlink()
+    monkeypatch.setattr("sys.argv", ["sample.py", str(bare), "a caption", "--encoder_weights", folder])
+    args, keys = sampling.parse()
+    other, its = sampling.open_run(args.run, keys, args, "cpu")
+    one, two = (sampling.sample(*drawn, ["a red circle"], steps=2) for drawn in ((net, config), (other, its)))
+    assert config["guidance"] != 1 and torch.equal(one, two)
 
 
 @pytest.mark.parametrize("kind", ["pixart", "sdxl"])
@@ -3444,11 +3469,13 @@ from experiments.test_styles import *  # noqa
 from lib.test_checkpoint import *  # noqa
 from lib.test_conditions import *  # noqa
 from lib.test_contrasts import *  # noqa
+from lib.test_devices import *  # noqa
 from lib.test_draws import *  # noqa
 from lib.test_encoders import *  # noqa
 from lib.test_files import *  # noqa
 from lib.test_images import *  # noqa
 from lib.test_judge import *  # noqa
+from lib.test_lineage import *  # noqa
 from lib.test_metrics import *  # noqa
 from lib.test_muon import *  # noqa
 from lib.test_networks import *  # noqa

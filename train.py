@@ -73,24 +73,27 @@ from eval import evaluate, report
 from lib import checkpoint
 from lib.conditions import count_columns, ranges_known
 from lib.datasets import open_style
+from lib.devices import enable_activation_checkpointing, in_half, loss_scaler, set_precision, spread
 from lib.draws import normals, uniforms
 from lib.encoders import open_autoencoder
 from lib.files import file_hash
+from lib.lineage import (RUN_FIRST, check_finished, check_fits, check_origins, check_settings, check_unchanged,
+                         finish_first)
 from lib.muon import Muon
 from lib.perceptual import open_vgg
 from lib.pictures import draw_curves, make_grid, to_uint8, write_png
-from lib.plan import (choose_dtype, count_flops, enable_activation_checkpointing, peak_memory, peak_rate, plan_training,
-                      print_plan, sgemm_rate, split_batch, state_bytes)
+from lib.plan import (count_flops, peak_memory, peak_rate, plan_training, print_plan, sgemm_rate, split_batch,
+                      state_bytes)
 from lib.processes import (all_gather, all_gather_rows, all_reduce_max, catch_signals, exit_with, fail,
                            install_excepthook, join, print0, sync_gradients)
 from lib.published import check_encoder, start_config
-from lib.runs import (RUN_FIRST, Log, check_room, check_settings, finish_first, first_fault, is_finished, lock_run,
-                      loss_figures, prepare_run, read_log)
+from lib.runs import (Log, check_room, first_fault, is_finished, lock_run, loss_figures, prepare_run, read_log,
+                      save_or_fail)
 from lib.tables import DTYPES
 from model import (build, check_sizes, checkpointed_modules, diffusion_loss, example, freeze_core, init_from,
                    read_checkpoint)
-from objectives import cascade_loss, check_base, check_cascade, critic_turns, distill_turns
-from sample import STUDENTS, check_student, is_student, sample
+from objectives import cascade_loss, check_base, check_cascade, check_objective, critic_turns, distill_turns
+from sample import is_student, sample
 
 # A turn is one update within a step: who is trained, by which loss per image, loss(net, step, *batch), of how many
 # noises, at every how many steps. Plain training is a list of one; distribution matching and a critic add a second one.
@@ -172,14 +175,6 @@ def draw_noise(rows, shape, key, config, device):
     return t, normals([("noise", *key, row) for row in rows], shape, device)
 
 
-def in_half(net, dtype):
-    """The network with its products in dtype. Autocast ends with each call, as does its cache of rounded weights."""
-    def call(z, *args):
-        with torch.autocast(z.device.type, dtype, enabled=dtype != torch.float32):
-            return net(z, *args)
-    return call
-
-
 def forward_backward(turn, step, batch, micro, world, dtype, config):
     """
     Loss of each image, (b,), and its gradients, over micro-batches: they add up to those of the whole batch. batch is
@@ -226,24 +221,14 @@ config = start_config(config, whole and (args.teacher or args.core), flags)
 check_sizes(config)                                            # before any file is opened
 if args.core and not stage.sources:
     raise UserError(f"--core says where to start, and {args.stage} starts from nothing: leave it out")
-distills = args.stage == "distill"
-if distills != is_student(config) or args.teacher and not distills:
-    raise UserError(f"--stage {args.stage}, objective = {config['objective']}: distill takes --objective consistency, "
-                    "lcm or dmd, and --teacher RUN; all other stages take diffusion")
+distills, critics = check_objective(config, args.stage, args.teacher, dict(flags)) # of a student; with critics
 if bool(config["style"]) != (args.stage == "style") and not distills or config["style"] == "scenes" != config["data"]:
     raise UserError(f"--stage {args.stage}, data = {config['data']}, style = {config['style']!r}: give --style PATH, "
                     "or with scenes --style scenes, to --stage style and to its students alone")
 if args.stage == "condition" and not config["conditions"]:
     raise UserError(f"--stage {args.stage}: of which numbers is the model to be told? --conditions objects,size")
-if distills:
-    check_student(config, sampler=dict(flags).get("sampler"))
-    if config["sampler"] not in (samplers := STUDENTS[config["objective"]][0]):
-        config["sampler"] = samplers[0]
 cascades = check_cascade(config, args.stage)
 plain_loss, noises = (cascade_loss, 2) if cascades else (diffusion_loss, 1)        # of so many noises
-critics = config["perceptual"] > 0 or config["adversarial"] > 0
-if critics and distills:
-    raise UserError("a student takes neither perceptual nor adversarial terms: give --perceptual 0 --adversarial 0")
 plan_flags = {flag: value for flag in ("devices", "kind", "mfu", "json") if (value := getattr(args, flag)) is not None}
 if plan_flags and not args.plan:
     raise UserError(f"--{next(iter(plan_flags))} belongs to --plan: add it, or leave --{next(iter(plan_flags))} out")
@@ -306,55 +291,45 @@ about = {"name": args.config, "stage": args.stage, "config": config, "parents": 
 lock = lock_run(run) if rank == 0 else None                    # before anything in it is looked at or moved
 all_reduce_max(0)                                              # a barrier
 saved, saved_file = (None, None) if args.fresh else checkpoint.newest_checkpoint(run, default_config())
+scored = not config["eval_n"] or os.path.exists(os.path.join(run, "metrics.json"))
+done = saved is not None and saved["step"] >= config["steps"] and scored           # it needs no base or teacher now
 parent = None                                                  # the run that this one starts from
 if cascades:                                                   # the base is named, not copied
     usual = os.path.normpath(os.path.join(args.out, args.config, "pretrain"))
     config["base"] = os.path.normpath(config["base"] or (saved["config"]["base"] if saved else usual))
     if config["base"] == usual and not saved:
         ours = "base", "resolution", "shell", "low_resolution", "augmentation", "augmentation_sample"
-        words = [f"--{key}={value}" for key, value in flags if key not in ours]
-        finish_first(usual, ["--config", args.config, "--stage", "pretrain", f"--out={args.out}", *words])
-    config["base_id"] = check_base(config)
+        finish_first(usual, flags, ours)
+    config["base_id"] = saved["config"]["base_id"] if done else check_base(config)
 if saved:
     config |= {"condition_ranges": ranges_known(config, saved["config"])}
     free = set(FREE_KEYS) - ({"guidance", "sample_steps"} if distills else set())  # a student has learned with these
     if (saved["config"]["muon_lr"] > 0) != (config["muon_lr"] > 0):                # other moments than are saved
         free -= {"muon_lr"}
     changes = check_settings(run, saved, about, free)          # refuses another run's
-    about["parents"] = saved["parents"]                        # all runs before this one, and their steps
-    if distills:
-        path, was = about["teacher"] = saved["teacher"]
-        if not os.path.exists(path) or file_hash(path) != was:
-            raise UserError(f"{path} is no more the teacher of this run: bring that back, or start anew with --fresh")
-        if args.teacher not in (None, path, os.path.dirname(path)):
-            raise UserError(f"{run} learns from {path}, not from {args.teacher}: leave --teacher out, or start anew "
-                            "with --fresh")
-    if args.core and not saved["parents"][-1].startswith(f"{args.core} ("):
-        raise UserError(f"{run} was grown from {saved['parents'][-1]}, not from {args.core}: leave --core out, or "
-                        "start anew with --fresh")
-    if saved["step"] >= config["steps"] and (not config["eval_n"] or os.path.exists(os.path.join(run, "metrics.json"))):
+    check_origins(run, saved, args.core, args.teacher)
+    if distills and not done:
+        check_unchanged(*saved["teacher"], "the teacher of this run", "start anew with --fresh")
+    about |= {key: saved[key] for key in ("parents", "teacher") if key in saved}   # parents: all runs before this one
+    if done:
         print0(f"{run} is finished: {saved['step']} steps. Look at it: {look}")
         exit_with(0)
     print0(f"{run}: going on at step {saved['step']} of {config['steps']}{changes}")
 elif stage.sources:                                            # new, from another run
     made = [name for name in stage.sources if is_finished(os.path.join(args.out, args.config, name))]
     usual = ("defrost",) if config["starts"] and len(stage.sources) > 1 else stage.sources[-1:]
-    source_run = f"{args.config}/{(made or usual)[0]}"         # CONFIG/STAGE
-    if stage.sources == ("grow",) and config["starts"]:
-        source_run = config["starts"]                          # weak to strong: all weights of another config's run
+    weak = config["starts"] if stage.sources == ("grow",) else ""                  # weak to strong: of another config
+    latest = os.path.join(args.out, weak or f"{args.config}/{(made or usual)[0]}")
     if distills:                                               # its flags are not its teacher's, so it trains none
-        latest = os.path.join(args.out, source_run)
-        teacher = args.teacher or args.core or (latest if made else "")
-        if not teacher:
+        if not (teacher := args.teacher or args.core or made and latest):
             raise UserError(f"no finished run to learn from: train {latest} first, or give --teacher RUN")
         args.core = args.core or teacher                       # a student starts as its teacher, or as another student
-    parent = args.core or os.path.join(args.out, source_run)
+    parent = args.core or latest
     if not args.core:
         # a new shell, or another config, has its own resolution and shell; all other flags are the same for both runs
-        ours = ("resolution", "shell") if stage.init_prefix or source_run == config["starts"] else ()
+        ours = ("resolution", "shell") if stage.init_prefix or weak else ()
         ours += ("conditions",) * (args.stage == "condition")  # which are taken up here
-        words = [f"--{key}={value}" for key, value in flags if key not in ours and not key.startswith("style")]
-        finish_first(parent, ["--config", *source_run.replace("/", " --stage ").split(), f"--out={args.out}", *words])
+        finish_first(parent, flags, (*ours, "style", "style_token", "style_share"))
     origin = read_checkpoint(parent)
     if stage.init_prefix and origin["stage"] not in stage.sources:
         raise UserError(f"{parent} is a {origin['stage']} run and {args.stage} takes the core of a {stage.sources[0]} "
@@ -371,23 +346,17 @@ elif stage.sources:                                            # new, from anoth
     for path, other in others.items():
         if other["stage"] == "published":                      # a pipeline, which learned from no data of ours
             other["config"] |= batches.identity
-        if other["step"] < other["config"]["steps"]:
-            if args.core != path or not os.path.basename(path).startswith("step_"):          # no snapshot by its name
-                raise UserError(f"{path} stopped at step {other['step']} of {other['config']['steps']}: finish it with "
-                                f"--stage {other['stage']}, or name a snapshot, --core {path}/step_N.pt")
-            print0(f"{path} is a snapshot, of step {other['step']} of {other['config']['steps']}")
-        if other["config"]["pipeline"] != config["pipeline"] and other["config"]["pipeline"]:
+        snapshot = path == args.core and os.path.basename(path).startswith("step_")
+        check_finished(path, other, f"name a snapshot, --core {path}/step_N.pt", snapshot)
+        if other["config"]["pipeline"] not in ("", config["pipeline"]):
             raise UserError(f"{path} has the network of a pipeline, whose settings count where it is named: take "
                             "--stage defrost or style and --core, or distill and --teacher")
-        if differ := [key for key in keys if other["config"][key] != config[key]]:
-            differences = ", ".join(f"{key} {other['config'][key]} there, {config[key]} here" for key in differ[:3])
-            raise UserError(f"{path} does not fit ({differences}): use its settings, or train another")
+        check_fits(path, other["config"], config, keys)
     config |= {"condition_ranges": ranges_known(config, origin["config"])}
     parent_weights, report_of_init = init_from(origin, config, stage.init_prefix)
     about["parents"] = [*origin["parents"], f"{parent} ({origin['stage']}, step {origin['step']})"]
     if distills:                                               # named, not copied
-        path = next(filter(os.path.isfile, (os.path.join(teacher, "last.pt"), teacher)), teacher)
-        about["teacher"] = [path, file_hash(path)]
+        about["teacher"] = [path := checkpoint.newest_file(teacher), file_hash(path)]
 if rank == 0:
     lock = prepare_run(run, lock, args.fresh, f"{args.config}.{args.stage}", config)
 settings = f"{args.stage} of config {args.config}: " + " ".join(f"{key}={value}" for key, value in config.items())
@@ -397,14 +366,8 @@ print0(f"batch {config['batch']} = {micro} micro x {per_device_batch // micro} a
 print0(batches.summary())                                      # how many images are used, and why not all
 
 # ---- precision: of products and convolutions; weights, moments, EMA and sums of norms stay float32 -------------------
-dtype = choose_dtype(config["dtype"], device)
-if dtype == torch.float16 and config["fsdp"]:
-    raise UserError("dtype = fp16 with fsdp is not supported, for its scale would differ between devices: take bf16")
-if dtype == torch.float32 and device != "cpu":
-    torch.set_float32_matmul_precision("high" if config["tf32"] else "highest")
-    print0("float32 products " + ("rounded to TF32 (10 bits): --tf32 False for all 23" if config["tf32"] else "exact"))
-scaler = torch.amp.GradScaler(device.split(":")[0], enabled=dtype == torch.float16)          # for fp16's range
-torch.backends.cudnn.deterministic = True                      # a run repeats itself on a GPU too
+dtype = set_precision(config, device)
+scaler = loss_scaler(dtype, device)
 
 # ---- model: first weights, or a new shell round the old core; freeze; wrap -------------------------------------------
 torch.manual_seed(config["seed"])                              # for first weights alone: all else draws from keys
@@ -418,25 +381,17 @@ def prepare(model):
     """Put a model on the device, in shards under FSDP. -> the network that training calls, with the same weights."""
     if config["checkpointing"]:
         enable_activation_checkpointing(checkpointed_modules(model))               # less memory, a third more time
-    if config["fsdp"]:                                         # shards of weights, gradients and moments
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-        mesh = torch.distributed.init_device_mesh(device.split(":")[0], (world,))
-        for unit in (*model.core.blocks, model.core, model):   # before the optimizers, which must see the shards
-            # gathers a unit's weights where it is used; the outermost would keep them after a pass without gradient
-            fully_shard(unit, mesh=mesh, **{"reshard_after_forward": True} if distills else {})
-        register_fsdp_forward_method(model.core, "embed")      # called from outside the core's forward
-    model.to(device)                                           # under FSDP each process's shards
-    net = torch.compile(model) if config["compile"] else model # names are those of `model`
-    if world > 1 and not config["fsdp"]:
-        net = torch.nn.parallel.DistributedDataParallel(net)   # frozen weights take no part in the exchange
-    return net
+    cut = config["fsdp"]                                       # before the optimizers, which must see the shards
+    units = (*model.core.blocks, model.core, model) if cut else ()
+    entries = [(model.core, "embed")] if cut else []           # called from outside the core's forward
+    return spread(model, device, config["compile"], units, entries, reshard=distills)
 
 
 def second_turn(name, model, **keys):
     """The turn of a network beside the model, in every step, with settings of its own; its loss is still to be told."""
     net, trained = prepare(model), dict(model.named_parameters())
-    own_scaler = torch.amp.GradScaler(device.split(":")[0], enabled=dtype == torch.float16)
-    return Turn(name, model, net, trained, make_optimizers(trained, config | keys), {}, own_scaler, 1, 1, None)
+    optimizers = make_optimizers(trained, config | keys)
+    return Turn(name, model, net, trained, optimizers, {}, loss_scaler(dtype, device), 1, 1, None)
 
 
 net = prepare(model)
@@ -493,13 +448,8 @@ signals = catch_signals()                                      # heard after a s
 def save(step, data_step):
     """All state, replaced as a whole."""
     state = {turn.name: (counted[turn.name], turn.scaler.state_dict()) for turn in turns}
-    try:
-        checkpoint.save(file, about | {"step": step, "data_step": data_step, "turns": state}, training_state(),
-                        config["sharded"], config["num_checkpoints"], config["snapshots"])
-    except FloatingPointError as e:
-        fail(f"{e} is not finite and is not saved: start anew with a lower --lr and --fresh, or go on from {file}", 3)
-    except OSError as e:
-        fail(f"{file} cannot be written ({e}): make room there; the checkpoint before is whole", 4)
+    save_or_fail(file, about | {"step": step, "data_step": data_step, "turns": state}, training_state(),
+                 config["sharded"], config["num_checkpoints"], config["snapshots"])
 
 
 def poll():

@@ -46,8 +46,9 @@ from experiments.bench_report import write_report
 from experiments.bench_runs import check_plan, compare_numbers, train_small, try_processes
 from kernels import MERGE_EPS, example_call, kv_merge_reference, kv_merge_triton
 from lib.conditions import count_columns
+from lib.devices import enable_activation_checkpointing
 from lib.files import atomic_write
-from lib.plan import enable_activation_checkpointing, peak_rate, sgemm_rate
+from lib.plan import peak_rate, sgemm_rate
 from lib.settings import Parser, UserError, load_config
 from lib.triton_tools import INTERPRETED, NO_TRITON, relative_errors, run_with_gradients, tolerance, triton, worst
 from model import build, checkpointed_modules, diffusion_loss, example, freeze_core

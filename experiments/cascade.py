@@ -45,6 +45,7 @@ from sample import SAMPLERS, sample
 LEVELS = 0.0, 0.14, 0.28, 0.5                                  # of noise: none, and logsnr 3, 1.5 and 0
 CASCADES = {                                                   # name -> (keys of its training, levels at sampling)
     "augmented": ({}, LEVELS),
+    # never told of noise, so that there is one level only to draw at
     "plain": ({"augmentation": 0.0, "augmentation_sample": 0.0}, LEVELS[:1])}
 SAMPLING = {"sampler": "dpm", "sample_steps": 20}
 # whose pictures (a key of CASCADES, "base" or "grow"), whose small pictures it enlarges, with how much noise on them
@@ -170,6 +171,7 @@ def gap_table(scores):
         cells = []
         for kind, digits in kinds:
             one, two = ([r[kind] for r in scores[row]] for row in (true, drawn))
+            # seed by seed: how good a training is shows in both, so the spread of the gap is without it
             values = one, two, [a - b for a, b in zip(one, two)]
             cells += [mean_and_spread(v, digits) for v in values]
         lines.append(f"| cascade, {true.model} | {true.level:g} | {' | '.join(cells)} |")
@@ -189,6 +191,7 @@ def use_table(scores):
 def evaluation_flops(stage, keys):
     """FLOPs of the network for one z, forward alone: a third of a step's where nothing is frozen."""
     config = load_config("toy", stage, list(keys.items()))
+    # scratch is the network of grow with nothing frozen: a backward is worth two forwards there
     return training_flops("scratch" if stage == "grow" else stage, keys) / config["batch"] / 3
 
 

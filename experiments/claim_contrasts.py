@@ -65,7 +65,7 @@ def dsg(lab, text, arm, seeds, **how):
 
 
 def minus_log_loss(lab, text, arm, seeds):
-    """[-log of the held-out loss] of each seed."""
+    """[-log of the held-out loss] of each seed: more is better, and a difference is a ratio, at any level of loss."""
     return [-math.log(lab.measures.loss(file_of(lab, arm, seed), int(text["loss_n"]))) for seed in seeds]
 
 
@@ -184,7 +184,7 @@ def curves_of(real, fakes, statistic):
 def guidance(lab, text, seeds):
     """Where each distance to real pictures is smallest, over guidance."""
     grid = [float(word) for word in text["grid"].split()]
-    scale = np.log(grid)
+    scale = np.log(grid)                                       # from 1 to 2 is as far as from 2 to 4
     places, curves, inside = {}, {}, {}                        # by (arm, statistic, features), log guidance each seed
     real = {arm: lab.measures.reference(config_of(lab, arm)) for arm in ("G", "P")}
     fakes = {(arm, features): [[np.array(pictures(lab, text, arm, seed, at)[features]) for at in grid]
@@ -301,7 +301,7 @@ def larger(lab, text, seeds):
         doublings = len(table) - 1
         slopes[name] = contrast({arm: np.divide(values, scale) for arm, values in table.items()},
                                 {last: 1 / doublings, first: -1 / doublings})
-    weakest = min(slopes, key=lambda name: slopes[name].t)
+    weakest = min(slopes, key=lambda name: slopes[name].t)     # of the least evidence: slopes have different units
     first, last = grown[0], grown[-1]
     weights = {last: 1 / (len(grown) - 1), first: -1 / (len(grown) - 1)}
     figures = {f"{name}, per doubling": said(slope) for name, slope in slopes.items()}

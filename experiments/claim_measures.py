@@ -209,7 +209,7 @@ def ceiling(config, n):
 
 def standardised(reference, fake):
     """Both sets as tensors, in units of the reference's spread; features that never vary there are left out."""
-    spread = reference.std(0)
+    spread = reference.std(0)                                  # else the features of large numbers would decide
     used = spread > 0
     return [torch.from_numpy((x - reference.mean(0))[:, used] / spread[used]) for x in (reference, np.array(fake))]
 
@@ -220,7 +220,7 @@ def vertex(x, y):
     two neighbours on each side, by least squares, within the range of x; at an end it is none, and that end stands.
     """
     x, y = np.asarray(x, float), np.asarray(y, float)
-    lowest = int(np.argmin(y))
+    lowest = int(np.argmin(y))                                 # of noisy points: it jumps, which a parabola does not
     start = min(max(lowest - 2, 0), len(x) - 5)
     a, b, _ = np.polyfit(x[start:start + 5], y[start:start + 5], 2)
     place = -b / (2 * a) if a > 0 else x[lowest]

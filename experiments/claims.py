@@ -162,6 +162,7 @@ def judged(lab, claims):
             register(lab_for(lab, claims[name]), name, claims[name])               # the margin that decides is that one
             with open(result_file(lab, name)) as f:
                 results[name] = json.load(f)
+    # by chance alone one of many would be confirmed: the more claims a round has, the more each has to show
     for turn in {claims[name].get("round", "1") for name in results}:
         tested = [name for name, result in results.items() if claims[name].get("round", "1") == turn
                   and is_tested(result, claims[name])]

@@ -6,17 +6,17 @@ extensive re-training", as the paper of the visual foundation model has it).
     python -m experiments.conditions                   three seeds: trains what is missing, scores it, prints the table
     python -m experiments.conditions --seeds 0 --n 40  a look at one
 
-BASES/SEED/toy/grow is a finished model, OUT/SEED/toy/condition the same with the conditions, OUT/SEED/before.json and
-after.json what was measured of the two. What is there is not made again, so the same command goes on after a stop.
-OUT/table.md is the table; OUT/pictures.png has one check a row, and asks for more from left to right, from the same
-noise.
+BASES/SEED/toy/grow is a finished model, OUT/SEED/toy/condition the same with the conditions; OUT/SEED/before-*.json and
+OUT/SEED/after-*.json are what was measured of the two. What is there is not made again, so the same command goes on
+after a stop. OUT/table.md is the table; OUT/pictures.png has one check a row, and asks for more from left to right,
+from the same noise.
 
 What is asked is possible: the number of another picture that has the same caption. A caption says small or large, and
 sizes lie 5 % about two means, so a number that contradicts a caption was never seen; hence the null caption, and
 captions that lack these words (which no training has seen either). Beside each correlation stands that of the finished
 model, which is told nothing: what the caption alone explains.
 """
-import json
+import functools
 import os
 import re
 
@@ -24,7 +24,7 @@ import numpy as np
 
 from data import open_data
 from eval import evaluate
-from experiments.trainings import mean_and_spread, train
+from experiments.trainings import mean_and_spread, once, train
 from lib.conditions import condition_names, read_conditions
 from lib.files import atomic_write, file_hash
 from lib.judge import look
@@ -77,30 +77,29 @@ def correlation(model, config, name, said, n, told):
     images = to_uint8(sample(model, config, captions, numbers={name: asked} if told else {}))
     judged = np.array(judged_numbers(images, world, name))
     there = ~np.isnan(judged)
+    # of ranks: it asks whether more is drawn where more is asked for, whatever the scale; "error" tells how far off
     return {"rank": rank_correlation(np.array(asked)[there], judged[there]), "seen": float(there.mean()),
             "error": float(np.median(abs(judged - asked)[there]))}
 
 
-def measure(path, file, checks, n, told):
-    """dsg and fidelity of a run that is told nothing, and all correlations; from `file` if made of these weights."""
+def measure(path, files, checks, n, told):
+    """
+    dsg and fidelity of a run that is told nothing, and all correlations, {job: figures}; each from a file, whose name
+    begins with `files`, if that was made of these weights.
+    """
     about = {"weights": file_hash(os.path.join(path, "last.pt")), "n": n, "told": told}
-    results = {}
-    if os.path.exists(file):
-        with open(file) as f:
-            old = json.load(f)
-        results = old["results"] if old["about"] == about else {}
     model, config = load(path)
     config |= SAMPLING
     jobs = {f"{name}, {said}": lambda name=name, said=said: correlation(model, config, name, said, n, told)
             for name, said in checks}
+    # told nothing, before and after: what learning the conditions has cost
     jobs["exam"] = lambda: evaluate(model, config, 2 * n, metrics=("questions", "fidelity"))
-    for job, function in jobs.items():
-        if job not in results:
-            print(f"{path}: {job}", flush=True)
-            results[job] = function()
-            text = json.dumps({"about": about, "results": results})
-            atomic_write(file, lambda f: f.write(text.encode()))
-    return results
+
+    def work(job):
+        print(f"{path}: {job}", flush=True)
+        return jobs[job]()
+    return {job: once(f"{files}-{job.replace(', ', '-').replace(' ', '-')}.json", about, functools.partial(work, job))
+            for job in jobs}
 
 
 def table(before, after, checks):
@@ -154,9 +153,8 @@ def main():
         base, folder = os.path.join(args.bases or args.out, str(seed)), os.path.join(args.out, str(seed))
         train_both(base, args.of, folder, seed, keys)
         runs = os.path.join(base, "toy", args.of), os.path.join(folder, "toy", "condition")
-        files = [os.path.join(folder, f"{when}.json") for when in ("before", "after")]
-        before.append(measure(runs[0], files[0], checks, args.n, told=False))
-        after.append(measure(runs[1], files[1], checks, args.n, told=True))
+        before.append(measure(runs[0], os.path.join(folder, "before"), checks, args.n, told=False))
+        after.append(measure(runs[1], os.path.join(folder, "after"), checks, args.n, told=True))
     draw(os.path.join(args.out, str(seeds[0]), "toy", "condition"), checks, os.path.join(args.out, "pictures.png"))
     text = table(before, after, checks)
     atomic_write(os.path.join(args.out, "table.md"), lambda f: f.write(text.encode()))

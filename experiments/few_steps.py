@@ -34,7 +34,7 @@ STUDENTS = {                                                   # name -> keys of
     "dmd": dict(objective="dmd", sample_steps=1, fake_updates=2, steps=600, **FASTER)}
 # a row of the table: whose pictures (a student's, or "" for the teacher's), by which sampler, in how many steps
 Method = namedtuple("Method", "student sampler steps")
-METHODS = [Method(*row) for row in (
+METHODS = [Method(*row) for row in (                           # the teacher in 16 and 4 steps: what distilling adds
     ("", "ddpm", 256), ("", "ddim", 50), ("", "dpm", 20), ("", "ddim", 16), ("", "lcm", 16), ("", "ddim", 4),
     ("", "lcm", 4), ("consistency-16", "ddim", 16), ("consistency-16", "ddpm", 16), ("consistency-16", "lcm", 16),
     ("consistency-4", "ddim", 4), ("consistency-4", "lcm", 4), ("lcm", "lcm", 4), ("lcm", "lcm", 2), ("lcm", "lcm", 1),
@@ -87,6 +87,7 @@ def score(method, folder, n):
 
 def seconds_per_picture(methods, folder, n=8, rounds=3):
     """[seconds] for one of n pictures made together: median of rounds, in each of which all methods take their turn."""
+    # in turn, so that a machine that is busy for a while slows all methods; the median leaves that round out
     spent = [[] for _ in methods]
     opened = [open_method(method, folder) for method in methods]
     for _ in range(rounds):

@@ -59,6 +59,7 @@ def table(pairs):
     for name, runs in zip(("the core", "the grown model"), zip(*pairs)):
         cells = [mean_and_spread([run[side][k] for run in runs], (3, 1)[k]) for side in (small, large) for k in (0, 1)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    # training by training: how good a core is shows in both, and is not what growing adds
     gains = [mean_and_spread([grown[side][1] - core[side][1] for core, grown in pairs], 1) for side in (small, large)]
     return "\n".join(lines + [f"| growing adds | | {gains[0]} dB | | {gains[1]} dB |"])
 

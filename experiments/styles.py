@@ -44,6 +44,7 @@ FORGETTING = [Variant(*row) for row in (
     ("before", None, False, ""),
     ("mixture", ("mixture", "style"), False, ""), ("mixture, token", ("mixture", "style"), True, ""),
     ("alone", ("alone", "style"), False, ""), ("alone, token", ("alone", "style"), True, ""))]
+# each row has all that those above it have
 ABLATION = [FORGETTING[0]._replace(title="raw")] + [Variant(*row) for row in (
     ("+ prompt engineering", None, False, WORDS), ("+ style tuning", ("mixture", "style"), True, WORDS),
     ("+ distilled, 16 steps", ("mixture", "distill"), True, WORDS))]
@@ -98,7 +99,7 @@ def score(variant, folder, model, n):
         print(f"{folder}: {variant.title}", flush=True)
         net, config = open_variant(variant, folder, model)
         metrics = evaluate(net, config, n, metrics=METRICS)
-        # a student is no denoiser
+        # the loss shows what dsg is too coarse for: neither sampler nor judge stands between; a student is no denoiser
         return metrics if is_student(config) else metrics | {"loss": held_out_loss(net, config, 5 * n)}
     return once(file, about, work)
 

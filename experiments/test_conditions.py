@@ -49,5 +49,6 @@ def test_conditions_are_taken_up_measured_and_drawn_once(tmp_path):
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "pictures.png").exists() and "| size | no caption |" in (tmp_path / "table.md").read_text()
+    (tmp_path / "0/after-size-no-caption.json").unlink()       # one score is missing: it alone is made again
     again = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    assert again.returncode == 0 and ": size, no caption" not in again.stdout
+    assert again.returncode == 0 and again.stdout.count(": size, no caption") == 1

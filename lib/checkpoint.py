@@ -145,10 +145,15 @@ def is_run(path):
     return os.path.isfile(path) or any(os.path.exists(os.path.join(path, name)) for name in names)
 
 
+def newest_file(path):
+    """The last checkpoint in a run folder; of all others, a checkpoint or a published folder, the path itself."""
+    last = os.path.join(path, "last.pt")
+    return last if os.path.exists(last) else path
+
+
 def checkpoint_hash(path):
     """sha256 of a run's last checkpoint, of a checkpoint, or of the weights in a folder; None where there is none."""
-    last = os.path.join(path, "last.pt")
-    return file_hash(last if os.path.exists(last) else path)
+    return file_hash(newest_file(path))
 
 
 def older_checkpoints(run):

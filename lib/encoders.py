@@ -7,7 +7,7 @@ unpickled.
     "t5-xxl:128,clip-h:77"      frozen encoders of the transformers library, how many tokens of each, span after span
     "pipeline:300"              those of a published pipeline, as that pipeline uses them (lib/published.py)
     "sentencepiece:FILE"        the tokens of a SentencePiece model, which the model embeds by itself
-    anything else               is not ours: tokens that need no network, such as hashed words
+    "words"                     hashed words, which the model embeds by itself
 
 What they made is kept in tables (lib/tables.py) beside the index of the data: t5-xxl-128.arrow with a row for each
 caption, and latents-512.arrow with one for each image. A data set gives size, view and where of an image; text of a
@@ -22,12 +22,14 @@ import io
 import itertools
 import os
 import sys
+import zlib
 
 import numpy as np
 import torch
 
 from lib.files import atomic_write, complete, from_folder, import_extra, local_weights, weights_hash
 from lib.images import Unfit, covering
+from lib.nouns import words
 from lib.pictures import to_tensor
 from lib.published import encoder_dtype, open_pipeline
 from lib.settings import UserError, closest
@@ -141,7 +143,24 @@ def embed_now(captions, config):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Captions -> pieces
+# Captions -> tokens: hashed words, or pieces of a trained vocabulary
+
+
+def tokenize(captions, length, vocab):
+    """
+    Words hashed into `vocab` buckets: (B, L) int64, 0 where no word is. Needs no vocabulary file; its embedding is
+    learned in the core. Captions longer than `length` words are cut.
+    """
+    # crc32, since Python's own hash of a string differs from process to process; 1 to vocab - 1
+    return padded([[1 + zlib.crc32(w.encode()) % (vocab - 1) for w in words(c)[:length]] for c in captions], length)
+
+
+def padded(rows, length):
+    """Lists of tokens -> (B, L) int64, zeros behind; what is longer is cut."""
+    tokens = np.zeros((len(rows), length), np.int64)
+    for k, row in enumerate(rows):
+        tokens[k, :len(row)] = row[:length]
+    return torch.from_numpy(tokens)
 
 
 @functools.lru_cache(2)

@@ -2,6 +2,7 @@
 Files written whole or not at all, their hashes and free names; packages that only some need; and local folders with
 the networks of others, from which nothing is downloaded and nothing unpickled.
 """
+import contextlib
 import functools
 import glob
 import hashlib
@@ -20,11 +21,33 @@ def part_name(path):
     return f"{path}.{os.uname().nodename}-{os.getpid()}.part"  # process numbers are those of a machine
 
 
+def clear_parts(path):
+    """Remove what writers of a file left behind that were killed; those of other machines may still be at work."""
+    start = f"{path}.{os.uname().nodename}-"
+    for part in glob.glob(glob.escape(start) + "*.part"):
+        number = part.removeprefix(start).removesuffix(".part")
+        if number.isdigit() and not is_alive(int(number)):
+            with contextlib.suppress(FileNotFoundError):       # another writer clears as well
+                os.remove(part)
+
+
+def is_alive(process):
+    """Is there a process of this number on this machine?"""
+    try:
+        os.kill(process, 0)                                    # signal 0 is never sent
+    except ProcessLookupError:
+        return False
+    except PermissionError:                                    # it is somebody else's
+        pass
+    return True
+
+
 def atomic_write(path, write):
     """
-    Write a file as a whole, write(file) its bytes: a kill at any moment leaves the old file or the new one. Of several
-    processes that write it at once the last one's file stays.
+    Write a file as a whole, write(file) its bytes: a kill at any moment leaves the old file or the new one, and what
+    was half written goes with the next write. Of several processes that write at once the last one's file stays.
     """
+    clear_parts(path)
     part = part_name(path)
     try:
         with open(part, "wb") as file:

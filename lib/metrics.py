@@ -134,13 +134,14 @@ def prdc(real, fake, k=5):
 
 def rank_correlation(x, y):
     """
-    Spearman's, of two (n,): the correlation of ranks, where equals have their mean rank. nan where one does not vary.
+    Spearman's, of two (n,): the correlation of ranks, where equals have their mean rank. nan where one does not vary,
+    as where n is 0.
     """
     ranks = []
     for values in (x, y):
         _, place, count = np.unique(values, return_inverse=True, return_counts=True)
         ranks.append((np.cumsum(count) - (count - 1) / 2)[place])                  # (n,)
-    return float(np.corrcoef(*ranks)[0, 1]) if all(np.ptp(r) > 0 for r in ranks) else float("nan")
+    return float(np.corrcoef(*ranks)[0, 1]) if all(len(set(r)) > 1 for r in ranks) else float("nan")
 
 
 def clip_score(images, texts):

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from lib.files import file_hash, import_extra
 from lib.pictures import to_tensor
-from lib.settings import UserError
+from lib.settings import UserError, parse_words
 
 # NVIDIA's TorchScript copy of FID's network (TensorFlow, 2015-12-05): it resizes to 299 itself, as TensorFlow 1 did
 INCEPTION = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
@@ -117,6 +117,21 @@ def open_network(name, weights, device):
         raise UserError(f"{weights!r} is not the network of FID, sha256 {INCEPTION}: put {SOURCES['inception']}")
     features, about = OPEN[name](weights, device)
     return features, about | {"sha256": digest}
+
+
+def open_networks(names, weights, logits, device):
+    """
+    {name: open_network} of --features and --weights, comma-separated in the same order; `random` has none. With
+    "logits" where the Inception score asks for them.
+    """
+    names = parse_words(names, ["random", "inception", "dino", "clip"], "--features")        # in the order given
+    files = iter([w for w in weights.split(",") if w])
+    file_of = {name: None if name == "random" else next(files, None) for name in names}
+    if logits:
+        if "inception" not in file_of:
+            raise UserError("--metrics is: the Inception score needs --features inception --weights FILE")
+        file_of["logits"] = file_of["inception"]               # one file, two outputs
+    return {name: open_network(name, file, device) for name, file in file_of.items()}
 
 
 def open_inception(weights, device):

@@ -7,36 +7,19 @@ What a training takes, before anything is rented: parameters, memory, FLOPs and 
 
 make_model() gives the model, frozen parameters without requires_grad; loss(model, images) a number.
 """
-import functools
 import json
 import resource
 import time
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from lib.processes import fail, print0
 from lib.settings import UserError
-from lib.tables import DTYPES
 
 # dense FLOP/s of half precision, of TF32 and of float32, and GiB of memory, by NVIDIA's data sheets
 KINDS = {"v100": (125e12, 15.7e12, 15.7e12, 32), "a100-80g": (312e12, 156e12, 19.5e12, 80),
          "h100": (989e12, 495e12, 67e12, 80), "h200": (989e12, 495e12, 67e12, 140)}
-
-
-def choose_dtype(name, device):
-    """Of products: "fp32", "bf16", "fp16"; or "auto": bf16 on a GPU, fp16 on one that has no bf16, fp32 on a CPU."""
-    cuda = device != "cpu"
-    dtype = DTYPES.get(name, torch.bfloat16 if cuda else torch.float32)
-    if dtype == torch.bfloat16 and cuda and torch.cuda.get_device_capability() < (8, 0):
-        if name == "bf16":
-            fail(f"{torch.cuda.get_device_name()} has no bfloat16: take --dtype fp16", 2)
-        return torch.float16
-    if dtype == torch.float16 and not cuda:
-        print0("fp16 on a CPU is slow: for tests only")
-    return dtype
 
 
 def peak_rate(kind, dtype, tf32):
@@ -167,12 +150,6 @@ def plan_training(make_model, loss, steps, batch, micro, devices=1, kind="h100",
             "dtype": str(dtype).split(".")[1], "batch": batch, "micro": micro, "accumulation": per_device // micro,
             "flops_per_image": flops / micro, "mfu": mfu, "images_per_second": speed,
             "steps": steps, "days": steps * batch / speed / 86400}
-
-
-def enable_activation_checkpointing(modules):
-    """These modules keep their inputs alone (Chen et al. 2016): less memory, a third more time."""
-    for module in modules:                                     # replaced, not wrapped: parameters keep their names
-        module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
 
 
 def print_plan(p, json_file=None):

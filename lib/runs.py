@@ -1,5 +1,5 @@
 """
-Run folders: who may write there, what a training leaves behind, and which run must come first.
+Run folders: who may write there, and what a training leaves behind.
 
     config.txt      the settings, KEY = VALUE
     log.jsonl       a line for each dict that was logged
@@ -13,19 +13,13 @@ import glob
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 
 import torch
 
-from lib.checkpoint import older_checkpoints, read_about
+from lib.checkpoint import older_checkpoints, read_about, save
 from lib.pictures import leaves
-from lib.processes import all_gather_rows, fail, get_world_size, print0
+from lib.processes import all_gather_rows, fail, print0
 from lib.settings import UserError
-
-RUN_FIRST = "RUN_FIRST"                                        # set in the environment of a run that another one starts
-
 
 # ---- who may write ---------------------------------------------------------------------------------------------------
 
@@ -93,26 +87,17 @@ def check_room(run, needed):
              "--num_checkpoints", 4)
 
 
-# ---- which settings, which run first ---------------------------------------------------------------------------------
+def save_or_fail(file, *args):
+    """checkpoint.save; where that fails it says why and ends, with status 3 for a value that is not finite, else 4."""
+    try:
+        save(file, *args)
+    except FloatingPointError as e:
+        fail(f"{e} is not finite and is not saved: start anew with a lower --lr and --fresh, or go on from {file}", 3)
+    except OSError as e:
+        fail(f"{file} cannot be written ({e}): make room there; the checkpoint before is whole", 4)
 
-def check_settings(run, saved, about, free_keys):
-    """
-    Refuse to go on with the state `saved` of another run, or with other settings than its own, but for `free_keys`: a
-    run that mixes settings is no run to learn from. `about`: "name", "stage", "config" now. -> text of what changed.
-    """
-    if (saved["name"], saved["stage"]) != (about["name"], about["stage"]):
-        raise UserError(f"{run} holds a {saved['stage']} run of {saved['name']}, expected {about['stage']} of "
-                        f"{about['name']}: move it to its own place, or give --fresh")
-    before, now = saved["config"], about["config"]
-    differ = [key for key in now if before.get(key) != now[key]]
-    locked = [key for key in differ if key not in free_keys]
-    if locked:
-        changes = ", ".join(f"{key} {before.get(key)} there, {now[key]} here" for key in locked)
-        data = f", or let these data stand in with --data_id {before.get('data_id')}" * ("data_id" in locked)
-        raise UserError(f"{run} holds a run of other settings ({changes}): repeat them{data}, give this run another "
-                        "--out, or start anew with --fresh")
-    return "".join(f", {key} {before.get(key)} -> {now[key]}" for key in differ)
 
+# ---- where a run stands ----------------------------------------------------------------------------------------------
 
 def newest_about(run):
     """
@@ -130,27 +115,6 @@ def is_finished(run):
     """Has this run taken all its steps?"""
     state = newest_about(run)
     return state is not None and state["step"] >= state["config"]["steps"]
-
-
-def finish_first(run, words):
-    """
-    Train the run that another one starts from to its end, by this script with these words, unless it is finished. It is
-    a process of its own: it saves, resumes and stops like any run, and leaves its memory behind.
-    """
-    state = newest_about(run)
-    if is_finished(run):
-        return
-    if get_world_size() > 1:
-        raise UserError(f"{run} is not there or not finished: run it first, by torchrun with {' '.join(words)}")
-    stopped = f"{run} stopped at step {state['step']}: going on with it first" if state else ""
-    print0(stopped or f"no {os.path.basename(run)} run in {run} yet: running it first")
-    child = subprocess.Popen([sys.executable, os.path.abspath(sys.argv[0]), *words], env=os.environ | {RUN_FIRST: "1"})
-    signal.signal(signal.SIGTERM, lambda *_: child.terminate())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)               # Ctrl-C reaches the child by itself
-    if child.wait():
-        sys.exit(child.returncode if child.returncode > 0 else 128 - child.returncode)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_DFL)
 
 
 # ---- what happened ---------------------------------------------------------------------------------------------------

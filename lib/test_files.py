@@ -43,6 +43,33 @@ def test_two_processes_that_write_a_file_at_once_leave_one_of_theirs_whole(tmp_p
     assert open(file, "rb").read() in (b"x" * 2000, b"y" * 2000) and os.listdir(tmp_path) == ["a.txt"]
 
 
+def write_half(file, begun, go_on):
+    def write(f):
+        f.write(b"half")
+        f.flush()
+        begun.release()
+        go_on.wait(30)
+    atomic_write(file, write)
+
+
+def test_what_a_killed_process_left_half_written_goes_and_that_of_a_living_one_stays(tmp_path):
+    file, begun = str(tmp_path / "a[1].txt"), multiprocessing.Semaphore(0)
+    events = [multiprocessing.Event() for _ in range(2)]       # one each: who is killed while it waits spoils its own
+    writers = [multiprocessing.Process(target=write_half, args=(file, begun, event)) for event in events]
+    for writer in writers:
+        writer.start()
+    assert begun.acquire(timeout=30) and begun.acquire(timeout=30)
+    writers[0].kill(), writers[0].join(30)
+    elsewhere = f"{file}.elsewhere-{writers[0].pid}.part"      # of another machine, whose processes nobody here knows
+    open(elsewhere, "w").close()
+    living = f"{file}.{os.uname().nodename}-{writers[1].pid}.part"
+    assert len(os.listdir(tmp_path)) == 3
+    atomic_write(file, lambda f: f.write(b"new"))
+    assert {str(tmp_path / name) for name in os.listdir(tmp_path)} == {file, elsewhere, living}
+    events[1].set(), writers[1].join(30)
+    assert writers[1].exitcode == 0 and open(file).read() == "half" and not os.path.exists(living)
+
+
 def test_a_hash_is_of_a_file_or_of_the_weights_in_a_folder(tmp_path):
     assert file_hash(str(tmp_path)) is None and file_hash(str(tmp_path / "none")) is None
     for name, content in (("b.safetensors", b"two"), ("a.safetensors", b"one"), ("notes.txt", b"x"), ("c.bin", b"y")):

@@ -163,7 +163,7 @@ def test_rank_correlation_is_that_of_ranks_and_shares_them_among_equals():
     assert metrics.rank_correlation(x, -x) == pytest.approx(-1)
     # ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4: 4.5 / sqrt(4.5 * 5)
     assert metrics.rank_correlation([0, 1, 1, 2], [10, 20, 30, 40]) == pytest.approx(0.9 ** 0.5)
-    assert np.isnan(metrics.rank_correlation([1, 1, 1], [1, 2, 3]))
+    assert np.isnan(metrics.rank_correlation([1, 1, 1], [1, 2, 3])) and np.isnan(metrics.rank_correlation([], []))
 
 
 def test_clip_score_is_a_hundred_times_the_mean_cosine():

@@ -65,20 +65,6 @@ def test_what_cannot_be_written_ends_with_status_4(tmp_path, capsys, monkeypatch
     lock.close()
 
 
-def small_state(step=3, **config):
-    return {"name": "toy", "stage": "grow", "step": step, "config": {"lr": 1, "seed": 0, "data_id": "a"} | config}
-
-
-def test_other_settings_are_refused_but_for_those_that_are_free(capsys):
-    assert run_folders.check_settings("out", small_state(), small_state(lr=2), ("lr",)) == ", lr 1 -> 2"
-    for now, words in ((small_state(seed=1), "(seed 0 there, 1 here): repeat them, give this run another --out"),
-                       (small_state(data_id="b"), "or let these data stand in with --data_id a, give this run"),
-                       (small_state() | {"stage": "defrost"}, "holds a grow run of toy, expected defrost")):
-        with pytest.raises(SystemExit):
-            run_folders.check_settings("out", small_state(), now, ("lr",))
-        assert words in capsys.readouterr().err
-
-
 def test_a_line_of_a_log_is_printed_and_kept(tmp_path, capsys):
     log, line = run_folders.Log(str(tmp_path)), {"step": 4, "loss": 0.03125, "bins": [0.5, 0.25], "skipped": 0}
     log(line)
@@ -94,29 +80,3 @@ def test_the_first_module_that_fails_is_named():
     model[2].weight.data[0, 0] = float("inf")
     assert run_folders.first_fault(model, lambda: model(x)) == "2" and not model[0]._forward_hooks
     assert run_folders.first_fault(model, lambda: model(x * float("nan"))) == "0"
-
-
-def leave_run(folder, step):
-    folder.mkdir()
-    torch.save({"step": step, "config": {"steps": 5}}, folder / "last.pt")
-    return str(folder)
-
-
-def test_a_run_that_another_needs_is_finished_by_the_same_script_first(tmp_path, monkeypatch, capsys):
-    script = tmp_path / "script.py"
-    script.write_text("import os, sys\nopen(sys.argv[1], 'a').write(os.environ['RUN_FIRST'])\n"
-                      "sys.exit(int(sys.argv[2]))")
-    monkeypatch.setattr(sys, "argv", [str(script)])
-    note = tmp_path / "note"
-    run_folders.finish_first(leave_run(tmp_path / "done", 5), [str(note), "0"])
-    assert not note.exists()                                   # there was nothing to do
-    run_folders.finish_first(leave_run(tmp_path / "half", 3), [str(note), "0"])
-    with pytest.raises(SystemExit) as e:
-        run_folders.finish_first(str(tmp_path / "pretrain"), [str(note), "143"])          # stopped: this one stops too
-    said = capsys.readouterr().out
-    assert e.value.code == 143 and note.read_text() == "11" and "stopped at step 3: going on with it first" in said
-    assert f"no pretrain run in {tmp_path}/pretrain yet: running it first" in said
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit):
-        run_folders.finish_first(str(tmp_path / "pretrain"), ["--stage", "pretrain"])
-    assert "run it first, by torchrun with --stage pretrain" in capsys.readouterr().err
