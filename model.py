@@ -118,29 +118,29 @@ class WordEncoding(nn.Module):
 class PretrainedEncoding(nn.Module):
     """
     Embeddings of pretrained encoders, side by side along L, each projected from its own width into the core's (Sec. 4;
-    PixArt-alpha), and their mean as one vector. Rows of zeros are padding; the null caption instead has a learned one.
+    PixArt-alpha), and their mean as one vector, or 0. Rows of zeros are padding; the null caption has a learned one.
     """
 
-    def __init__(self, spans, width):
+    def __init__(self, spans, width, pooled):
         super().__init__()
         self.spans = spans                                     # [(tokens, width of the embeddings)] of each encoder
         self.projections = nn.ModuleList(
             nn.Sequential(nn.Linear(e, width), nn.GELU("tanh"), nn.Linear(width, width)) for _, e in spans)
         self.null = nn.Parameter(torch.empty(width))
-        self.pool_out = nn.Linear(width, width)
+        self.pool_out = nn.Linear(width, width) if pooled else None
 
     def forward(self, embeddings):
         mask = embeddings.any(-1)                                                  # (B, L), True where a token is real
-        real = mask[..., None].float()                                             # (B, L, 1)
         spans = embeddings.split([tokens for tokens, _ in self.spans], 1)
         parts = [project(span[..., :e]) for project, span, (_, e) in zip(self.projections, spans, self.spans)]
         text = torch.cat(parts, 1)                                                 # (B, L, D)
-        pooled = (text * real).sum(1) / real.sum(1).clamp(min=1)
+        pooled = (text * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)        # (B, D)
         # pack: the real tokens of all encoders come first, so that attention skips all padding instead of masking it
         order = (~mask).int().argsort(dim=1, stable=True)                          # (B, L)
         text = text.gather(1, order[..., None].expand_as(text))                    # (B, L, D)
         text = torch.where(mask.any(1)[:, None, None], text, self.null)
-        return text, mask.sum(1).clamp(min=1), self.pool_out(pooled)               # (B, L, D), (B,), (B, D)
+        pooled = self.pool_out(pooled) if self.pool_out else 0 * pooled
+        return text, mask.sum(1).clamp(min=1), pooled                              # (B, L, D), (B,), (B, D)
 
 
 def sinusoidal_embedding(x, frequencies):
@@ -430,8 +430,7 @@ class Nested(nn.Module):
     """
     The old shallow shell, kept and trained on, inside one for images `factor` times as large. The image, pooled, goes
     through the old one; what that makes of it meets the image itself, folded to the same size and then at full size.
-    The last layer starts at zero and adds to the enlarged old image: a grown model begins as the old one, and predicts
-    x as that did.
+    The last layer starts at zero and adds to the enlarged old image: a grown model begins as the old one.
     """
 
     def __init__(self, inner, c_image, factor, c_skip, width):
@@ -519,7 +518,8 @@ def build(config):
     if c["pipeline"]:
         return Published(c)
     width, spans, merged = c["width"], encoder_spans(c), merged_layers(c)
-    text = PretrainedEncoding(spans, width) if spans else WordEncoding(c["text_vocab"], c["text_length"], width)
+    text = PretrainedEncoding(spans, width, not c["pixart_core"]) if spans else \
+        WordEncoding(c["text_vocab"], c["text_length"], width)
     ratios = [c["kv_merge"] if i in merged else 1 for i in range(c["depth"])]
     time = TimeEmbedding(width, embedded_conditions(c), c["pixart_core"])
     blocks = [Block(width, c["heads"], c["mlp_ratio"], r, c["kv_merge_norm"], c["pixart_core"]) for r in ratios]

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 
 from lib.draws import normals
 from lib.files import read_json
-from lib.published import Published, export, fill, null_caption, noise_levels, read_published
+from lib.pipeline_encoder import null_caption
+from lib.published import Published, export, fill, noise_levels, read_published
 from lib.settings import Parser, UserError
 from lib.timesteps import ddpm_timestep
 from model import build, token_grid
@@ -60,12 +61,11 @@ def own_config(config):
 
 
 def own_weights(theirs, config):
-    """Weights by our names, from theirs by their names; zeros where theirs has nothing."""
+    """Weights by our names, from theirs by their names."""
     theirs = {name.removeprefix("core."): value for name, value in theirs.items()}
     names = NAMES | {" ".join(f"transformer_blocks.{k}.{part}" for part in old.split()): f"core.blocks.{k}.{new}"
                      for k in range(config["depth"]) for old, new in BLOCK.items()}
-    width, patch, channels = config["width"], config["patch"], config["latent_channels"]
-    ours = {"core.text.pool_out.weight": torch.zeros(width, width), "core.text.pool_out.bias": torch.zeros(width)}
+    patch, channels, ours = config["patch"], config["latent_channels"], {}
     for old, new in names.items():
         for kind in ("", ".weight", ".bias"):                  # a table is a parameter itself
             if (parts := [theirs[part + kind] for part in old.split() if part + kind in theirs]):

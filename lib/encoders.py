@@ -5,7 +5,7 @@ unpickled.
 
 `encoder` in configs.txt names what reads a caption:
     "t5-xxl:128,clip-h:77"      frozen encoders of the transformers library, how many tokens of each, span after span
-    "pipeline:300"              those of a published pipeline, as that pipeline uses them (lib/published.py)
+    "pipeline:300"              those of a published pipeline, as that pipeline uses them (lib/pipeline_encoder.py)
     "sentencepiece:FILE"        the tokens of a SentencePiece model, which the model embeds by itself
     "words"                     hashed words, which the model embeds by itself
 
@@ -31,7 +31,7 @@ from lib.files import atomic_write, complete, from_folder, import_extra, local_w
 from lib.images import Unfit, covering
 from lib.nouns import words
 from lib.pictures import to_tensor
-from lib.published import encoder_dtype, open_pipeline
+from lib.pipeline_encoder import encoder_dtype, open_pipeline
 from lib.settings import UserError, closest
 from lib.tables import DTYPES, Table, print_room, write_shared
 

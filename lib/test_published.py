@@ -15,7 +15,8 @@ from lib.checkpoint import FORMAT
 from lib.encoders import EmbeddingCache, embed_captions, embed_now, open_encoders
 from lib.pictures import write_png
 from lib.files import file_hash, weights_hash
-from lib.published import PipelineEncoder, in_dtype
+from lib.pipeline_encoder import PipelineEncoder
+from lib.published import in_dtype
 from lib.settings import load_config
 from lib.timesteps import timestep_of
 from lib.test_encoders import Trap, captions, refused  # noqa: captions is a fixture
@@ -284,7 +285,7 @@ def test_captions_are_embedded_as_the_pipeline_does_one_encoder_after_the_other(
     monkeypatch.setattr(PipelineEncoder, "open", lambda self, part, open=PipelineEncoder.open:
                         opened.append((part, list(self.opened))) or open(self, part))
     for memory, times in ((0, 2), (10 ** 12, 1)):              # short: let go after use; else kept
-        monkeypatch.setattr("lib.published.free_memory", lambda device: memory)
+        monkeypatch.setattr("lib.pipeline_encoder.free_memory", lambda device: memory)
         opened.clear()
         encoder = PipelineEncoder(config["text_length"], folder, "fp32")
         encoder(["a"]), encoder(["b"])
