@@ -14,7 +14,7 @@ from lib.settings import load_config
 from lib.test_published import (CAPTIONS, deviation, edit_json, embeddings_of, noise_of, picture_of_ours,  # noqa
                                 picture_of_pipeline, pipelines, spoil_weights)
 from lib.test_scripts import run
-from lib.timesteps import ddpm_table
+from lib.timesteps import logsnr_table
 from model import alpha_sigma, load
 
 # transformer/config.json of the published model of 1024 px, as far as it decides the network
@@ -33,7 +33,7 @@ def own(pipelines, tmp_path_factory):  # noqa
 def test_the_velocity_is_that_of_diffusers_own_network(pipelines, own):  # noqa
     """At levels of their own timesteps, with captions and without, of another shape."""
     (pipeline, _), (net, config) = pipelines["pixart"], load(own[0])
-    text, table = sampling.encode_captions(CAPTIONS, config), ddpm_table(torch.device("cpu"))
+    text, table = sampling.encode_captions(CAPTIONS, config), logsnr_table(0.0001, 0.02, 1000)
     positive, negative = embeddings_of(pipeline, CAPTIONS)
     for t in (999, 731, 500, 20, 0):
         z, logsnr = torch.randn(2, 4, 8, 12, generator=torch.Generator().manual_seed(t)), table[t].float()
@@ -49,7 +49,7 @@ def test_pictures_are_those_of_the_pipeline_and_nothing_but_the_export_is_needed
     worst = float(said.partition("differs by ")[2].split()[0])
     assert worst < 1e-5
     theirs, noise, timesteps = picture_of_pipeline(pipeline, "DPMSolverMultistepScheduler", num_inference_steps=10)
-    table = ddpm_table(torch.device("cpu")).float()
+    table = logsnr_table(0.0001, 0.02, 1000).float()
     ours = picture_of_ours(folder, noise, "dpm", lambda net, config: table[timesteps.long()])
     assert deviation(ours, theirs) < 1e-4
     assert "patch" in run("sample.py", folder, "--describe") and load(folder)[1]["pipeline"] == ""
