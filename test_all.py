@@ -30,6 +30,7 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"                       # read when Triton is imported, which parts of torch do
+    pytest_plugins = "lib.test_halves"                         # in two processes
 import numpy as np
 import pytest
 import torch.nn.functional as F
@@ -3464,6 +3465,7 @@ from experiments.test_claims import *  # noqa
 from experiments.test_conditions import *  # noqa
 from experiments.test_demo import *  # noqa
 from experiments.test_few_steps import *  # noqa
+from experiments.test_pixart import *  # noqa
 from experiments.test_sharpness import *  # noqa
 from experiments.test_styles import *  # noqa
 from lib.test_checkpoint import *  # noqa
@@ -3473,6 +3475,7 @@ from lib.test_devices import *  # noqa
 from lib.test_draws import *  # noqa
 from lib.test_encoders import *  # noqa
 from lib.test_files import *  # noqa
+from lib.test_halves import *  # noqa
 from lib.test_images import *  # noqa
 from lib.test_judge import *  # noqa
 from lib.test_lineage import *  # noqa

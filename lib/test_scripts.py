@@ -36,7 +36,7 @@ server.set_forkserver_preload([
 def forked_process(work, output, environment):
     """What a forked process does: `work` as a script would do it, with both of its streams in the file `output`."""
     for stream in (1, 2):
-        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), stream)
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ.update({"OMP_NUM_THREADS": "1"} | environment)
     torch.set_num_threads(1)
@@ -58,10 +58,10 @@ def as_script(script, words, fault):
 
 def fork(work, **environment):
     """A process that does this, and a function that tells what it has printed."""
-    output = tempfile.mktemp()
-    process = server.Process(target=forked_process, args=(work, output, environment))
+    output = tempfile.NamedTemporaryFile()                     # it goes when nobody can ask any more
+    process = server.Process(target=forked_process, args=(work, output.name, environment))
     process.start()
-    return process, lambda: open(output).read() if os.path.exists(output) else ""
+    return process, lambda: open(output.name).read()
 
 
 def start(script, *words, fault=int, **environment):

@@ -1,0 +1,95 @@
+"""
+All tests in two processes, where there are two cores: a plugin of pytest, which test_all.py names.
+
+When the tests are collected, a second pytest starts with the same words and takes one half of them; what it printed
+comes at the end, and its failures are failures. Few tests, those of one topic (-k) and slow ones, which measure time,
+run in one process as without this.
+"""
+import os
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+FEW, SECOND = 150, "SECOND_HALF"                               # the latter stands in the second one's environment
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+
+def is_first(item):
+    """Whether a test belongs to the first half: those of train.py, by their place in test_all.py, and of its runs."""
+    code = item.function.__code__
+    with open(os.path.join(HERE, "test_all.py")) as f:
+        start = next(n for n, line in enumerate(f) if line.startswith("# ---- train.py"))
+    return "runs" in item.fixturenames or code.co_filename.endswith("test_all.py") and code.co_firstlineno > start
+
+
+def pytest_collection_modifyitems(config, items):
+    option, second = config.option, os.environ.get(SECOND)
+    whole = option.keyword or option.usepdb or option.trace or option.collectonly or option.basetemp or option.xmlpath
+    if not second and (whole or os.environ.get("SLOW") or len(items) < FEW or CORES < 2):
+        return
+    halves = [[item for item in items if is_first(item)], [item for item in items if not is_first(item)]]
+    items[:] = halves[bool(second)]
+    if not second:
+        config.second = Second(halves[1])
+        config.pluginmanager.register(config.second)
+
+
+class Second:
+    """The other half: a pytest of its own, and what becomes of it."""
+
+    def __init__(self, items):
+        self.output, self.count = tempfile.TemporaryFile("w+"), len(items)
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *sys.argv[1:]]
+        self.process = subprocess.Popen(command, stdout=self.output, stderr=subprocess.STDOUT,
+                                        env=os.environ | {SECOND: "1"})
+
+    def pytest_report_collectionfinish(self):
+        return f"{self.count} of them in a second process, which reports at the end"
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session, exitstatus):
+        if exitstatus == pytest.ExitCode.INTERRUPTED:
+            self.process.terminate()
+        if self.process.wait() and exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter):
+        self.output.seek(0)
+        terminalreporter.section("the second process")
+        terminalreporter.write(self.output.read())
+
+
+TESTS = """
+import os, pytest
+
+@pytest.fixture
+def runs():
+    pass
+
+def test_of_the_first(runs):
+    assert "SECOND_HALF" not in os.environ
+
+@pytest.mark.parametrize("number", range(160))
+def test_of_the_second(number):
+    assert "SECOND_HALF" in os.environ and (number != 7 or "FAULT" not in os.environ)
+"""
+
+
+@pytest.mark.skipif(CORES < 2, reason="one core")
+def test_the_second_half_is_told_and_fails_as_the_first(tmp_path):
+    (tmp_path / "test_it.py").write_text(TESTS)
+
+    def outcome(*words, **environment):
+        command = [sys.executable, "-m", "pytest", "-p", "lib.test_halves", f"{tmp_path}/test_it.py", *words]
+        clean = {key: value for key, value in os.environ.items() if key not in (SECOND, "SLOW", "PYTEST_ADDOPTS")}
+        done = subprocess.run(command, cwd=HERE, env=clean | environment, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+    status, said = outcome()
+    assert status == 0 and "160 of them in a second process" in said and "160 passed" in said and "1 passed" in said
+    status, said = outcome(FAULT="1")
+    assert status == 1 and "test_of_the_second[7]" in said and "1 failed, 159 passed" in said and "1 passed" in said
+    status, said = outcome("-k", "second")                     # one topic: one process
+    assert status == 1 and "160 failed, 1 deselected" in said
