@@ -32,9 +32,9 @@ parser = Parser(__doc__, keys=("encoder_weights", "prefix", "suffix", "base", "a
 parser.add_argument("run", help="run folder, such as out/toy/grow")
 parser.add_argument("captions", nargs="*", help="one or more captions in quotes; '' is the null caption")
 parser.add_argument("--n", type=int, default=4, help="images per caption; default 4")
-parser.add_argument("--steps", type=int, help="default 256, as in the paper; a student or pipeline has its own")
+parser.add_argument("--steps", type=int, help="default 256 of ddpm, as in the paper; else the run's own")
 parser.add_argument("--guidance", type=float, help="default: the run's own; 1 is none")
-parser.add_argument("--sampler", choices="ddpm ddim dpm exp_heun lcm".split(), help="default ddpm; a student's own")
+parser.add_argument("--sampler", choices="ddpm ddim dpm exp_heun lcm".split(), help="default: the run's own")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--style", action="store_true", help="in the style of a run of --stage style")
 parser.add_argument("--batch", type=int, help="images at a time, 16 on a CPU; does not change the images")
@@ -368,8 +368,8 @@ def main():
         return
     prepare_cpu()
     model, config = open_run(args.run, keys, args, "cuda" if torch.cuda.is_available() else "cpu")
-    if not is_student(config) and not config["pipeline"]:      # which have their own
-        args.steps, args.sampler = args.steps or 256, args.sampler or "ddpm"
+    if not is_student(config) and (args.sampler or config["sampler"]) == "ddpm":   # the others have steps of their own
+        args.steps = args.steps or 256
     size, numbers = parse_size(args.size, config), parse_set(args.set, config)
     captions = [caption for caption in args.captions for _ in range(args.n)]
     x = sample(model, config, captions, args.seed, steps=args.steps, guidance=args.guidance, sampler=args.sampler,

@@ -44,7 +44,7 @@ def test_the_velocity_is_that_of_diffusers_own_network(pipelines, own):  # noqa
                 assert (net(z, logsnr.expand(2), tokens) - v).abs().max() < 1e-5 * v.std(), t
 
 
-def test_pictures_are_those_of_the_pipeline_and_nothing_but_the_export_is_needed(pipelines, own):  # noqa
+def test_pictures_are_those_of_the_pipeline_and_its_steps_are_the_default(pipelines, own, tmp_path):  # noqa
     (pipeline, _), (folder, said) = pipelines["pixart"], own
     worst = float(said.partition("differs by ")[2].split()[0])
     assert worst < 1e-5
@@ -53,6 +53,10 @@ def test_pictures_are_those_of_the_pipeline_and_nothing_but_the_export_is_needed
     ours = picture_of_ours(folder, noise, "dpm", lambda net, config: table[timesteps.long()])
     assert deviation(ours, theirs) < 1e-4
     assert "patch" in run("sample.py", folder, "--describe") and load(folder)[1]["pipeline"] == ""
+    for name, words in (("own", []), ("same", ["--sampler", "dpm", "--steps", 20]), ("fewer", ["--steps", 10])):
+        run("sample.py", folder, CAPTIONS[0], "--n", 1, "--to", tmp_path / f"{name}.png", *words)
+    own_, same, fewer = ((tmp_path / f"{name}.png").read_bytes() for name in ("own", "same", "fewer"))
+    assert own_ == same != fewer
 
 
 def test_the_published_model_fits_the_posters_rows(pipelines, tmp_path):  # noqa
