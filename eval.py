@@ -39,7 +39,7 @@ add("--weights", default="", help="file or folder with the weights, one for each
 add("--guidance", help="one value or several, such as 1,2,4; default: the run's own")
 add("--sampler", choices="ddpm ddim dpm exp_heun lcm".split(), help="default: the run's own")
 add("--steps", type=int, help="default: the run's own")
-add("--dtype", choices=["bf16", "fp16"], help="of a published model and its encoders; default fp32")
+add("--dtype", choices=["bf16", "fp16"], help="of products, half as exact and faster; default fp32")
 add("--style", action="store_true", help="in the style of a run of --stage style")
 add("--seeds", type=int, default=1, help="repeat with seeds 0 to k-1: mean and spread")
 add("--prompts", metavar="FILE", help="captions, one a line; a blank line is the null caption")
@@ -368,9 +368,8 @@ def score_run(args, metrics, networks, task, vqa, device):
         captions=f"{prompts}, sha256 {file_hash(prompts)}" if prompts else describe_captions(config, n),
         checkpoint=checkpoint_hash(args.run[0]), checkpoint_step=step, ema=True,
         sampler=config["sampler"], steps=config["sample_steps"], seeds=list(range(args.seeds)),
-        prefix=config["prefix"], suffix=config["suffix"], processes=get_world_size(),
+        dtype=config["dtype"], prefix=config["prefix"], suffix=config["suffix"], processes=get_world_size(),
         **({"perceptual": config["vgg_id"]} if config["vgg_id"] else {}),
-        **({"dtype": config["dtype"]} if config["pipeline"] else {}),
         **({key: config[key] for key in ("base_id", "augmentation_sample") if config["base_id"]}),
         **({"classes": f"{args.classes}, {args.template!r}"} if classes else {}))
     (guidance, mean, spread), why = best_point(points)         # by which metric, the words tell

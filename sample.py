@@ -41,7 +41,7 @@ parser.add_argument("--batch", type=int, help="images at a time, 16 on a CPU; do
 parser.add_argument("--size", help="HxW in pixels: another shape of about the area that the run was trained at")
 parser.add_argument("--set", help="numbers of conditions that the run knows, such as size=0.4,objects=2")
 parser.add_argument("--to", default="grid.png", help="PNG file, default grid.png; numbered where it exists")
-parser.add_argument("--dtype", choices=["bf16", "fp16"], help="of a published model and its encoders; default fp32")
+parser.add_argument("--dtype", choices=["bf16", "fp16"], help="of products, half as exact and faster; default fp32")
 parser.add_argument("--describe", action="store_true", help="print what the run is, and stop")
 parser.add_argument("--export", metavar="FOLDER", help="write its EMA weights there as safetensors, and stop")
 parser.answer(__name__)                                        # --help need not wait for what is imported next
@@ -52,13 +52,14 @@ from tqdm import tqdm
 from data import encode_captions
 from lib.checkpoint import newest_file
 from lib.conditions import check_cascade_keys, check_levels, condition_row, parse_set, seeing, untold
+from lib.devices import in_dtype
 from lib.draws import normals
 from lib.encoders import open_autoencoder
 from lib.files import free_name
 from lib.lineage import check_unchanged
 from lib.pictures import make_grid, to_uint8, write_png
 from lib.processes import prepare_cpu
-from lib.published import describe_published, export, in_dtype
+from lib.published import describe_published, export
 from lib.tasks import in_style, worded
 from model import alpha_sigma, get_logsnr, image_shape, load, read_checkpoint, token_grid, token_size
 

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from lib.devices import in_dtype
 from lib.encoders import open_autoencoder
 from lib.files import import_extra
 from lib.pictures import make_grid, to_uint8
 from lib.processes import is_out_of_memory, prepare_cpu
-from lib.published import in_dtype
 from lib.settings import Parser, UserError
 from model import load
 from sample import SAMPLERS, STUDENTS, check_student, is_student, parse_size, sample
@@ -101,7 +101,7 @@ def main():
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default this machine alone")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")
     parser.add_argument("--share", action="store_true", help="a public address, by way of gradio's servers")
-    parser.add_argument("--dtype", choices=["bf16", "fp16"], help="of a published model and its encoders; default fp32")
+    parser.add_argument("--dtype", choices=["bf16", "fp16"], help="of products, half as exact and faster; default fp32")
     args, keys = parser.parse_keys()
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}     # read on import
     gradio = import_extra("gradio", "the page")

@@ -54,6 +54,19 @@ def in_half(net, dtype):
     return call
 
 
+def in_dtype(model, config, dtype):
+    """
+    Sample in "bf16" or "fp16", or in float32, None: a published model and its encoders as a whole, of ours the products;
+    weights, norms and sums stay float32. An autoencoder stays in float32: SDXL's overflows.
+    """
+    config["dtype"] = dtype or "fp32"
+    if config["pipeline"]:
+        model.config["dtype"] = config["dtype"]                # two dicts, once flags have changed one
+        model.to(DTYPES[config["dtype"]])
+    elif dtype:
+        model.forward = in_half(model.forward, DTYPES[dtype])
+
+
 def enable_activation_checkpointing(modules):
     """These modules keep their inputs alone (Chen et al. 2016): less memory, a third more time."""
     for module in modules:                                     # replaced, not wrapped: parameters keep their names

@@ -19,7 +19,6 @@ from lib.files import atomic_write, import_extra, part_name, read_json, read_wei
 from lib.pipeline_encoder import PIPELINES, PipelineEncoder, null_caption, open_pipeline, pipeline_index
 from lib.runs import newest_about
 from lib.settings import UserError, default_config
-from lib.tables import DTYPES
 from lib.timesteps import logsnr_table, timestep_of
 
 # what a pipeline decides: a training that starts from one has these settings of it
@@ -99,19 +98,6 @@ class Published(nn.Module):
         if self.null is None:
             self.null = torch.compiler.disable(null_caption)(text.shape[1], self.config)       # no part of a graph
         return torch.where(blank[:, None, None], self.null.to(text), text)
-
-
-def in_dtype(model, config, dtype):
-    """
-    A published model and its encoders in bf16 or fp16, or as they are, None. The autoencoder stays in float32: SDXL's
-    overflows.
-    """
-    if not dtype:
-        return
-    if not config["pipeline"]:
-        raise UserError(f"--dtype {dtype}: that is for published pipelines, a run is sampled in float32: leave it out")
-    config["dtype"] = model.config["dtype"] = dtype            # two dicts, once flags have changed one
-    model.to(DTYPES[dtype])
 
 
 def fill(model, weights, path):

@@ -1,4 +1,6 @@
 """Tests of devices.py: `pytest lib/test_devices.py`. What several devices share is tested with train.py."""
+import copy
+
 import pytest
 import torch
 
@@ -38,3 +40,13 @@ def test_one_device_has_the_network_to_itself(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda net: lambda x: ("compiled", net(x)))
     assert devices.spread(model, "cpu") is model
     assert devices.spread(model, "cpu", compiled=True)(x)[0] == "compiled"
+
+
+def test_of_a_model_of_ours_half_precision_changes_products_alone():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
+    plain, config, x = copy.deepcopy(model), {"pipeline": "", "dtype": "auto"}, torch.randn(3, 4)
+    devices.in_dtype(model, config, None)
+    assert config["dtype"] == "fp32" and torch.equal(model(x), plain(x))
+    devices.in_dtype(model, config, "bf16")
+    assert config["dtype"] == "bf16" and all(p.dtype == torch.float32 for p in model.parameters())
+    assert 0 < (model(x) - plain(x)).abs().max() < 0.05
