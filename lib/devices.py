@@ -56,7 +56,7 @@ def in_half(net, dtype):
 
 def in_dtype(model, config, dtype):
     """
-    Sample in "bf16" or "fp16", or in float32, None: a published model and its encoders as a whole, of ours the products;
+    Sample in "bf16" or "fp16", or in float32, None: a published model and its encoders as a whole, of ours products;
     weights, norms and sums stay float32. An autoencoder stays in float32: SDXL's overflows.
     """
     config["dtype"] = dtype or "fp32"
