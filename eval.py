@@ -26,7 +26,7 @@ import math
 import os
 import sys
 
-from lib.settings import Parser, UserError, parse_numbers, parse_words
+from lib.settings import Parser, UserError, parse_numbers, parse_words, words_of
 
 parser = Parser(__doc__, keys=("prefix", "suffix", "base", "augmentation_sample"))     # words round all captions
 add = parser.add_argument
@@ -37,7 +37,7 @@ add("--metrics", help="of questions,counting,fidelity,style,diversity,fd,mmd,kid
 add("--features", default="random", help="of random,inception,dino,clip: one or several")
 add("--weights", default="", help="file or folder with the weights, one for each of --features that is not random")
 add("--guidance", help="one value or several, such as 1,2,4; default: the run's own")
-add("--sampler", choices="ddpm ddim dpm exp_heun lcm".split(), help="default: the run's own")
+add("--sampler", choices=words_of("sampler"), help="default: the run's own")
 add("--steps", type=int, help="default: the run's own")
 add("--dtype", choices=["bf16", "fp16"], help="of a published model and its encoders; default fp32")
 add("--style", action="store_true", help="in the style of a run of --stage style")

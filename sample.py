@@ -26,7 +26,7 @@ import math
 import os
 import re
 
-from lib.settings import Parser, UserError
+from lib.settings import Parser, UserError, words_of
 
 parser = Parser(__doc__, keys=("encoder_weights", "prefix", "suffix", "base", "augmentation_sample"))
 parser.add_argument("run", help="run folder, such as out/toy/grow")
@@ -34,7 +34,7 @@ parser.add_argument("captions", nargs="*", help="one or more captions in quotes;
 parser.add_argument("--n", type=int, default=4, help="images per caption; default 4")
 parser.add_argument("--steps", type=int, help="default 256, as in the paper; a student or pipeline has its own")
 parser.add_argument("--guidance", type=float, help="default: the run's own; 1 is none")
-parser.add_argument("--sampler", choices="ddpm ddim dpm exp_heun lcm".split(), help="default ddpm; a student's own")
+parser.add_argument("--sampler", choices=words_of("sampler"), help="default ddpm; a student's own")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--style", action="store_true", help="in the style of a run of --stage style")
 parser.add_argument("--batch", type=int, help="images at a time, 16 on a CPU; does not change the images")
