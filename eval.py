@@ -85,8 +85,8 @@ from sample import is_student, open_base, open_run, sample
 
 def held_out_task(config, n, noises=1):
     """
-    n pictures of held-out captions, at which the judge looks: `noises` of each caption, and so many more that the last
-    has all of its own. Of a folder its first n captions, and no judge: only scenes know what is true.
+    n pictures of held-out captions, at which the judge looks: `noises` of each caption, so n is rounded up to a multiple
+    of that. Of a folder the first captions, and no judge: only scenes know what is true.
     """
     world = open_data(config).held_out()                       # scenes: purpose "exam", seed 0, for every run
     numbers = [i % len(world) for i in range(-(-n // noises))] # round again where there are fewer
@@ -161,7 +161,8 @@ def zeroshot_folder(model, config, folder, template, n, seed=0, draws=16):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The table of metrics: what each is measured on, and how. A new metric is a new row
+# The table of metrics: what each is measured on, and how. A new one of features is a new row, and a word in the help of
+# --metrics; one of pictures is also a function of a task (held_out_task), which gets all that `look` returned
 
 
 def zeroshot_of_run(model, config, n, seed, classes):

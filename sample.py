@@ -135,7 +135,7 @@ def lcm(denoise, z, logsnrs, noise_sampler):
     return denoise(z, logsnrs[-1])
 
 
-# name -> function, error of which order, evaluations of the network for so many steps
+# name -> function, error of which order, evaluations of the network for so many steps; a new one: in [ranges] too
 SAMPLERS = {"ddpm": (ddpm, 1, lambda steps: steps), "ddim": (ddim, 1, lambda steps: steps),
             "dpm": (dpm, 2, lambda steps: steps), "exp_heun": (exp_heun, 2, lambda steps: 2 * steps - 1),
             "lcm": (lcm, 1, lambda steps: steps)}
@@ -236,7 +236,7 @@ def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, 
                 watch(z, x)
             return x
         z = run_sampler(denoise_and_report, noise_sampler(0), logsnrs, noise_sampler)
-        images.append(autoencoder.decode(z).cpu())                                 # (b, 3, H, W)
+        images.append(autoencoder.decode(z).cpu())             # (b, 3, H, W): lib/encoders.py; pixels as they are
     progress.close()
     return torch.cat(images)
 
