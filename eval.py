@@ -417,7 +417,7 @@ def describe_captions(config, n):
 
 def score_folders(args, metrics, networks, device):
     """The images in two folders, the real ones first: precision and recall need the order."""
-    files, size = list_images(args.run[1])                     # paths, (H, W)
+    files, size = list_images(args.run[1])                     # paths, (width, height)
     reference, real_size, words = open_reference(args.run[0], compared(networks, metrics), shared=True)
     check_same_size(networks, real_size, size)                 # before the long work
     fake = {name: image_features(files, features, shared=True)
