@@ -85,8 +85,8 @@ from sample import is_student, open_base, open_run, sample
 
 def held_out_task(config, n, noises=1):
     """
-    n pictures of held-out captions, at which the judge looks: `noises` of each caption, so n is rounded up to a multiple
-    of that. Of a folder the first captions, and no judge: only scenes know what is true.
+    n pictures of held-out captions, at which the judge looks: `noises` of each caption, so n is rounded up to
+    a multiple of that. Of a folder the first captions, and no judge: only scenes know what is true.
     """
     world = open_data(config).held_out()                       # scenes: purpose "exam", seed 0, for every run
     numbers = [i % len(world) for i in range(-(-n // noises))] # round again where there are fewer
