@@ -16,7 +16,8 @@ so that a run can go on anywhere, on any number of devices, without saving the s
 The way of a batch: Batches[step] -> pairs (which samples) -> sample (view, crop, flip, colours, caption)
 -> encode_captions.
 
-A data set is lib/scenes.py's Scenes or lib/images.py's Indexed; another one serves the same methods:
+A data set is lib/scenes.py's Scenes or lib/images.py's Indexed; open_data in lib/datasets.py opens it. Another one
+serves the same methods:
     len(data), name, fingerprint   how many images; what to call it; tells other files from these, "" if there are none
     folder                         where caches lie, or None; with one, captions_digest() tells other captions apart
     size(i), all_sizes()           native (width, height) of image i; int (n, 2) of all
@@ -179,6 +180,7 @@ class Batches(torch.utils.data.Dataset):
         """The samples of a bucket in this epoch's order. Two epochs are remembered, since a batch may span them."""
         if (bucket, epoch) not in self.orders:
             self.orders = {(b, e): o for (b, e), o in self.orders.items() if b != bucket or abs(e - epoch) < 2}
+            # a generator made anew from this key alone: no state, so any step can be asked for first
             draw = generator("order", self.stage, self.config["seed"], epoch, bucket)
             self.orders[bucket, epoch] = draw.permutation(self.members[bucket])    # 4 bytes an image
         return self.orders[bucket, epoch]
@@ -203,7 +205,7 @@ class Batches(torch.utils.data.Dataset):
             image = jittered(image, colours, c["jitter"])
         number = self.data.choose(i, which, long < c["long_captions"])             # -1 where it has none
         if drop < c["caption_dropout"]:                        # guidance needs the model without a caption too
-            number = -1                                        # (Ho and Salimans): the null caption
+            number = -1                                        # (Ho and Salimans): "", for the model all zeros
         size = h, w, top, left, height, width                  # what size_and_crop tells (SDXL)
         return Sample(image, self.data.text(number), size, number, i, self.conditions(epoch, i, size))
 
@@ -267,6 +269,11 @@ def encode_captions(captions, config):
     `encoder` is "words", "sentencepiece:FILE" or frozen encoders such as "t5-xxl:128,clip-h:77". Of those only captions
     of the data's own cache are known without encoder_weights. Raises UserError for an encoder other than encoder_id,
     the model's.
+
+    From here on, as `text`: train.py's loop -> diffusion_loss -> Denoiser -> Core.embed, which brings it to the core's
+    width (model.py: PretrainedEncoding, of tokens WordEncoding) -> CrossAttention of every block: its keys and values.
+    Before it, of frozen encoders: lib/encoders.py's Encoder, now (embed_now) or beforehand (data.py embed, then
+    EmbeddingCache).
     """
     kind = config["encoder"]
     if kind == "words":                                        # learned along with the core

@@ -26,7 +26,7 @@ import math
 import os
 import sys
 
-from lib.settings import Parser, UserError, parse_numbers, parse_words
+from lib.settings import Parser, UserError, parse_numbers, parse_words, words_of
 
 parser = Parser(__doc__, keys=("prefix", "suffix", "base", "augmentation_sample"))     # words round all captions
 add = parser.add_argument
@@ -37,7 +37,7 @@ add("--metrics", help="of questions,counting,fidelity,style,diversity,fd,mmd,kid
 add("--features", default="random", help="of random,inception,dino,clip: one or several")
 add("--weights", default="", help="file or folder with the weights, one for each of --features that is not random")
 add("--guidance", help="one value or several, such as 1,2,4; default: the run's own")
-add("--sampler", choices="ddpm ddim dpm exp_heun lcm".split(), help="default: the run's own")
+add("--sampler", choices=words_of("sampler"), help="default: the run's own")
 add("--steps", type=int, help="default: the run's own")
 add("--dtype", choices=["bf16", "fp16"], help="of products, half as exact and faster; default fp32")
 add("--style", action="store_true", help="in the style of a run of --stage style")
@@ -85,8 +85,8 @@ from sample import is_student, open_base, open_run, sample
 
 def held_out_task(config, n, noises=1):
     """
-    n pictures of held-out captions, at which the judge looks: `noises` of each caption, and so many more that the last
-    has all of its own. Of a folder its first n captions, and no judge: only scenes know what is true.
+    n pictures of held-out captions, at which the judge looks: `noises` of each caption, so n is rounded up to
+    a multiple of that. Of a folder the first captions, and no judge: only scenes know what is true.
     """
     world = open_data(config).held_out()                       # scenes: purpose "exam", seed 0, for every run
     numbers = [i % len(world) for i in range(-(-n // noises))] # round again where there are fewer
@@ -161,7 +161,8 @@ def zeroshot_folder(model, config, folder, template, n, seed=0, draws=16):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The table of metrics: what each is measured on, and how. A new metric is a new row
+# The table of metrics: what each is measured on, and how. A new one of features is a new row, and a word in the help of
+# --metrics; one of pictures is also a function of a task (held_out_task), which gets all that `look` returned
 
 
 def zeroshot_of_run(model, config, n, seed, classes):
@@ -415,7 +416,7 @@ def describe_captions(config, n):
 
 def score_folders(args, metrics, networks, device):
     """The images in two folders, the real ones first: precision and recall need the order."""
-    files, size = list_images(args.run[1])                     # paths, (H, W)
+    files, size = list_images(args.run[1])                     # paths, (width, height)
     reference, real_size, words = open_reference(args.run[0], compared(networks, metrics), shared=True)
     check_same_size(networks, real_size, size)                 # before the long work
     fake = {name: image_features(files, features, shared=True)

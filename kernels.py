@@ -58,7 +58,7 @@ CONFIGS = {
 # Attention in plain PyTorch: what the kernels must agree with, and the fallback. Nothing is faster on a CPU.
 
 def attention_reference(q, k, v, kv_len=None, mask=None, scale=None):
-    """softmax(scale Q K^T) V, as `attention` at the end of this file explains it."""
+    """softmax(scale Q K^T) V; `attention`, at the end of this file, explains the arguments and takes it or a kernel."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)                   # (B, H, N, D)
     if kv_len is None and mask is None:
         return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)     # (B, Nq, H, D)
@@ -329,7 +329,10 @@ def attention_backward_dkdv(q, k, v, do, lse, delta, dk, dv, kv_len, mask, B, H,
 # KV merge, first in plain PyTorch, as PixArt-Sigma has it.
 
 def kv_merge_reference(k, v, weight, bias, norm_weight, norm_bias, grid, ratio):
-    """A depthwise convolution and a LayerNorm, as `kv_merge` at the end of this file explains them."""
+    """
+    A depthwise convolution and a LayerNorm. Its Triton twin follows, kv_merge_forward; `kv_merge`, at the end of this
+    file, explains the arguments and takes one of the two.
+    """
     def merge(x):
         x = x.transpose(1, 2).unflatten(2, grid)                                        # (B, C, h, w)
         x = F.conv2d(x, weight, bias, stride=ratio, groups=x.shape[1])                  # (B, C, h / ratio, w / ratio)

@@ -48,7 +48,7 @@ def get_logsnr(t, config):
     """
     Cosine schedule, logsnr(t) = -2 log tan(pi t / 2), truncated at both ends, then shifted by 2 log(base / d) for d
     x d images: large images need more noise to hide as much (Hoogeboom et al. 2023, Sec. 2; Greedy Growing, Sec.
-    3.3). t (B,) in [0, 1], 0 is clean.
+    3.3). t (B,) in [0, 1], 0 is clean. -> (B,)
     """
     # the angle pi t / 2 runs between those at which the ends are reached: tan(angle) = exp(-logsnr / 2)
     first, last = (math.atan(math.exp(-0.5 * config[key])) for key in ("logsnr_max", "logsnr_min"))   # radians
@@ -64,7 +64,7 @@ def alpha_sigma(logsnr):
 
 # Since eps = sigma z + alpha v and x = alpha z - sigma v, an error e_v of v is one of alpha e_v in eps and of
 # -sigma e_v in x (Salimans and Ho 2022, Sec. 4). Weights of the squared error of v, named after what they make of it:
-WEIGHTINGS = {
+WEIGHTINGS = {                                                 # a new one: in [ranges] of configs.txt too
     "v": torch.ones_like,                                      # e_v^2
     "eps": torch.sigmoid,                                      # e_eps^2 = alpha^2 e_v^2
     "x": lambda logsnr: torch.sigmoid(-logsnr),                # e_x^2 = sigma^2 e_v^2

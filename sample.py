@@ -26,7 +26,7 @@ import math
 import os
 import re
 
-from lib.settings import Parser, UserError
+from lib.settings import Parser, UserError, words_of
 
 parser = Parser(__doc__, keys=("encoder_weights", "prefix", "suffix", "base", "augmentation_sample"))
 parser.add_argument("run", help="run folder, such as out/toy/grow")
@@ -34,7 +34,7 @@ parser.add_argument("captions", nargs="*", help="one or more captions in quotes;
 parser.add_argument("--n", type=int, default=4, help="images per caption; default 4")
 parser.add_argument("--steps", type=int, help="default 256 of ddpm, as in the paper; else the run's own")
 parser.add_argument("--guidance", type=float, help="default: the run's own; 1 is none")
-parser.add_argument("--sampler", choices="ddpm ddim dpm exp_heun lcm".split(), help="default: the run's own")
+parser.add_argument("--sampler", choices=words_of("sampler"), help="default: the run's own")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--style", action="store_true", help="in the style of a run of --stage style")
 parser.add_argument("--batch", type=int, help="images at a time, 16 on a CPU; does not change the images")
@@ -136,7 +136,7 @@ def lcm(denoise, z, logsnrs, noise_sampler):
     return denoise(z, logsnrs[-1])
 
 
-# name -> function, error of which order, evaluations of the network for so many steps
+# name -> function, error of which order, evaluations of the network for so many steps; a new one: in [ranges] too
 SAMPLERS = {"ddpm": (ddpm, 1, lambda steps: steps), "ddim": (ddim, 1, lambda steps: steps),
             "dpm": (dpm, 2, lambda steps: steps), "exp_heun": (exp_heun, 2, lambda steps: 2 * steps - 1),
             "lcm": (lcm, 1, lambda steps: steps)}
@@ -237,7 +237,7 @@ def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, 
                 watch(z, x)
             return x
         z = run_sampler(denoise_and_report, noise_sampler(0), logsnrs, noise_sampler)
-        images.append(autoencoder.decode(z).cpu())                                 # (b, 3, H, W)
+        images.append(autoencoder.decode(z).cpu())             # (b, 3, H, W): lib/encoders.py; pixels as they are
     progress.close()
     return torch.cat(images)
 

@@ -34,7 +34,8 @@ from lib.settings import Parser, UserError, closest, default_config, load_config
 
 # A stage is a row (Greedy Growing, Sec. 3.3, 4 and 6): the stages that it may start from, of which it takes the first
 # that is finished; which weights of that it keeps, by a prefix of their names; whether the core is frozen; whether
-# images smaller than the target are left out.
+# images smaller than the target are left out. A new one: in [stages] of configs.txt too, as hold = defrost, which names
+# the stage whose settings it reads before its own.
 Stage = namedtuple("Stage", "sources init_prefix freeze large_only")
 STAGES = {
     "pretrain":  Stage((),                            None,    False, False),
@@ -214,7 +215,7 @@ def update(turn, step, config):
 # ---- settings: [DEFAULT], the config, the stage, then flags; later wins ----------------------------------------------
 if args.stage not in STAGES:
     raise UserError(f"unknown stage {args.stage!r}: {closest(args.stage, STAGES)}")
-stage = STAGES[args.stage]                                     # from here on its row decides, not its name
+stage = STAGES[args.stage]                                     # its row decides; a few keys go with one stage's name
 config = load_config(args.config, args.stage, flags)           # {key: value}, every value checked
 whole = stage.init_prefix == "" and not stage.freeze           # a pipeline is kept as a whole, with its own settings
 config = start_config(config, whole and (args.teacher or args.core), flags)

@@ -2,7 +2,7 @@
 Checkpoints: all that a training needs to go on, in a file, or in a folder of shards, one from each process.
 
     last.pt         the newest; replaced as a whole, so a kill at any moment leaves the old one or the new one
-    step_N.pt       what last.pt was before (of shards, a kill between two renames leaves these alone)
+    step_N.pt       what last.pt was before (of shards, a kill between two renames leaves no last.pt, only these)
 
 A state holds "format", "step", "config" and the caller's other plain values, and tensors by name: "model", "ema" (of
 what is trained) and "moments" (of the optimizers); those of a second network are NAME_model and so on. Nothing in a
@@ -254,7 +254,7 @@ def rotate(file, step, num_checkpoints, snapshots=()):
     os.replace(file + ".part", file)
     kept = {f"step_{step}.pt" for step in snapshots if step}   # for good
     older = [old for old in older_checkpoints(run) if os.path.basename(old) not in kept]
-    # the rehearsal before the first step, and the same step saved twice
+    # that of step 0, which was written to see whether one can write here; and the same step saved twice
     useless = [old for old in older if os.path.basename(old) in ("step_0.pt", f"step_{step}.pt")]
     for old in useless + [old for old in older if old not in useless][num_checkpoints - 1:]:
         remove(old)

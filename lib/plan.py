@@ -116,7 +116,10 @@ def measure_step(make_model, loss, images=1, dtype=torch.float32, blocks=None):
 
 
 def count_flops(make_model, loss):
-    """FLOPs of a forward and backward over one image: as measure_step counts them, on the meta device, at once."""
+    """
+    FLOPs of a forward and backward over one image, on the meta device, at once; a step takes `batch` times as many.
+    PyTorch's counter knows the products of its own operators; others register a formula (register_flop_formula).
+    """
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         loss(make_model(), 1).backward()
     return counter.get_total_flops()

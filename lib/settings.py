@@ -89,6 +89,11 @@ def lineage(name, parents, below=()):
     return [*names, name]
 
 
+def words_of(key, file=CONFIGS):
+    """The words that a key may be, as [ranges] lists them."""
+    return [word.strip() for word in read_sections(file)["ranges"][key].split("|")]
+
+
 def parse_value(key, text, default):
     """The value of `key` written as `text`, with the type of its default: int, float, bool, tuple or str."""
     kind = type(default)

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from lib.settings import Parser, UserError, load_config
+from lib.settings import Parser, UserError, load_config, words_of
 
 SECTIONS = """
 [DEFAULT]
@@ -47,6 +47,10 @@ inherits = "loop"
 def settings_file(tmp_path):
     (tmp_path / "c.txt").write_text(SECTIONS)
     return str(tmp_path / "c.txt")
+
+
+def test_words_of_a_key(settings_file):
+    assert words_of("shell", settings_file) == ["a", "b"]
 
 
 @pytest.mark.parametrize("name, stage, flags, steps, lr, shell", [
