@@ -437,7 +437,7 @@ if rank == 0:
     sizes = [state_bytes(turn.model, count_moments) for turn in turns]
     checkpoint_size = sum(size[part] for size in sizes for part in ("weights", "optimizer", "ema"))
     check_room(run, (config["num_checkpoints"] + 1 + sum(k > 0 for k in config["snapshots"])) * checkpoint_size)
-# on shapes alone: counting inside a real step would change how attention is carried out
+# on shapes alone: under the counter a real step would take attention apart into products, in other rounding
 uncounted = distills or critics or config["pipeline"]
 flops = 0 if uncounted else config["batch"] * count_flops(lambda: make_model(config, stage.freeze), example_loss)
 peak = peak_rate(torch.cuda.get_device_name(), dtype, config["tf32"]) if device != "cpu" else None         # FLOP/s
