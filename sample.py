@@ -32,9 +32,9 @@ parser = Parser(__doc__, keys=("encoder_weights", "prefix", "suffix", "base", "a
 parser.add_argument("run", help="run folder, such as out/toy/grow")
 parser.add_argument("captions", nargs="*", help="one or more captions in quotes; '' is the null caption")
 parser.add_argument("--n", type=int, default=4, help="images per caption; default 4")
-parser.add_argument("--steps", type=int, help="default 256, as in the paper; a student or pipeline has its own")
+parser.add_argument("--steps", type=int, help="default 256, as in the paper; PixArt, SDXL, students have their own")
 parser.add_argument("--guidance", type=float, help="default: the run's own; 1 is none")
-parser.add_argument("--sampler", choices="ddpm ddim dpm exp_heun lcm".split(), help="default ddpm; a student's own")
+parser.add_argument("--sampler", choices="ddpm ddim dpm exp_heun lcm".split(), help="default ddpm, or their own")
 parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--style", action="store_true", help="in the style of a run of --stage style")
 parser.add_argument("--batch", type=int, help="images at a time, 16 on a CPU; does not change the images")
@@ -58,7 +58,7 @@ from lib.files import free_name
 from lib.lineage import check_unchanged
 from lib.pictures import make_grid, to_uint8, write_png
 from lib.processes import prepare_cpu
-from lib.published import describe_published, export, in_dtype
+from lib.published import describe_published, export, home, in_dtype
 from lib.tasks import in_style, worded
 from model import alpha_sigma, get_logsnr, image_shape, load, read_checkpoint, token_grid, token_size
 
@@ -329,8 +329,9 @@ def describe_run(path):
     blocks = f"{c['depth']} blocks of width {c['width']}" if not c["pipeline"] else f"the network of {c['pipeline']}"
     lines = [f"{state['stage']} of config {state['name']}, {c['resolution']} px, step {state['step']} of {c['steps']}",
              f"core   {counts['core']:>12,} parameters: {blocks}, grid {token_grid(c)} x {token_grid(c)}",
-             f"shell  {counts['shell']:>12,} parameters: {c['shell']}",
-             f"data   {c['data']}, batch {c['batch']}, seed {c['seed']}"]
+             f"shell  {counts['shell']:>12,} parameters: {c['shell']}"]
+    lines += [f"data   {c['data']}, batch {c['batch']}, seed {c['seed']}"] if c["data"] else []
+    lines += [f"needs  {home(c)}, for its encoders and its autoencoder"] if home(c) else []
     lines += [f"told   {c['condition_ranges']} (numbers for --set)"] if c["condition_ranges"] else []
     lines += [f"parent {parent}" for parent in state["parents"]]
     lines += [f"base   {c['base']} ({c['low_resolution']} px), sha256 {c['base_id']}"] if c["base_id"] else []
@@ -368,7 +369,7 @@ def main():
         return
     prepare_cpu()
     model, config = open_run(args.run, keys, args, "cuda" if torch.cuda.is_available() else "cpu")
-    if not is_student(config) and not config["pipeline"]:      # which have their own
+    if not (is_student(config) or config["pipeline"] or config["pixart_core"]):    # which have their own
         args.steps, args.sampler = args.steps or 256, args.sampler or "ddpm"
     size, numbers = parse_size(args.size, config), parse_set(args.set, config)
     captions = [caption for caption in args.captions for _ in range(args.n)]
