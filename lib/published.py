@@ -69,9 +69,6 @@ class Published(nn.Module):
         self.core, self.shell = network.from_config(read_json(folder, part, "config.json")), nn.Identity()
         self.logsnrs, self.predicts_v = noise_levels(folder)   # no buffer: it stays in float64
         self.null = None                                       # its null caption, (L, E), where one is needed
-        if config["kv_merge"]:
-            raise UserError("kv_merge merges in our own blocks: bring a PixArt-Sigma into them by `python -m "
-                            "experiments.pixart FOLDER --to OWN` and start from OWN, or leave it out")
 
     def forward(self, z, logsnr, text, conditions=None):
         dtype, text = self.core.dtype, self.with_null(text)
@@ -188,6 +185,10 @@ def start_config(config, path, flags):
         if key in given and config[key] != there[key]:
             value = f", {there[key]!r}" * (key in DECIDED)
             raise UserError(f"--{key}: the network of {path} decides it{value}: leave it out")
+    if config["kv_merge"] > 1:
+        raise UserError(f"kv_merge = {config['kv_merge']}: that is for our own blocks: --kv_merge 0, or bring a "
+                        f"PixArt-Sigma into them, python -m experiments.pixart {there['pipeline']} --to OWN, and start "
+                        "from OWN")
     if config["fsdp"]:
         raise UserError("fsdp = True: the network of a pipeline is not cut into shards: --fsdp False, and for memory "
                         "--checkpointing and --micro")
