@@ -180,6 +180,8 @@ def start_config(config, path, flags):
     if not there:
         return config
     if not there["pipeline"]:
+        if "encoder" in given and config["encoder"] != there["encoder"]:
+            given.add("encoder_weights")                       # these are of another one
         return config | {key: there[key] for key in PARTS if key not in given}
     for key in (*DECIDED, *OURS):
         if key in given and config[key] != there[key]:

@@ -88,7 +88,8 @@ def test_the_second_half_is_told_and_fails_as_the_first(tmp_path):
     (tmp_path / "test_it.py").write_text(TESTS)
 
     def outcome(*words, **environment):
-        command = [sys.executable, "-m", "pytest", "-p", "lib.test_halves", f"{tmp_path}/test_it.py", *words]
+        command = [sys.executable, "-m", "pytest", "-p", "lib.test_halves", f"{tmp_path}/test_it.py", *words,
+                   f"--rootdir={tmp_path}"]                    # else that depends on where this repository lies
         clean = {key: value for key, value in os.environ.items() if key not in (SECOND, "SLOW", "PYTEST_ADDOPTS")}
         done = subprocess.run(command, cwd=HERE, env=clean | environment, capture_output=True, text=True)
         return done.returncode, done.stdout + done.stderr
