@@ -2549,6 +2549,7 @@ def test_a_turn_that_is_not_finite_moves_nothing_of_its_own(tmp_path):
     ("--sample_steps 5", "and teacher_steps = 64 a student of consistency takes as many"),
     ("--objective dmd --sample_steps 4", "a student of dmd takes 1 step"),
     ("--objective other", "take one of diffusion"),
+    ("--noise_base_resolution 32", "there, 32 here"),
     ("--teacher {tmp}/none", "no checkpoint"),
     ("--out {tmp}/empty", "no finished run to learn from: train {tmp}/empty/toy/grow first, or give --teacher RUN"),
     ("--teacher {runs}/toy/pretrain", "does not fit"),
