@@ -263,10 +263,9 @@ def export(state, folder):
     what = "EMA weights of nanoVermeer, v of (z, logsnr, text, conditions): model.load(FOLDER)"
     text = json.dumps({"what": what} | about, indent=1)
     atomic_write(os.path.join(folder, "config.json"), lambda f: f.write(text.encode()))        # last: now it is whole
-    pipeline, what = home(state["config"]), ", autoencoder and the network's settings"
-    what = what if state["config"]["pipeline"] else " and autoencoder"
-    needs = (f"; encoders{what} stay in {pipeline}: on another machine put it, or a link to it, there as "
-             f"{WITHIN!r}") * bool(pipeline)
+    parts = ", autoencoder and the network's settings" if state["config"]["pipeline"] else " and autoencoder"
+    needs = (f"; encoders{parts} stay in {home(state['config'])}: on another machine put it, or a link to it, there as "
+             f"{WITHIN!r}") * bool(home(state["config"]))
     return (f"{folder}: {len(weights)} tensors of {state['stage']}, step {state['step']}: python sample.py {folder}"
             f"{needs}")
 
@@ -279,7 +278,7 @@ def read_export(folder):
                         "--export FOLDER, or name a pipeline's whole folder, that with model_index.json")
     config = {key: tuple(value) if isinstance(value, list) else value for key, value in state["config"].items()}
     config, within = default_config() | config, os.path.join(folder, WITHIN)
-    if (folder := home(config)) and os.path.isdir(within):     # else where training found it
-        config |= {key: config[key].replace(folder, within, 1)
+    if (before := home(config)) and os.path.isdir(within):     # else where training found it
+        config |= {key: config[key].replace(before, within, 1)
                    for key in ("pipeline", "encoder_weights", "autoencoder")}
     return state | {"config": config, "model": read_weights(path, "an export"), "ema": {}}
