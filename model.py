@@ -559,7 +559,7 @@ def init_weights(model):
         core.modulation, scale_shift_table             0: the gates of self-attention and MLP are shut
         cross_attention.out                            0: with the gates, a block is the identity
         residual block: temb_proj                      0: no shift, no scale
-        conv_out, proj_out                             0: the model predicts 0, of v or of x
+        conv_out, proj_out                             0: the model predicts 0, of v, x or eps
         time.condition_out                             0: conditions change nothing
         self_attention.merge                           1 / r^2: the mean of the merged tokens (PixArt-Sigma)
     """

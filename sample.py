@@ -59,7 +59,7 @@ from lib.files import free_name
 from lib.lineage import check_unchanged
 from lib.pictures import make_grid, to_uint8, write_png
 from lib.processes import prepare_cpu
-from lib.published import describe_published, export
+from lib.published import describe_published, export, home
 from lib.tasks import in_style, worded
 from model import alpha_sigma, get_logsnr, image_shape, load, read_checkpoint, token_grid, token_size
 
@@ -330,8 +330,9 @@ def describe_run(path):
     blocks = f"{c['depth']} blocks of width {c['width']}" if not c["pipeline"] else f"the network of {c['pipeline']}"
     lines = [f"{state['stage']} of config {state['name']}, {c['resolution']} px, step {state['step']} of {c['steps']}",
              f"core   {counts['core']:>12,} parameters: {blocks}, grid {token_grid(c)} x {token_grid(c)}",
-             f"shell  {counts['shell']:>12,} parameters: {c['shell']}",
-             f"data   {c['data']}, batch {c['batch']}, seed {c['seed']}"]
+             f"shell  {counts['shell']:>12,} parameters: {c['shell']}"]
+    lines += [f"data   {c['data']}, batch {c['batch']}, seed {c['seed']}"] if c["data"] else []
+    lines += [f"needs  {home(c)}, for its encoders and its autoencoder"] if home(c) else []
     lines += [f"told   {c['condition_ranges']} (numbers for --set)"] if c["condition_ranges"] else []
     lines += [f"parent {parent}" for parent in state["parents"]]
     lines += [f"base   {c['base']} ({c['low_resolution']} px), sha256 {c['base_id']}"] if c["base_id"] else []

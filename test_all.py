@@ -2549,6 +2549,7 @@ def test_a_turn_that_is_not_finite_moves_nothing_of_its_own(tmp_path):
     ("--sample_steps 5", "and teacher_steps = 64 a student of consistency takes as many"),
     ("--objective dmd --sample_steps 4", "a student of dmd takes 1 step"),
     ("--objective other", "take one of diffusion"),
+    ("--noise_base_resolution 32", "there, 32 here"),
     ("--teacher {tmp}/none", "no checkpoint"),
     ("--out {tmp}/empty", "no finished run to learn from: train {tmp}/empty/toy/grow first, or give --teacher RUN"),
     ("--teacher {runs}/toy/pretrain", "does not fit"),
@@ -2736,7 +2737,8 @@ def test_a_compiled_pipeline_is_the_same_and_its_encoders_are_no_part_of_the_gra
     ("--stage defrost --core {f} --width 32", "--width: the network of {f} decides it"),
     ("--stage defrost --core {f} --fsdp", "is not cut into shards: --fsdp False"),
     ("--stage defrost --core {f} --plan", "--plan counts the models of this repository"),
-    ("--stage defrost --core {f} --kv_merge 3 --kv_merge_layers 0", "kv_merge = 3 does not divide a grid of 4 x 4"),
+    ("--stage defrost --core {f} --kv_merge 2 --kv_merge_layers 14-27", "experiments.pixart {f} --to OWN, and"),
+    ("--stage defrost --core {f} --prediction x", "--prediction: the network of {f} decides it: leave it out"),
     ("--stage distill --teacher {f} --sample_steps 3", "with sample_steps = 3 and teacher_steps = 64 a student"),
     ("--stage defrost --core {f} --encoder_weights {other}", "cannot be read")])
 def test_what_a_pipeline_cannot_be_trained_with_is_refused(words, message, pipelines, tmp_path):

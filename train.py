@@ -340,7 +340,8 @@ elif stage.sources:                                            # new, from anoth
         keys += ("prediction",)
     others = {parent: origin}                                  # the runs that this one needs
     if distills:                                               # what is taught must be what is learned
-        keys += ("resolution", "encoder", "data_id", "autoencoder", "style", "style_token", "conditions")
+        keys += ("resolution", "noise_base_resolution", "encoder", "data_id", "autoencoder", "style", "style_token",
+                 "conditions")
         others[teacher] = origin if teacher == parent else read_checkpoint(teacher)
         if is_student(others[teacher]["config"]):
             raise UserError(f"{teacher} is a student itself: give --teacher the run that it learned from")

@@ -3,13 +3,14 @@ PixArt-Sigma's published weights in our own core and patch shell, so that our ke
 serve them, and the poster's kv rows can start from the published model.
 
     python -m experiments.pixart FOLDER --to own       FOLDER is a pipeline as diffusers saves it (GUIDE.md)
-    python sample.py own "a caption" --sampler dpm --steps 20
-    python train.py --config pixart-sigma-1k-kv --stage defrost --core own --data PATH --encoder pipeline:300 \
-        --encoder_weights FOLDER --autoencoder FOLDER/vae
+    python sample.py own "a caption"
+    python train.py --config pixart-sigma-1k-kv --stage defrost --core own --data PATH
 
 The network is the same one, told in our words: before anything is written, both see the same noise at ten levels, with
-captions and without, and the largest difference of their v is printed. What differs is only how it was trained: DDPM's
-linear betas, whose ends are kept, and a null caption, which is the encoder's of "" at first and learned from then on.
+captions and without, and the largest difference of their v is printed; over 1 % of its standard deviation nothing is
+written. Encoders and autoencoder stay in FOLDER; captions of PATH are embedded by them before (GUIDE.md). Two things
+are ours from then on: between the ends of DDPM's linear betas levels of noise lie as those of our cosine, and the null
+caption, at first the encoder's of "", is learned.
 """
 import os
 
@@ -19,11 +20,12 @@ import torch.nn.functional as F
 from lib.draws import normals
 from lib.files import read_json
 from lib.pipeline_encoder import null_caption
-from lib.published import Published, export, fill, noise_levels, read_published
+from lib.published import Published, check_new, export, fill, noise_levels, read_published
 from lib.settings import Parser, UserError
 from lib.timesteps import ddpm_timestep
 from model import build, token_grid
 
+SAME = 0.01                                                    # of v: rounding, which 1 / alpha enlarges, stays below
 POSITIONS = 32                                                 # units along one side of an image (model.positions_2d)
 # their names of weights and ours, without a block's number; several of ours in one are laid one below the other
 NAMES = {
@@ -51,7 +53,8 @@ def own_config(config):
     if predicts_v or len(levels) != 1000 or abs(float(ddpm_timestep(levels[500:501])) - 500) > 1e-3:
         raise UserError(f"the scheduler of {folder!r} is not PixArt-Sigma's: take one of 1000 linear betas from 0.0001 "
                         "to 0.02, whose network predicts epsilon")
-    if about.get("use_additional_conditions", about["sample_size"] == 128) or units != POSITIONS:
+    told = about.get("use_additional_conditions")              # None is diffusers' own rule
+    if told or told is None and about["sample_size"] == 128 or units != POSITIONS:
         raise UserError(f"the transformer of {folder!r} is told sizes, or has positions of {units:g} units a side: "
                         f"take a PixArt-Sigma, which is told none and has {POSITIONS} of them")
     heads = about["num_attention_heads"]
@@ -102,6 +105,7 @@ def main():
     parser.add_argument("folder", help="a pipeline of PixArt-Sigma, as diffusers saves it")
     parser.add_argument("--to", required=True, help="a new folder for our export")
     args = parser.parse_args()
+    check_new(args.to)                                         # not after minutes
     state = read_published(args.folder)
     if state is None or not state["config"]["pipeline"]:
         raise UserError(f"{args.folder!r} is no pipeline: name a whole folder, that with model_index.json")
@@ -111,10 +115,14 @@ def main():
     weights = own_weights(state["model"], config)
     fill(ours, weights, args.folder)
     worst = largest_difference(theirs.eval(), ours.eval(), config)
-    print(f"v of both networks differs by {worst:.1e} of its standard deviation at most")
     grid = token_grid(config)
-    print(export(state | {"config": config, "model": weights, "ema": {}}, args.to)
-          + f" ...: {config['depth']} blocks of width {config['width']}, grid {grid} x {grid}")
+    print(f"{config['depth']} blocks of width {config['width']}, grid {grid} x {grid}: v of both networks differs by "
+          f"{worst:.1e} of its standard deviation at most")
+    if not worst < SAME:                                       # also where it is not finite
+        raise UserError(f"the network of {args.folder!r} is not quite ours: take a PixArt-Sigma whose "
+                        "transformer/config.json is as it was published")
+    parents = [f"{args.folder} (published, step 0)"]
+    print(export(state | {"config": config, "model": weights, "parents": parents}, args.to))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """pytest experiments/test_pixart.py: PixArt-Sigma's weights in our own core, equal to diffusers' own network."""
 import os
+import re
 import shutil
 
 import numpy as np
@@ -15,7 +16,7 @@ from lib.test_published import (CAPTIONS, deviation, edit_json, embeddings_of, n
                                 picture_of_pipeline, pipelines, spoil_weights)
 from lib.test_scripts import run
 from lib.timesteps import logsnr_table
-from model import alpha_sigma, load
+from model import alpha_sigma, load, read_checkpoint
 
 # transformer/config.json of the published model of 1024 px, as far as it decides the network
 PUBLISHED = dict(num_attention_heads=16, attention_head_dim=72, num_layers=28, sample_size=128, patch_size=2,
@@ -59,6 +60,25 @@ def test_pictures_are_those_of_the_pipeline_and_its_steps_are_the_default(pipeli
     assert own_ == same != fewer
 
 
+def test_an_export_says_what_it_needs_and_finds_it_where_it_was_put(pipelines, own, tmp_path):  # noqa
+    """Encoders and autoencoder are the pipeline's; pictures are drawn by its settings, not by 256 steps of ddpm."""
+    origin, there = shutil.copytree(pipelines["pixart"][1], tmp_path / "origin"), tmp_path / "there"
+    script = os.path.join("experiments", "pixart.py")
+    assert f"encoders and autoencoder stay in {origin}:" in run(script, origin, "--to", there)
+    said = run("sample.py", there, "--describe")
+    assert f"needs  {origin}, for its" in said and f"parent {origin} (published, step 0)" in said
+    assert not re.search("^data ", said, re.M)                 # which is not ours
+    words = "sample.py", "a red circle", "--n", 1, "--to", tmp_path / "a.png"
+    assert "is there and not empty: name a new folder" in run(script, origin, "--to", there, code=2)
+    os.rename(origin, there / "pipeline")
+    run(*words[:1], there, *words[1:])
+    state = read_checkpoint(str(there))
+    assert state["config"]["encoder_weights"] == str(there / "pipeline")
+    drawn = sampling.sample(*load(own[0]), ["a red circle"], steps=20, sampler="dpm")
+    write_png(str(tmp_path / "b.png"), sampling.make_grid(sampling.to_uint8(drawn), 1))
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
 def test_the_published_model_fits_the_posters_rows(pipelines, tmp_path):  # noqa
     """Sizes and conventions are those of the presets that go on from it, with the merge and without."""
     folder = str(shutil.copytree(pipelines["pixart"][1], tmp_path / "copy"))
@@ -77,7 +97,10 @@ def test_the_published_model_fits_the_posters_rows(pipelines, tmp_path):  # noqa
 
 
 def test_the_posters_rows_go_on_from_it_with_a_merge_of_keys_and_values(pipelines, own, tmp_path):  # noqa
-    """Trained by train.py with the preset of a kv row, made as small; the merge starts as the mean."""
+    """
+    Trained by train.py with the preset of a kv row, made as small; the merge starts as the mean. Encoders and
+    autoencoder are those of its pipeline without a flag, and captions that others embedded are refused.
+    """
     pytest.importorskip("pyarrow"), pytest.importorskip("PIL")
     data, origin = tmp_path / "data", pipelines["pixart"][1]
     data.mkdir()
@@ -89,18 +112,25 @@ def test_the_posters_rows_go_on_from_it_with_a_merge_of_keys_and_values(pipeline
     small = dict(width=32, depth=2, heads=2, encoder_width="(32,)", resolution=16, noise_base_resolution=16, batch=4,
                  latent_stride=2, latent_scale=0.18215, kv_merge_layers=1, steps=2, workers=0, eval_n=0, sample_every=0,
                  checkpointing=False, caption_dropout=0.5)
-    said = run("train.py", "--config", "pixart-sigma-1k-kv", "--stage", "defrost", "--core", own[0], "--data", data,
-               "--encoder", "pipeline:300", "--encoder_weights", origin, "--autoencoder", os.path.join(origin, "vae"),
-               "--out", tmp_path, *(f"--{key}={value}" for key, value in small.items()))
+    words = ("train.py", "--config", "pixart-sigma-1k-kv", "--stage", "defrost", "--core", own[0], "--data", data,
+             "--out", tmp_path, *(f"--{key}={value}" for key, value in small.items()))
+    said = run(*words)
     assert "4 new" in said and "KV merge by 2, blocks 1, as the mean" in said
     (net, config), (before, _) = load(str(tmp_path / "pixart-sigma-1k-kv/defrost")), load(own[0])
+    assert config["encoder_weights"] == origin and config["autoencoder"] == os.path.join(origin, "vae")
     assert config["kv_merge"] == 2 and net.core.blocks[1].self_attention.r == 2
     assert not torch.equal(net.core.text.null, before.core.text.null)              # the null caption is learned too
+    other = shutil.copytree(origin, tmp_path / "other")
+    spoil_weights(other, "text_encoder", lambda w: w.update({key: value + 1 for key, value in w.items()}))
+    assert "the captions were embedded by" in run(*words, "--encoder_weights", other, "--fresh", code=2)
 
 
 @pytest.mark.parametrize("change, words", [
     (lambda f: edit_json(f / "transformer/config.json", interpolation_scale=1), "4 units a side: take a PixArt-Sigma"),
     (lambda f: edit_json(f / "transformer/config.json", use_additional_conditions=True), "is told sizes"),
+    (lambda f: edit_json(f / "transformer/config.json", use_additional_conditions=None, sample_size=128,
+                         interpolation_scale=2), "is told sizes"),
+    (lambda f: edit_json(f / "transformer/config.json", norm_eps=0.1), "is not quite ours: take a PixArt-Sigma whose"),
     (lambda f: edit_json(f / "scheduler/scheduler_config.json", beta_end=0.012), "is not PixArt-Sigma's: take one of"),
     (lambda f: spoil_weights(f, "transformer", lambda w: w.update(q=w["proj_out.bias"] + 1)), "core.q is none of its"),
     (lambda f: spoil_weights(f, "transformer", lambda w: w.pop("proj_out.bias")), "proj_out.bias is missing")])

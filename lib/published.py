@@ -24,10 +24,12 @@ from lib.timesteps import logsnr_table, timestep_of
 # what a pipeline decides: a training that starts from one has these settings of it
 DECIDED = ("pipeline", "shell", "encoder", "encoder_width", "text_length", "text_vocab", "autoencoder",
            "latent_channels", "latent_stride", "latent_scale", "conditions", "resolution", "noise_base_resolution",
-           "grid", "logsnr_max", "logsnr_min", "prediction", "inner_resolution", "width", "depth", "heads", "mlp_ratio",
-           "channels", "residual_blocks", "entry_channels", "patch", "image_skip", "pixart_core")
+           "grid", "logsnr_max", "logsnr_min")
+OURS = ("prediction", "inner_resolution", "width", "depth", "heads", "mlp_ratio", "channels", "residual_blocks",
+        "entry_channels", "patch", "image_skip", "pixart_core")        # of our own networks: here at their defaults
 USUAL = "weighting", "encoder_weights"                         # and these, where no flag says otherwise,
 ADVISED = "guidance", "sampler", "sample_steps"                # and these, where they stand at their defaults
+PARTS = "encoder", "encoder_weights", "autoencoder"            # what our own core takes of it (experiments/pixart.py)
 WITHIN = "pipeline"                                            # in an export: where its pipeline may lie, or a link
 
 
@@ -66,9 +68,6 @@ class Published(nn.Module):
         self.core, self.shell = network.from_config(read_json(folder, part, "config.json")), nn.Identity()
         self.logsnrs, self.predicts_v = noise_levels(folder)   # no buffer: it stays in float64
         self.null = None                                       # its null caption, (L, E), where one is needed
-        if config["kv_merge"]:
-            raise UserError("kv_merge merges in our own blocks: bring a PixArt-Sigma into them by `python -m "
-                            "experiments.pixart FOLDER --to OWN` and start from OWN, or leave it out")
 
     def forward(self, z, logsnr, text, conditions=None):
         dtype, text = self.core.dtype, self.with_null(text)
@@ -157,34 +156,50 @@ def pipeline_config(folder):
 def start_config(config, path, flags):
     """
     The config of a training that starts with all weights of `path`: where that is a pipeline, or a run of its network,
-    with all that this decides, and with what is usual for it where config and `flags`, [(key, text)], leave it open.
-    UserError for a flag that it contradicts.
+    with all that this decides, and with what is usual for it where config and `flags`, [(key, text)], leave it open;
+    where a pipeline reads the captions of our own network, with these parts of it. UserError for a flag that it
+    contradicts.
     """
     if config["pipeline"]:
         raise UserError(f"pipeline = {config['pipeline']}: that is filled in: give --core FOLDER or --teacher FOLDER")
     there, given = network_config(path), {key for key, _ in flags}
     if not there:
         return config
-    for key in DECIDED:
+    if not there["pipeline"]:
+        if "encoder" in given and config["encoder"] != there["encoder"]:
+            given.add("encoder_weights")                       # these are of another one
+        return config | {key: there[key] for key in PARTS if key not in given}
+    for key in (*DECIDED, *OURS):
         if key in given and config[key] != there[key]:
-            raise UserError(f"--{key}: the network of {path} decides it, {there[key]!r}: leave it out")
+            value = f", {there[key]!r}" * (key in DECIDED)
+            raise UserError(f"--{key}: the network of {path} decides it{value}: leave it out")
+    if config["kv_merge"] > 1:
+        raise UserError(f"kv_merge = {config['kv_merge']}: that is for our own blocks: --kv_merge 0, or bring a "
+                        f"PixArt-Sigma into them, python -m experiments.pixart {there['pipeline']} --to OWN, and start "
+                        "from OWN")
     if config["fsdp"]:
         raise UserError("fsdp = True: the network of a pipeline is not cut into shards: --fsdp False, and for memory "
                         "--checkpointing and --micro")
     defaults, student = default_config(), config["objective"] != "diffusion"       # a student has its own steps
     advised = [key for key in (ADVISED[:1] if student else ADVISED) if config[key] == defaults[key]]
     taken = {key: there[key] for key in (*USUAL, *advised) if key not in given}
-    return config | {key: there[key] for key in DECIDED} | taken
+    return config | {key: there[key] for key in (*DECIDED, *OURS)} | taken
+
+
+def home(config):
+    """The folder of the pipeline that is the network, or that reads its captions; "" where there is none."""
+    return config["pipeline"] or config["encoder_weights"] * config["encoder"].startswith("pipeline:")
 
 
 def network_config(path):
-    """The config of a pipeline's folder, or of a run or export whose network is that of one; None of all others."""
+    """The config of a pipeline's folder, or of a run or export that has one as its `home`; None of all others."""
     if not path:
         return None
     if os.path.exists(os.path.join(path, "model_index.json")):
         return pipeline_config(path)
     state = read_export(path) if os.path.exists(os.path.join(path, "config.json")) else newest_about(path)
-    return default_config() | state["config"] if state and state["config"].get("pipeline") else None
+    there = state and default_config() | state["config"]
+    return there if there and home(there) else None
 
 
 def check_encoder(config):
@@ -212,14 +227,19 @@ def describe_published(state):
         f"advice       --sampler {c['sampler']} --steps {c['sample_steps']} --guidance {c['guidance']}"])
 
 
+def check_new(folder):
+    """UserError where a folder that is to be written holds something already."""
+    if os.path.isfile(folder) or os.path.isdir(folder) and os.listdir(folder):
+        raise UserError(f"{folder!r} is there and not empty: name a new folder")
+
+
 def export(state, folder):
     """
     The EMA weights of a run as model.safetensors, and config.json, which says what they are, into a new folder. -> a
     line about it.
     """
     save_file = import_extra("safetensors.torch", "--export", "safetensors").save_file
-    if os.path.exists(folder) and os.listdir(folder):
-        raise UserError(f"--export {folder}: it is not empty: name a new folder")
+    check_new(folder)
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, "model.safetensors")
     weights = {name: value.contiguous() for name, value in {**state["model"], **state["ema"]}.items()}
@@ -229,9 +249,9 @@ def export(state, folder):
     what = "EMA weights of nanoVermeer, v of (z, logsnr, text, conditions): model.load(FOLDER)"
     text = json.dumps({"what": what} | about, indent=1)
     atomic_write(os.path.join(folder, "config.json"), lambda f: f.write(text.encode()))        # last: now it is whole
-    pipeline = state["config"]["pipeline"]
-    needs = (f"; encoders, autoencoder and the network's settings stay in {pipeline}: on another machine put it, or a "
-             f"link to it, there as {WITHIN!r}") * bool(pipeline)
+    parts = ", autoencoder and the network's settings" if state["config"]["pipeline"] else " and autoencoder"
+    needs = (f"; encoders{parts} stay in {home(state['config'])}: on another machine put it, or a link to it, there as "
+             f"{WITHIN!r}") * bool(home(state["config"]))
     return (f"{folder}: {len(weights)} tensors of {state['stage']}, step {state['step']}: python sample.py {folder}"
             f"{needs}")
 
@@ -244,7 +264,7 @@ def read_export(folder):
                         "--export FOLDER, or name a pipeline's whole folder, that with model_index.json")
     config = {key: tuple(value) if isinstance(value, list) else value for key, value in state["config"].items()}
     config, within = default_config() | config, os.path.join(folder, WITHIN)
-    if config["pipeline"] and os.path.isdir(within):           # else where training found it
-        config |= {key: config[key].replace(config["pipeline"], within, 1)
+    if (before := home(config)) and os.path.isdir(within):     # else where training found it
+        config |= {key: config[key].replace(before, within, 1)
                    for key in ("pipeline", "encoder_weights", "autoencoder")}
     return state | {"config": config, "model": read_weights(path, "an export"), "ema": {}}
