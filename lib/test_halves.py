@@ -20,19 +20,23 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
-def is_first(item):
-    """Whether a test belongs to the first half: those of train.py, by their place in test_all.py, and of its runs."""
-    code = item.function.__code__
+def divided(items):
+    """[those of the first half, the others]: the first are those of train.py in test_all.py, and those of its runs."""
     with open(os.path.join(HERE, "test_all.py")) as f:
         start = next(n for n, line in enumerate(f) if line.startswith("# ---- train.py"))
-    return "runs" in item.fixturenames or code.co_filename.endswith("test_all.py") and code.co_firstlineno > start
+    halves = [], []
+    for item in items:
+        code = item.function.__code__
+        own = code.co_filename.endswith("test_all.py") and code.co_firstlineno > start
+        halves[not (own or "runs" in item.fixturenames)].append(item)
+    return halves
 
 
 def pytest_collection_modifyitems(config, items):
     second, whole = os.environ.get(SECOND), any(getattr(config.option, name, None) for name in WHOLE)
     if not second and (whole or os.environ.get("SLOW") or len(items) < FEW or CORES < 2):
         return
-    halves = [[item for item in items if is_first(item)], [item for item in items if not is_first(item)]]
+    halves = divided(items)
     items[:] = halves[bool(second)]
     if not second:
         config.second = Second(halves[1])
