@@ -31,7 +31,7 @@ def own(pipelines, tmp_path_factory):  # noqa
     return str(to), said
 
 
-def test_the_velocity_is_that_of_diffusers_own_network(pipelines, own):  # noqa
+def test_in_our_core_the_velocity_is_that_of_diffusers_own_network(pipelines, own):  # noqa
     """At levels of their own timesteps, with captions and without, of another shape."""
     (pipeline, _), (net, config) = pipelines["pixart"], load(own[0])
     text, table = sampling.encode_captions(CAPTIONS, config), logsnr_table(0.0001, 0.02, 1000)
@@ -45,7 +45,7 @@ def test_the_velocity_is_that_of_diffusers_own_network(pipelines, own):  # noqa
                 assert (net(z, logsnr.expand(2), tokens) - v).abs().max() < 1e-5 * v.std(), t
 
 
-def test_pictures_are_those_of_the_pipeline_and_its_steps_are_the_default(pipelines, own, tmp_path):  # noqa
+def test_in_our_core_pictures_are_those_of_the_pipeline_and_its_steps_are_the_default(pipelines, own, tmp_path):  # noqa
     (pipeline, _), (folder, said) = pipelines["pixart"], own
     worst = float(said.partition("differs by ")[2].split()[0])
     assert worst < 1e-5
