@@ -21,14 +21,17 @@ HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def divided(items):
-    """[those of the first half, the others]: the first are those of train.py in test_all.py, and those of its runs."""
+    """
+    [those of the first half, the others]: the first are those of train.py in test_all.py, and those of its runs, but
+    for those of pipelines, which the second has made.
+    """
     with open(os.path.join(HERE, "test_all.py")) as f:
         start = next(n for n, line in enumerate(f) if line.startswith("# ---- train.py"))
     halves = [], []
     for item in items:
         code = item.function.__code__
         own = code.co_filename.endswith("test_all.py") and code.co_firstlineno > start
-        halves[not (own or "runs" in item.fixturenames)].append(item)
+        halves["runs" not in item.fixturenames and (not own or "pipelines" in item.fixturenames)].append(item)
     return halves
 
 
