@@ -175,6 +175,7 @@ def install_excepthook(memory="", worker="", workers=()):
             os._exit(130)
         text, lost = str(error).split("\n")[0], isinstance(error, dist.DistError) or "gloo" in str(error)
         if workers:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)      # a DataLoader's own handler would raise in here
             time.sleep(0.5)                                    # a worker that dies may be heard of before it is dead
         dead = [w.pid for w in workers if not w.is_alive()]
         if is_out_of_memory(error):

@@ -1,6 +1,8 @@
 """Tests of processes.py: `pytest lib/test_processes.py`. Two processes meet through gloo, as torchrun starts them."""
 import json
+import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -134,3 +136,19 @@ def halve_small_numbers():
 def test_numbers_too_small_to_be_normal_are_zero_in_all_threads():
     """A trained model is a third slower with them, on a CPU."""
     assert ended(*fork(halve_small_numbers)) == "0\n"
+
+
+def lose_a_worker():
+    """A worker that is heard of before it is dead; then comes a signal, whose handler raises, as torch does it."""
+    def handler(number, frame):
+        raise RuntimeError("killed by signal")
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(0.2,))
+    worker.start()
+    signal.signal(signal.SIGCHLD, handler)
+    processes.install_excepthook(worker="advice", workers=[worker])
+    raise ConnectionResetError("Connection reset by peer")
+
+
+def test_the_death_of_a_worker_is_told_though_its_signal_comes_late():
+    said = ended(*fork(lose_a_worker), 3)
+    assert "is dead (Connection reset by peer): advice" in said
