@@ -507,7 +507,7 @@ class Denoiser(nn.Module):
         y = self.shell.decode(features, skips, temb)                               # (B, C, H, W)
         if self.prediction == "v":
             return y
-        (alpha, sigma), z, y = alpha_sigma(logsnr), z[:, :y.shape[1]], y.float()   # (B, 1, 1, 1), beside z nothing
+        (alpha, sigma), z, y = alpha_sigma(logsnr), z[:, :y.shape[1]], y.float()   # z alone, not what lies beside
         return (y - sigma * z) / alpha if self.prediction == "eps" else (alpha * z - y) / sigma
 
 
