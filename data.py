@@ -10,11 +10,12 @@ What goes in: captioned pictures, which of them at which step, and captions turn
     python data.py embed PATH --vae FOLDER --resolution 512                the same for images; by several with torchrun
     python data.py vocabulary PATH --to captions.model             train a SentencePiece model on the captions
 
-Every random choice (order and bucket; crop, flip, colours, caption) is a pure function of (stage, seed, epoch, sample),
-so that a run can go on anywhere, on any number of devices, without saving the state of any generator.
+Every random choice (bucket, order, style; crop, flip, colours, caption) is a pure function of a key, its purpose first,
+such as ("order", stage, seed, epoch, bucket): a run can go on anywhere, on any number of devices, without the state of
+any generator.
 
-The way of a batch: Batches[step] -> pairs (which samples) -> sample (view, crop, flip, colours, caption)
--> encode_captions.
+The way of a batch: Batches[step] -> sources (the style set's rows) -> pairs (which samples) -> bucket_at, order; then
+sample (view, crop, flip, colours, caption) -> encode_captions.
 
 A data set is lib/scenes.py's Scenes or lib/images.py's Indexed; open_data in lib/datasets.py opens it. Another one
 serves the same methods:
@@ -151,7 +152,7 @@ class Batches(torch.utils.data.Dataset):
         return rows
 
     def pairs(self, step):
-        """The (epoch, sample) of each row of the step's whole batch: the same on any number of devices."""
+        """The (epoch, sample) of each row of the step's whole batch: a function of the step, no state."""
         bucket, before = self.bucket_at(step)                  # `before`: batches of it until now
         batch, n = self.config["batch"], len(self.members[bucket])                 # of the whole batch; of the bucket
         # a bucket's batches are consecutive places of its epochs, one permutation after the other: a batch may span two

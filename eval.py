@@ -343,7 +343,7 @@ def evaluate_all(model, config, n, task, metrics, networks, reference, guidances
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Five programs: a run, two folders, questions about pictures from elsewhere, a page for people, their answers
+# Programs: a run, two folders, a page for people; questions about other pictures, and ratings, are in lib/answers.py
 
 
 def score_run(args, metrics, networks, task, vqa, device):
@@ -492,7 +492,7 @@ def parse_metrics(args):
 
 
 def choose_program(args, device):
-    """One of the five, told apart by the flags."""
+    """By the flags: answers, a sheet, two folders, or a run. Ratings of a sheet need no device (main)."""
     prompts = read_dsg(args.dsg)[:args.n] if args.dsg else None                    # with their questions
     if args.dsg and (args.answers or not is_run(args.run[0])): # pictures, or even answers, from elsewhere
         return score_answers(args.run, prompts, args.dsg, args.answers, args.vqa, device, args.json)

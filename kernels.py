@@ -20,7 +20,8 @@ What one would call instead: F.scaled_dot_product_attention, FlexAttention, F.co
 head dims that are no power of two without padding to the next one (72 costs 80 columns, not 128), captions of which the
 padding is skipped rather than masked, exact zeros where nothing may be attended, gradients that repeat bit for bit.
 Numbers differ by rounding only: scores and sums are float32, P and dS are rounded to the inputs' precision before a
-matrix product (as FlashAttention does), and float32 goes through three TF32 products, which restore its precision.
+matrix product (as FlashAttention does); float32 goes through one TF32 product where PyTorch may use these, else through
+three, which restore its precision.
 `python -m experiments.bench kernels` measures errors against float64 and, on a GPU, times beside every alternative.
 
 Letters: B images, H heads, Nq queries, Nk keys, D head dim, C channels, N = h w tokens; a block is BM queries, BN keys.
@@ -42,7 +43,7 @@ verdicts = {}                              # (operator, dtype, width, ...) -> ma
 # Block sizes: (BM, BN, warps, pipeline stages) by kernel and bytes per element, for heads of up to 64, 80, 96 and 128
 # columns. On an H100 those of 2 bytes spill no register, those of 4 at most 16 bytes (`bench sm90`).
 WIDTHS = (64, 80, 96, 128)
-CONFIGS = {
+BLOCK_SIZES = {
     ("forward", 2): ((128, 64, 4, 3), (128, 64, 4, 2), (128, 128, 8, 2), (128, 64, 8, 3)),
     ("masked", 2):  ((128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3), (128, 64, 8, 3)),
     ("dq", 2):      ((128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 2)),
@@ -66,9 +67,9 @@ def attention_reference(q, k, v, kv_len=None, mask=None, scale=None):
         within = torch.arange(k.shape[2], device=k.device) < kv_len[:, None]            # (B, Nk)
         mask = within if mask is None else within & mask
     none = ~mask.any(1)                                                                 # (B,) images without any key
-    mask = (mask | none[:, None])[:, None, None, :]                                     # (B, 1, 1, Nk): see all keys,
+    mask = (mask | none[:, None])[:, None, None, :]            # (B, 1, 1, Nk): they see all, or softmax would be NaN
     o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
-    return o.masked_fill(none[:, None, None, None], 0)                                  # or softmax is NaN, and get 0
+    return o.masked_fill(none[:, None, None, None], 0)                                  # and get 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -451,9 +452,9 @@ def compile_time(name, q, unit, scale, rows, kv_len=None, mask=None):
     """What the compiler knows of a kernel that loops over so many rows. TAIL: does the last block need a mask?"""
     D, size = q.shape[-1], 2 if INTERPRETED else q.element_size()   # the interpreter likes large blocks
     D0, D1 = tiles(D)
-    if D > WIDTHS[-1] or (name, size) not in CONFIGS:
+    if D > WIDTHS[-1] or (name, size) not in BLOCK_SIZES:
         raise ValueError(f"no kernel for head dim {D} in {q.dtype}: use backend = 'auto' or 'torch'")
-    BM, BN, warps, stages = CONFIGS[name, size][[D0 + D1 <= width for width in WIDTHS].index(True)]
+    BM, BN, warps, stages = BLOCK_SIZES[name, size][[D0 + D1 <= width for width in WIDTHS].index(True)]
     tail = kv_len is not None or mask is not None or rows % (BM if name == "dkdv" else BN) > 0
     tf32 = size == 2 or torch.backends.cuda.matmul.fp32_precision == "tf32"     # see torch.set_float32_matmul_precision
     return dict(D=D, D0=D0, D1=D1, UNIT=unit, SCALE2=scale * math.log2(math.e), BM=BM, BN=BN, TAIL=int(tail),
@@ -523,7 +524,8 @@ attention_op.register_autograd(attention_autograd, setup_context=attention_setup
 
 
 def attention_flops(q, keys, products):
-    return products * 2 * math.prod(q) * keys                       # products of Nq x D by D x Nk: S = Q K^T, O = P V
+    # products of Nq x D by D x Nk: S = Q K^T, O = P V; backward what one kernel would need
+    return products * 2 * math.prod(q) * keys
 
 
 register_flop_formula(torch.ops.nanovermeer.attention)(lambda q, k, *_, **__: attention_flops(q, k[1], 2))
@@ -662,7 +664,7 @@ def kv_merge(k, v, weight, bias, norm_weight, norm_bias, grid, ratio):
 
 def use_kernel(name, x, **variant):
     """Whether an operator takes its kernel for inputs like x. `variant` is all else that the kernel is compiled for."""
-    if x.is_meta:                                                   # nothing runs: the operators know their shapes
+    if x.is_meta:                                                   # nothing runs: only FLOPs of operators are counted
         return name == "attention"
     if backend == "auto":
         training = torch.is_grad_enabled() and x.requires_grad

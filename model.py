@@ -2,7 +2,7 @@
 The model that grows:  v = shell.decode(core(shell.encode(z)))          (Greedy Growing, arXiv 2405.16759, Sec. 3)
 
     core     what growing keeps: text encoding, time embedding, transformer blocks on a grid of tokens
-    shell    what growing throws away and replaces: it carries pixels, or latents, to the core's grid and back
+    shell    what growing replaces: it carries pixels, or latents, to the core's grid and back
              shallow   one convolution, one residual block, [core], one residual block, subpixel head   (Sec. 3.2)
              unet      several resolutions of residual blocks, with skips, above the same grid          (Sec. 3.3)
              nested    the old shallow shell, inside one for images a few times as large                (ours)
@@ -17,8 +17,8 @@ first weights; growing; sizes and the settings that they allow; checkpoints.
 Notable features:
 - adaLN-single (PixArt-alpha, Sec. 2.3): one linear layer makes the shifts, scales and gates of all blocks from time
   and caption;
-- the branches of every block and the last layer start at exactly zero, set by one function that runs last;
-- no dropout, no buffers: positions are a formula, so a model takes any grid, and a larger one interpolates.
+- the branches of the core's blocks and the last layer start at exactly zero, set by one function that runs last;
+- no dropout, no buffers: positions on the grid are a formula, so a model takes any, and a larger one interpolates.
 
 Letters: B images, C channels (3, or the latents'), H W pixels or latents, h w the core's grid of tokens, N = h*w of
 them, L caption tokens, E width of their embeddings, D width of the core, r ratio of the KV merge, K numbers that
@@ -88,9 +88,9 @@ def diffusion_loss(model, x, text, t, eps, config, conditions=None):
 
 class WordEncoding(nn.Module):
     """
-    Caption tokens, embedded and learned along with the core, and their mean as one vector (Sec. 3.1: "MLP on top of
-    pooling layers"). A convolution over three words lets an adjective meet its noun, which attention from scratch
-    learns late. Token 0 is padding.
+    Caption tokens, embedded and learned along with the core, and one vector of them all: an MLP with the mean over
+    words between its two layers (Sec. 3.1 has the MLP after the pooling). A convolution over three words lets an
+    adjective meet its noun, which attention from scratch learns late. Token 0 is padding.
     """
 
     def __init__(self, vocab, length, width):

@@ -79,7 +79,7 @@ def dmd_loss(net, fake, teacher, text, t, noises, conditions, config):
     """
     start, eps = noises.unbind(1)
     x = predict_x(net, start, get_logsnr(torch.full_like(t, config["start_time"]), config), text, conditions)
-    logsnr = get_logsnr(0.02 + 0.96 * t, config)                                   # (B,)
+    logsnr = get_logsnr(0.02 + 0.96 * t, config)                                   # (B,), but for both ends, as DMD
     alpha, sigma = alpha_sigma(logsnr)
     with torch.no_grad():
         z = alpha * x + sigma * eps
@@ -101,15 +101,15 @@ def distill_turns(own, path, config, device, in_half, second_turn):
     The turns of --stage distill: `own`, the student's, with its loss; and for dmd that of a network for its own images.
     path is the teacher's; in_half(net) has its products in half precision; second_turn(name, model) makes a turn.
     """
-    # passes without gradient go through bare models: autocast and DDP mind what a pass is for
-    master, taught = load(path, device)
+    # passes without gradient go through bare models: DDP would make ready for an exchange that never comes
+    teacher_model, teacher_config = load(path, device)
     limit = math.inf if config["autoencoder"] else 1.0
 
-    def sees(model, guidance):                                 # (z, logsnr, text, conditions) -> x
-        def x(z, logsnr, text, conditions):
+    def denoiser(model, guidance):                             # (z, logsnr, text, conditions) -> x
+        def predict(z, logsnr, text, conditions):
             return guided(in_half(model), text, guidance, conditions, limit, untold(config, conditions))(z, logsnr)
-        return x
-    teacher = sees(master, config["guidance"])
+        return predict
+    teacher = denoiser(teacher_model, config["guidance"])
 
     def averaged(z, *batch):                                   # the student with its EMA weights
         return torch.func.functional_call(own.model, own.ema_params, (z, *batch))
@@ -121,11 +121,11 @@ def distill_turns(own, path, config, device, in_half, second_turn):
         raise UserError("objective = lcm with fsdp is not supported, for its target is an average: take another one")
     if config["objective"] != "dmd":
         return [own._replace(loss=of_consistency)]
-    fake = build(taught)
-    fake.load_state_dict(master.state_dict())                  # starts as the teacher
+    fake = build(teacher_config)
+    fake.load_state_dict(teacher_model.state_dict())           # starts as the teacher
 
     def of_student(net, step, x, text, t, noises, conditions):
-        return dmd_loss(net, sees(fake, 1), teacher, text, t, noises, conditions, config)
+        return dmd_loss(net, denoiser(fake, 1), teacher, text, t, noises, conditions, config)
 
     def of_fake(net, step, x, text, t, noises, conditions):
         return fake_loss(net, in_half(own.model), text, t, noises, conditions, config)
@@ -187,7 +187,8 @@ def critic_turns(own, vgg, autoencoder, config, second_turn):
         raise UserError("adversarial with fsdp is not supported, for the exchanges of two networks would mix: leave "
                         "one out")
     discriminator = Discriminator(config["discriminator_width"]) if config["adversarial"] else None
-    seen = {}                                                  # by part of the batch: what the model saw in this step
+    seen = {}                                                  # what the model saw in this step, by micro-batch: of one
+                                                               # x they are slices, which their offset tells apart
 
     def of_model(net, step, x, *batch):
         calls = []

@@ -165,13 +165,15 @@ def get_logsnrs(config, steps, sampler, device="cpu"):
 
 def guided(model, text, guidance, conditions=None, limit=1.0, null_conditions=None):
     """
-    denoise(z, logsnr) -> x for these captions (B, L) or (B, L, E), with classifier-free guidance on all channels
-    (Ho and Salimans 2021): v = v_null + guidance (v_caption - v_null). 1 means no guidance, 0 no caption. The null
-    caption is the one of training; with it null_conditions (B, K) take the place of conditions (B, K). x is clipped to
-    [-limit, limit]: pixels have a limit, latents have none.
+    denoise(z, logsnr) -> x for these captions (B, L) or (B, L, E), with classifier-free guidance (Ho and Salimans
+    2021): v = v_null + guidance (v_caption - v_null). 1 means no guidance, 0 no caption. The null caption is the one
+    of training; with it null_conditions (B, K) take the place of conditions (B, K). x is clipped to [-limit, limit]:
+    pixels have a limit, latents have none.
     """
     def both(given, null):                                     # (B or 2 B, ...): one pass for both
-        return {0: null, 1: given}.get(guidance, torch.cat([given, null]))
+        if guidance in (0, 1):
+            return given if guidance else null
+        return torch.cat([given, null])
     captions = both(text, torch.zeros_like(text))              # padding alone
     told = None if conditions is None else both(conditions, conditions if null_conditions is None else null_conditions)
     copies = len(captions) // len(text)                        # 1 or 2

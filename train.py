@@ -96,8 +96,9 @@ from model import (build, check_sizes, checkpointed_modules, diffusion_loss, exa
 from objectives import cascade_loss, check_base, check_cascade, check_objective, critic_turns, distill_turns
 from sample import is_student, sample
 
-# A turn is one update within a step: who is trained, by which loss per image, loss(net, step, *batch), of how many
-# noises, at every how many steps. Plain training is a list of one; distribution matching and a critic add a second one.
+# A turn is one update within a step: of the model, called as net (compiled, under DDP), by its optimizers, at every how
+# many steps, on so many noises, by which loss per image, loss(net, step, *batch). Plain training is a list of one;
+# distribution matching and a critic add a second one.
 Turn = namedtuple("Turn", "name model net trained optimizers ema_params scaler every noises loss")
 # settings that weights depend on: of the core, and of the shell
 CORE_KEYS = ("pipeline", "width", "depth", "heads", "mlp_ratio", "text_vocab", "encoder_id", "pixart_core")
@@ -125,8 +126,8 @@ def make_model(config, freeze):
 
 def uses_muon(config, name, p):
     """
-    Muon is for matrices inside the network, convolutions too (Jordan et al. 2024); AdamW has the first and last layer,
-    the embeddings of text and time, and all vectors.
+    Muon is for matrices inside the network, convolutions too (Jordan et al. 2024), and for those by which the noisy
+    image joins later; AdamW has the first and last layer, text, time, modulation, and all vectors.
     """
     inside = name.startswith(("core.blocks.", "shell.")) and not any(part in name for part in OUTSIDE)
     return config["muon_lr"] > 0 and p.ndim == 2 and inside
@@ -176,13 +177,18 @@ def draw_noise(rows, shape, key, config, device):
     return t, normals([("noise", *key, row) for row in rows], shape, device)
 
 
+def micro_batches(batch, micro):
+    """[batches of micro images] of a batch, a tuple of tensors (b, ...): slices of them, not copies."""
+    return list(zip(*(part.split(micro) for part in batch)))
+
+
 def forward_backward(turn, step, batch, micro, world, dtype, config):
     """
     Loss of each image, (b,), and its gradients, over micro-batches: they add up to those of the whole batch. batch is
     x (b, C, H, W), text (b, L) or (b, L, E), t (b,), eps (b, C, H, W), or (b, n, C, H, W) of n noises, two or none, and
     conditions (b, K).
     """
-    losses, parts = [], list(zip(*(part.split(micro) for part in batch)))          # parts: micro-batches
+    losses, parts = [], micro_batches(batch, micro)
     for k, part in enumerate(parts):
         with sync_gradients(turn.net, last=k + 1 == len(parts)):                   # between processes, once
             loss = turn.loss(in_half(turn.net, dtype), step, *part)                # (micro,)
@@ -193,7 +199,7 @@ def forward_backward(turn, step, batch, micro, world, dtype, config):
 
 
 def clip_gradients(turn, clip):
-    """The norm of the whole gradient, the same in all processes, before it is clipped."""
+    """Unscale and clip the gradient, as a whole. -> its norm before that, the same in all processes."""
     for optimizer in turn.optimizers:
         turn.scaler.unscale_(optimizer)                        # so that the norm is that of the gradient itself
     norm = torch.nn.utils.clip_grad_norm_(turn.trained.values(), clip or math.inf) # float32
@@ -223,7 +229,8 @@ check_sizes(config)                                            # before any file
 if args.core and not stage.sources:
     raise UserError(f"--core says where to start, and {args.stage} starts from nothing: leave it out")
 distills, critics = check_objective(config, args.stage, args.teacher, dict(flags)) # of a student; with critics
-if bool(config["style"]) != (args.stage == "style") and not distills or config["style"] == "scenes" != config["data"]:
+wrong_stage = bool(config["style"]) != (args.stage == "style") and not distills
+if wrong_stage or (config["style"] == "scenes" and config["data"] != "scenes"):
     raise UserError(f"--stage {args.stage}, data = {config['data']}, style = {config['style']!r}: give --style PATH, "
                     "or with scenes --style scenes, to --stage style and to its students alone")
 if args.stage == "condition" and not config["conditions"]:
@@ -287,7 +294,7 @@ example_caption = next(filter(None, map(data.caption, range(len(data)))), "")
 # ---- the run: finished, to go on, or new, from nothing or from another one -------------------------------------------
 run = os.path.join(args.out, args.config, args.stage)
 file = os.path.join(run, "last.pt")                            # the newest checkpoint
-look = f"python sample.py {run} {shlex.quote(example_caption)}"
+sample_command = f"python sample.py {run} {shlex.quote(example_caption)}"
 about = {"name": args.config, "stage": args.stage, "config": config, "parents": []}
 lock = lock_run(run) if rank == 0 else None                    # before anything in it is looked at or moved
 all_reduce_max(0)                                              # a barrier
@@ -313,13 +320,14 @@ if saved:
         check_unchanged(*saved["teacher"], "the teacher of this run", "start anew with --fresh")
     about |= {key: saved[key] for key in ("parents", "teacher") if key in saved}   # parents: all runs before this one
     if done:
-        print0(f"{run} is finished: {saved['step']} steps. Look at it: {look}")
+        print0(f"{run} is finished: {saved['step']} steps. Look at it: {sample_command}")
         exit_with(0)
     print0(f"{run}: going on at step {saved['step']} of {config['steps']}{changes}")
 elif stage.sources:                                            # new, from another run
     made = [name for name in stage.sources if is_finished(os.path.join(args.out, args.config, name))]
+    # weak to strong: a config that starts from another one's run never grows, so defrost is the stage that it has
     usual = ("defrost",) if config["starts"] and len(stage.sources) > 1 else stage.sources[-1:]
-    weak = config["starts"] if stage.sources == ("grow",) else ""                  # weak to strong: of another config
+    weak = config["starts"] if stage.sources == ("grow",) else ""                  # of defrost and hold
     latest = os.path.join(args.out, weak or f"{args.config}/{(made or usual)[0]}")
     if distills:                                               # its flags are not its teacher's, so it trains none
         if not (teacher := args.teacher or args.core or made and latest):
@@ -492,7 +500,8 @@ def describe_fault(turn, losses, data_step, batch):
     if dtype == torch.float16 and not bad_rows and turn.scaler.get_scale() > 1:
         return f"gradient overflowed at scale {turn.scaler.get_scale():g}", ""
     samples = [batches.sources(data_step)[row][2] for row in bad_rows]             # numbers of images
-    fault = first_fault(turn.model, lambda: turn.loss(in_half(turn.model, dtype), step, *batch))
+    fault = first_fault(turn.model, lambda: [turn.loss(in_half(turn.model, dtype), step, *part)
+                                             for part in micro_batches(batch, micro)])
     modules = [name for name in all_gather(fault) if name]     # of each process
     return "gradient is not finite", (f"; loss of samples {samples or 'finite for all'}; "
                                       f"first module {modules[0] if modules else 'none: only the backward overflowed'}")
@@ -604,5 +613,5 @@ if not os.environ.get(RUN_FIRST):                              # the run that st
     words = {"config": args.config, "out": args.out, **{key: value for key, value in flags if key not in ours}}
     same = "".join(f" --{key} {shlex.quote(value)}" for key, value in words.items() if value != parser.get_default(key))
     grow = f"python train.py --stage {follows}{same}, or " if follows else ""
-    print0(f"next: {grow}{look}")
+    print0(f"next: {grow}{sample_command}")
 exit_with(0)
