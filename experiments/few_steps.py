@@ -27,11 +27,13 @@ from model import load
 from sample import SAMPLERS, check_student, sample
 
 FASTER = dict(lr=0.001, muon_lr=0.006)                         # for students that are further from their teacher
-STUDENTS = {                                                   # name -> keys of its training, beside [toy.distill]
-    "consistency-16": dict(objective="consistency", sample_steps=16),
-    "consistency-4": dict(objective="consistency", sample_steps=4, teacher_steps=32, addim=0.0, **FASTER),
-    "lcm": dict(objective="lcm", sample_steps=4, teacher_steps=8, **FASTER),
-    "dmd": dict(objective="dmd", sample_steps=1, fake_updates=2, steps=600, **FASTER)}
+STUDENTS = {                   # name -> the student that it starts as, "" is the teacher; keys beside [toy.distill]
+    "consistency-16": ("", dict(objective="consistency", sample_steps=16)),
+    "consistency-4": ("", dict(objective="consistency", sample_steps=4, teacher_steps=32, addim=0.0, steps=1000,
+                               **FASTER)),
+    "lcm": ("", dict(objective="lcm", sample_steps=4, teacher_steps=8, **FASTER)),
+    "dmd": ("lcm", dict(objective="dmd", sample_steps=1, fake_updates=2, steps=400, guidance=1.5, lr=0.0006,
+                        muon_lr=0.0036))}                      # gently, and less guided: it keeps variety
 # a row of the table: whose pictures (a student's, or "" for the teacher's), by which sampler, in how many steps
 Method = namedtuple("Method", "student sampler steps")
 METHODS = [Method(*row) for row in (                           # the teacher in 16 and 4 steps: what distilling adds
@@ -51,9 +53,10 @@ def run_of(method, folder):
 def train_all(folder, seed, keys):
     """The teacher and its students; `keys` are for all."""
     train(folder, "grow", seed, keys)
-    for name, own in STUDENTS.items():
-        teacher = os.path.join(folder, "toy", "grow")
-        train(os.path.join(folder, name), "distill", seed, keys, teacher=teacher, **own)
+    teacher = os.path.join(folder, "toy", "grow")
+    for name, (core, own) in STUDENTS.items():
+        core = os.path.join(folder, core, "toy", "distill") if core else teacher
+        train(os.path.join(folder, name), "distill", seed, keys, teacher=teacher, core=core, **own)
 
 
 def open_method(method, folder):
