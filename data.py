@@ -23,8 +23,8 @@ serves the same methods:
     folder                         where caches lie, or None; with one, captions_digest() tells other captions apart
     size(i), all_sizes()           native (width, height) of image i; int (n, 2) of all
     view(i, height, width, (x, y), rule)       (H, W, 3) uint8, top and left of the crop that x, y in [0, 1) place
-    choose(i, which, long)         number of one of its captions, -1 if it has none: an image may have several
-    text(number), caption(i)       a caption by its number, "" for -1; the first caption of image i
+    choose(i, which, long)         id of one of its captions, -1 if it has none: an image may have several
+    text(caption_id), caption(i)   a caption by its id, "" for -1; the first caption of image i
     prefix                         what both put before every caption: a style token and a space, or ""
     captions_count                 of all images
     where(i), unreadable           a name for messages; the set of those that failed
@@ -82,7 +82,7 @@ from model import token_size
 
 # ---- batches: which samples make up the batch of a step, and how each is cropped, mirrored, recoloured and captioned -
 
-Sample = namedtuple("Sample", ["image", "caption", "size", "number", "i", "conditions"])     # see Batches.sample
+Sample = namedtuple("Sample", ["image", "caption", "size", "caption_id", "i", "conditions"])     # see Batches.sample
 
 
 class Batches(torch.utils.data.Dataset):
@@ -132,9 +132,9 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, step):
         rows = self.sources(step)[self.rows]                   # only this device's images are read
         samples = [own.sample(epoch, i, own.latents) for own, epoch, i in rows]
-        images, captions, _, numbers, _, conditions = zip(*samples)
+        images, captions, _, ids, _, conditions = zip(*samples)
         x = torch.stack(images) if self.latents else to_tensor(np.stack(images))   # (b, C, H, W)
-        text = (torch.cat([own.embeddings([number]) for (own, _, _), number in zip(rows, numbers)]) if self.embeddings
+        text = (torch.cat([row[0].embeddings([caption_id]) for row, caption_id in zip(rows, ids)]) if self.embeddings
                 else encode_captions(captions, self.config))
         return x, text, torch.tensor(conditions, dtype=torch.float32)              # ..., (b, L) or (b, L, E), (b, K)
 
@@ -188,7 +188,7 @@ class Batches(torch.utils.data.Dataset):
 
     def sample(self, epoch, i, source=None):
         """
-        Sample i in this epoch, or the next one that can be read: image (H, W, 3) uint8, caption, row of size, number of
+        Sample i in this epoch, or the next one that can be read: image (H, W, 3) uint8, caption, row of size, id of
         the caption or -1, i, and row of conditions. Crop, flip, colours, caption and what is dropped are functions of
         (stage, seed, epoch, i). From a LatentCache as source, the image is (c, h, w) float. Raises UserError if no
         image of the bucket can be read.
@@ -204,11 +204,11 @@ class Batches(torch.utils.data.Dataset):
             left = covering((w, h), height, width, c["resize"])[0] - width - left  # counted from the other side
         if c["jitter"]:
             image = jittered(image, colours, c["jitter"])
-        number = self.data.choose(i, which, long < c["long_captions"])             # -1 where it has none
+        caption_id = self.data.choose(i, which, long < c["long_captions"])             # -1 where it has none
         if drop < c["caption_dropout"]:                        # guidance needs the model without a caption too
-            number = -1                                        # (Ho and Salimans): "", for the model all zeros
+            caption_id = -1                                    # (Ho and Salimans): "", for the model all zeros
         size = h, w, top, left, height, width                  # what size_and_crop tells (SDXL)
-        return Sample(image, self.data.text(number), size, number, i, self.conditions(epoch, i, size))
+        return Sample(image, self.data.text(caption_id), size, caption_id, i, self.conditions(epoch, i, size))
 
     def conditions(self, epoch, i, size):
         """The row of conditions of sample i. Each number is dropped by itself: a model can be asked without it."""

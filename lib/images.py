@@ -247,7 +247,7 @@ class Indexed:
 
     def choose(self, i, which=0.0, long=False):
         """
-        Number of a caption of image i, -1 where it has none: a long one if `long`, or if it has no other; of several
+        Id of a caption of image i, -1 where it has none: a long one if `long`, or if it has no other; of several
         the one at `which` in [0, 1).
         """
         plain, more = (range(first[i], first[i + 1]) for first in (self.first, self.first_long))
@@ -255,12 +255,13 @@ class Indexed:
             return len(self.captions) + more[int(which * len(more))]
         return plain[int(which * len(plain))] if plain else -1
 
-    def text(self, number):
-        """The caption of that number; -1 is the null caption."""
-        plain = len(self.captions)
-        if number < 0:
+    def text(self, caption_id):
+        """The caption of that id; -1 is the null caption."""
+        plain = len(self.captions)                             # long ones are counted on from there
+        if caption_id < 0:
             return ""
-        return self.prefix + (self.captions[number] if number < plain else self.long_captions[number - plain])
+        text = self.captions[caption_id] if caption_id < plain else self.long_captions[caption_id - plain]
+        return self.prefix + text
 
     def caption(self, i):
         """The first caption of image i."""

@@ -82,16 +82,16 @@ class Scenes:
         return self.image(i, height), 0, 0
 
     def choose(self, i, which=0.0, long=False):
-        """Number of a caption of scene i: it has one, the i-th."""
+        """Id of a caption of scene i: it has one, the i-th."""
         return i
 
     @property
     def captions_count(self):
         return len(self)
 
-    def text(self, number):
-        """The caption of that number; -1 is the null caption."""
-        return self.caption(number) if number >= 0 else ""
+    def text(self, caption_id):
+        """The caption of that id; -1 is the null caption."""
+        return self.caption(caption_id) if caption_id >= 0 else ""
 
     def caption(self, i):
         return self.prefix + describe(self.scene(i))
