@@ -224,7 +224,7 @@ if args.stage not in STAGES:
 stage = STAGES[args.stage]                                     # its row decides; a few keys go with one stage's name
 config = load_config(args.config, args.stage, flags)           # {key: value}, every value checked
 whole = stage.init_prefix == "" and not stage.freeze           # a pipeline is kept as a whole, with its own settings
-config = start_config(config, whole and (args.teacher or args.core), flags)
+config = start_config(config, args.teacher or args.core, flags, whole)
 check_sizes(config)                                            # before any file is opened
 if args.core and not stage.sources:
     raise UserError(f"--core says where to start, and {args.stage} starts from nothing: leave it out")

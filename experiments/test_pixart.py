@@ -120,6 +120,9 @@ def test_the_posters_rows_go_on_from_it_with_a_merge_of_keys_and_values(pipeline
     assert config["encoder_weights"] == origin and config["autoencoder"] == os.path.join(origin, "vae")
     assert config["kv_merge"] == 2 and net.core.blocks[1].self_attention.r == 2
     assert not torch.equal(net.core.text.null, before.core.text.null)              # the null caption is learned too
+    run(*words[:4], "hold", "--core", tmp_path / "pixart-sigma-1k-kv/defrost", *words[7:])         # its core frozen
+    held = load(str(tmp_path / "pixart-sigma-1k-kv/hold"))[1]
+    assert all(held[key] == config[key] for key in ("encoder", "encoder_weights", "autoencoder"))
     other = shutil.copytree(origin, tmp_path / "other")
     spoil_weights(other, "text_encoder", lambda w: w.update({key: value + 1 for key, value in w.items()}))
     assert "the captions were embedded by" in run(*words, "--encoder_weights", other, "--fresh", code=2)

@@ -153,17 +153,17 @@ def pipeline_config(folder):
         "logsnr_max": float(logsnrs[0]), "logsnr_min": float(logsnrs[-1]), "steps": 0}
 
 
-def start_config(config, path, flags):
+def start_config(config, path, flags, whole):
     """
-    The config of a training that starts with all weights of `path`: where that is a pipeline, or a run of its network,
-    with all that this decides, and with what is usual for it where config and `flags`, [(key, text)], leave it open;
-    where a pipeline reads the captions of our own network, with these parts of it. UserError for a flag that it
-    contradicts.
+    The config of a training that starts from `path`: where that is a pipeline, or a run of its network, and is to be
+    trained as a `whole`, with all that this decides, and with what is usual for it where config and `flags`, [(key,
+    text)], leave it open; where a pipeline reads the captions of our own network, with these parts of it. UserError for
+    a flag that it contradicts.
     """
     if config["pipeline"]:
         raise UserError(f"pipeline = {config['pipeline']}: that is filled in: give --core FOLDER or --teacher FOLDER")
     there, given = network_config(path), {key for key, _ in flags}
-    if not there:
+    if not there or there["pipeline"] and not whole:          # which the stage refuses
         return config
     if not there["pipeline"]:
         if "encoder" in given and config["encoder"] != there["encoder"]:
