@@ -42,7 +42,6 @@ CAPTIONS = {"no caption": lambda caption: "",                  # what is said of
             "whole caption": lambda caption: caption}
 CHECKS = [("size", "no caption"), ("size", "no words of size"), ("size", "whole caption"), ("objects", "no caption"),
           ("x", "whole caption"), ("x", "no caption")]         # (condition, what of the caption is said)
-SAMPLING = {"sampler": "dpm", "sample_steps": 20}              # a tenth of the time of 256 steps of ddpm
 
 
 def train_both(base, stage, folder, seed, keys):
@@ -82,14 +81,14 @@ def correlation(model, config, name, said, n, told):
             "error": float(np.median(abs(judged - asked)[there]))}
 
 
-def measure(path, files, checks, n, told):
+def measure(path, files, checks, n, told, guidance):
     """
     dsg and fidelity of a run that is told nothing, and all correlations, {job: figures}; each from a file, whose name
     begins with `files`, if that was made of these weights.
     """
-    about = {"weights": file_hash(os.path.join(path, "last.pt")), "n": n, "told": told}
+    about = {"weights": file_hash(os.path.join(path, "last.pt")), "n": n, "told": told, "guidance": guidance}
     model, config = load(path)
-    config |= SAMPLING
+    config["guidance"] = guidance
     jobs = {f"{name}, {said}": lambda name=name, said=said: correlation(model, config, name, said, n, told)
             for name, said in checks}
     # told nothing, before and after: what learning the conditions has cost
@@ -128,7 +127,7 @@ def draw(path, checks, file, columns=8, number=0):
         asked = np.linspace(*ranges[name], columns).tolist()
         caption = CAPTIONS[said](world.caption(number))
         for value in asked:                                    # one at a time: all start from noise 0
-            images += list(to_uint8(sample(model, config | SAMPLING, [caption], numbers={name: value})))
+            images += list(to_uint8(sample(model, config, [caption], numbers={name: value})))
         titles += [f"{name}={value:.3g}, {said}" for value in asked]
     write_png(file, contact_sheet(images, titles, columns, most=128))
 
@@ -153,8 +152,9 @@ def main():
         base, folder = os.path.join(args.bases or args.out, str(seed)), os.path.join(args.out, str(seed))
         train_both(base, args.of, folder, seed, keys)
         runs = os.path.join(base, "toy", args.of), os.path.join(folder, "toy", "condition")
-        before.append(measure(runs[0], os.path.join(folder, "before"), checks, args.n, told=False))
-        after.append(measure(runs[1], os.path.join(folder, "after"), checks, args.n, told=True))
+        guidance = read_checkpoint(runs[1])["config"]["guidance"]                  # of both: it counts more than all else
+        before.append(measure(runs[0], os.path.join(folder, "before"), checks, args.n, False, guidance))
+        after.append(measure(runs[1], os.path.join(folder, "after"), checks, args.n, True, guidance))
     draw(os.path.join(args.out, str(seeds[0]), "toy", "condition"), checks, os.path.join(args.out, "pictures.png"))
     text = table(before, after, checks)
     atomic_write(os.path.join(args.out, "table.md"), lambda f: f.write(text.encode()))
