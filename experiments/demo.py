@@ -68,9 +68,9 @@ def build_page(gradio, model, config, name):
     student = is_student(config)
     samplers = STUDENTS[config["objective"]][0] if student else tuple(SAMPLERS)
 
-    def pictures(*fields):
-        try:
-            return draw(model, config, *fields)
+    def pictures(caption, n, steps, guidance, *others):
+        try:                                                   # the page makes 0 of a number that is empty
+            return draw(model, config, caption, n, steps, None if student else guidance, *others)
         except (UserError, Exception) as error:                # a UserError is no Exception
             raise gradio.Error(html.escape(answer(error)), duration=None, print_exception=False)
     with gradio.Blocks(title=f"nanoVermeer: {name}", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
@@ -79,8 +79,8 @@ def build_page(gradio, model, config, name):
         with gradio.Row():
             n = gradio.Slider(1, 16, 4, step=1, label="pictures")
             steps = gradio.Number(config["sample_steps"], label="steps", precision=0, elem_id="steps")
-            guidance = gradio.Number(None if student else config["guidance"], label="guidance", elem_id="guidance",
-                                     info="inside this student: leave it empty" if student else "1 is none")
+            guidance = gradio.Number(config["guidance"], label="guidance", elem_id="guidance", info="1 is none",
+                                     visible=not student)      # it is inside a student
             sampler = gradio.Dropdown(samplers, value=config["sampler"], label="sampler")
             seed = gradio.Number(0, label="seed", precision=0)
             side = config["resolution"]
