@@ -33,7 +33,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from kernels import MERGE_EPS, attention, kv_merge
-from lib.checkpoint import older_checkpoints, open_checkpoint
+from lib.checkpoint import find_checkpoint, open_checkpoint
 from lib.conditions import embedded_conditions, read_conditions
 from lib.encoders import encoder_parts, has_pretrained_encoder
 from lib.published import Published, fill, read_published
@@ -725,13 +725,7 @@ def read_checkpoint(path):
     """The state in a run's last.pt, in a file, or in a folder that was published. UserError if it cannot be read."""
     if state := read_published(path):
         return state
-    is_run = os.path.isdir(path) and not os.path.exists(os.path.join(path, "about.pt"))    # a sharded one has it
-    last = os.path.join(path, "last.pt")
-    file = next(filter(os.path.exists, (last, *older_checkpoints(path))), last) if is_run else path
-    if not os.path.exists(file):
-        raise UserError(f"no checkpoint {file!r}: `python train.py --stage grow` makes out/toy/pretrain/last.pt "
-                        "and out/toy/grow/last.pt")
-    state, problem = open_checkpoint(file, default_config())
+    state, problem = open_checkpoint(find_checkpoint(path), default_config())
     if problem:
         raise UserError(problem)
     return state
