@@ -2665,9 +2665,12 @@ def test_a_tuned_pipeline_is_a_run_like_any_other(tuned, tmp_path):
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in net.state_dict().items())
     here, there = (sampling.sample(*drawn, ["a red square"], steps=2) for drawn in ((net, config), (again, moved)))
     assert torch.equal(here, there)
-    words = ["--teacher", made, "--data", config["data"], *pipeline_words(tmp_path, "distill", objective="lcm")]
+    out = made.parent.parent                                   # what lies there is found without --core and --teacher
+    words = ["--data", config["data"], *pipeline_words(out, "distill", objective="lcm")]
     run("train.py", *changed(words, steps=2, sample_steps=2, teacher_steps=4))     # and it teaches
-    assert checkpoint_of(tmp_path, "distill")["config"]["pipeline"] == origin
+    assert checkpoint_of(out, "distill")["config"]["pipeline"] == origin
+    said = run("train.py", "--data", config["data"], *pipeline_words(out, "defrost", steps=6, sample_every=4))
+    assert "going on at step 4 of 6, steps 4 -> 6\n" in said   # all else as it was begun
 
 
 def test_a_pipeline_is_tuned_to_a_style_from_a_folder(tuned, tmp_path):
@@ -2731,7 +2734,11 @@ def test_a_compiled_pipeline_is_the_same_and_its_encoders_are_no_part_of_the_gra
 
 
 @pytest.mark.parametrize("words, message", [
-    ("--stage grow --core {f} --upscale", "is a published run and grow takes the core of a pretrain run"),
+    ("--stage grow --core {f}", "has the network of a pipeline, which is trained as a whole: take --stage defrost or"),
+    ("--stage hold --core {f}", "{f} has the network of a pipeline, which is trained as a whole"),
+    ("--stage pretrain --core {f}", "--core says where to start, and pretrain starts from nothing"),
+    ("--stage defrost --core {f}/vae", "is no export of format"), ("--stage defrost --core {f}/none", "no checkpoint"),
+    ("--stage defrost --core {f}/transformer/diffusion_pytorch_model.safetensors", "name the folder that it lies in"),
     ("--stage pretrain --pipeline {f}", "that is filled in: give --core FOLDER or --teacher FOLDER"),
     ("--stage defrost --core {f} --resolution 32", "--resolution: the network of {f} decides it, 16: leave it out"),
     ("--stage defrost --core {f} --width 32", "--width: the network of {f} decides it"),

@@ -13,7 +13,7 @@ import os
 import torch
 import torch.nn as nn
 
-from lib.checkpoint import FORMAT
+from lib.checkpoint import FORMAT, find_checkpoint
 from lib.conditions import SIZES
 from lib.files import atomic_write, import_extra, part_name, read_json, read_weights, weight_files
 from lib.pipeline_encoder import PIPELINES, PipelineEncoder, null_caption, open_pipeline, pipeline_index
@@ -153,22 +153,45 @@ def pipeline_config(folder):
         "logsnr_max": float(logsnrs[0]), "logsnr_min": float(logsnrs[-1]), "steps": 0}
 
 
-def start_config(config, path, flags, whole):
+def read_start(path):
     """
-    The config of a training that starts from `path`: where that is a pipeline, or a run of its network, and is to be
-    trained as a `whole`, with all that this decides, and with what is usual for it where config and `flags`, [(key,
-    text)], leave it open; where a pipeline reads the captions of our own network, with these parts of it. UserError for
-    a flag that it contradicts.
+    What a training starts from, {"stage", "config" ...}: a pipeline's folder, a run or an export, without reading what
+    is large. None where nothing is there yet; what is broken is told when it is read.
+    """
+    if not path:
+        return None
+    if os.path.exists(os.path.join(path, "model_index.json")):
+        return {"stage": "published", "config": pipeline_config(path)}
+    state = read_export(path) if os.path.exists(os.path.join(path, "config.json")) else newest_about(path)
+    return state | {"config": default_config() | state["config"]} if state and "config" in state else None
+
+
+def check_there(path):
+    """UserError where no pipeline, run or export is at a path that was named."""
+    if not any(os.path.exists(os.path.join(path, name)) for name in ("model_index.json", "config.json")):
+        find_checkpoint(path)
+
+
+def start_config(config, path, start, flags, whole):
+    """
+    The config of a training that starts from `path`, which read_start read. `home` is the folder of a pipeline that
+    it needs. Where that is its network, and this is to be trained as a `whole`, its config gets all that the pipeline
+    decides, and what is usual for it where config and `flags`, [(key, text)], leave it open; where the network is ours
+    and the pipeline only reads its captions, these PARTS of it. UserError for a flag that it contradicts, and for a
+    stage that keeps a part of a pipeline's network.
     """
     if config["pipeline"]:
         raise UserError(f"pipeline = {config['pipeline']}: that is filled in: give --core FOLDER or --teacher FOLDER")
-    there, given = network_config(path), {key for key, _ in flags}
-    if not there or there["pipeline"] and not whole:          # which the stage refuses
+    if not start or not home(start["config"]):
         return config
+    there, given = start["config"], {key for key, _ in flags}
     if not there["pipeline"]:
-        if "encoder" in given and config["encoder"] != there["encoder"]:
-            given.add("encoder_weights")                       # these are of another one
-        return config | {key: there[key] for key in PARTS if key not in given}
+        other = "encoder" in given and config["encoder"] != there["encoder"]       # encoder_weights are not of this one
+        taken = [key for key in PARTS if key not in given and not (other and key == "encoder_weights")]
+        return config | {key: there[key] for key in taken}
+    if not whole:
+        raise UserError(f"{path} has the network of a pipeline, which is trained as a whole: take --stage defrost or "
+                        "style and --core, or distill and --teacher")
     for key in (*DECIDED, *OURS):
         if key in given and config[key] != there[key]:
             value = f", {there[key]!r}" * (key in DECIDED)
@@ -188,18 +211,9 @@ def start_config(config, path, flags, whole):
 
 def home(config):
     """The folder of the pipeline that is the network, or that reads its captions; "" where there is none."""
-    return config["pipeline"] or config["encoder_weights"] * config["encoder"].startswith("pipeline:")
-
-
-def network_config(path):
-    """The config of a pipeline's folder, or of a run or export that has one as its `home`; None of all others."""
-    if not path:
-        return None
-    if os.path.exists(os.path.join(path, "model_index.json")):
-        return pipeline_config(path)
-    state = read_export(path) if os.path.exists(os.path.join(path, "config.json")) else newest_about(path)
-    there = state and default_config() | state["config"]
-    return there if there and home(there) else None
+    if config["encoder"].startswith("pipeline:"):
+        return config["pipeline"] or config["encoder_weights"]
+    return config["pipeline"]
 
 
 def check_encoder(config):
