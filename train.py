@@ -301,7 +301,7 @@ data = open_data(config)                                       # scenes, an inde
 styled = open_style(config) if config["style"] else None       # a second set, mixed in
 batches = Batches(data, config, stage.large_only, args.stage, rank, world, styled)
 config |= batches.identity                                     # which data, which encoder: compared when a run goes on
-check_encoder(config)                                          # of a pipeline
+check_encoder(config, start)                                   # of a pipeline
 vgg, config["vgg_id"] = open_vgg(config["vgg"], device) if config["perceptual"] else (None, "")
 example_caption = next(filter(None, map(data.caption, range(len(data)))), "")
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from lib.draws import normals
 from lib.files import read_json
-from lib.pipeline_encoder import null_caption
+from lib.pipeline_encoder import encoder_dtype, null_caption, open_pipeline
 from lib.published import Published, check_new, export, fill, noise_levels, read_published
 from lib.settings import Parser, UserError
 from lib.timesteps import ddpm_timestep
@@ -113,6 +113,8 @@ def main():
     theirs, ours = Published(state["config"]), build(config)
     fill(theirs, state["model"], args.folder)                  # whole, and with nothing beside
     weights = own_weights(state["model"], config)
+    encoder = open_pipeline(config["text_length"], config["encoder_weights"], encoder_dtype(config))
+    config["encoder_id"] = encoder.id                          # captions of others are refused from now on
     fill(ours, weights, args.folder)
     worst = largest_difference(theirs.eval(), ours.eval(), config)
     grid = token_grid(config)

@@ -126,6 +126,9 @@ def test_the_posters_rows_go_on_from_it_with_a_merge_of_keys_and_values(pipeline
     other = shutil.copytree(origin, tmp_path / "other")
     spoil_weights(other, "text_encoder", lambda w: w.update({key: value + 1 for key, value in w.items()}))
     assert "the captions were embedded by" in run(*words, "--encoder_weights", other, "--fresh", code=2)
+    next(data.rglob("pipeline-300.arrow")).unlink()            # nor do those fit that its own encoders embed
+    run("data.py", "embed", data, "--encoder", "pipeline:300", "--weights", other)
+    assert f"--weights {origin}" in run(*words, "--encoder_weights", "", "--fresh", code=2)
 
 
 @pytest.mark.parametrize("change, words", [

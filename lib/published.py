@@ -216,14 +216,21 @@ def home(config):
     return config["pipeline"]
 
 
-def check_encoder(config):
-    """UserError where the captions of a training were embedded by others than the encoders of its pipeline."""
-    if not config["encoder"].startswith("pipeline:") or not config["encoder_weights"]:
-        return
-    own, known = open_pipeline(config["text_length"], config["encoder_weights"], "fp32").id, config["encoder_id"]
-    if known.split(" ")[2:] != own.split(" ")[2:]:             # behind the dtype
-        raise UserError(f"the captions were embedded by {known}, and the pipeline holds {own}: embed them with "
-                        f"--weights {config['encoder_weights']}")
+def check_encoder(config, start):
+    """
+    UserError where the captions of a training were embedded by others than the encoders of its pipeline, or than those
+    that `start` (read_start) was published with.
+    """
+    known, there = config["encoder_id"] or config["encoder"], []
+    if start and start["stage"] == "published" and start["config"]["encoder_id"]:
+        there.append((start["config"]["encoder_id"], home(start["config"])))
+    if config["encoder"].startswith("pipeline:") and config["encoder_weights"]:
+        folder = config["encoder_weights"]
+        there.append((open_pipeline(config["text_length"], folder, "fp32").id, folder))
+    for own, folder in there:
+        if known.split(" ")[2:] != own.split(" ")[2:]:         # behind the dtype
+            raise UserError(f"the captions were embedded by {known}, and the pipeline holds {own}: embed them with "
+                            f"--encoder pipeline:{config['text_length']} --weights {folder}")
 
 
 def describe_published(state):
