@@ -156,12 +156,12 @@ def find_checkpoint(path):
     is_run = os.path.isdir(path) and not os.path.exists(os.path.join(path, "about.pt"))    # a sharded one has it
     files = [os.path.join(path, "last.pt"), *older_checkpoints(path)] if is_run else [path]
     if path.endswith(".safetensors"):
-        raise UserError(f"{path!r} is weights alone: name the folder that it lies in, of a pipeline the whole one, that "
-                        "with model_index.json")
+        raise UserError(f"{path!r} is weights alone: name the folder that it lies in, of a pipeline the whole one, "
+                        "that with model_index.json")
     if not (file := next(filter(os.path.exists, files), None)):
-        raise UserError(f"no checkpoint {files[0]!r}: `python train.py --stage grow` makes out/toy/pretrain/last.pt and "
-                        "out/toy/grow/last.pt; or name a pipeline's whole folder, that with model_index.json: nothing "
-                        "is downloaded")
+        raise UserError(f"no checkpoint {files[0]!r}: `python train.py --stage grow` makes out/toy/pretrain/last.pt "
+                        "and out/toy/grow/last.pt; or name a pipeline's whole folder, that with model_index.json: "
+                        "nothing is downloaded")
     return file
 
 

@@ -17,7 +17,7 @@ from lib.encoders import EmbeddingCache, embed_captions, embed_now, open_encoder
 from lib.pictures import write_png
 from lib.files import file_hash, weights_hash
 from lib.pipeline_encoder import PipelineEncoder
-from lib.settings import load_config
+from lib.settings import UserError, load_config
 from lib.timesteps import timestep_of
 from lib.test_encoders import Trap, captions, refused  # noqa: captions is a fixture
 from model import alpha_sigma, build, diffusion_loss, load, read_checkpoint
@@ -294,6 +294,25 @@ def test_captions_are_embedded_as_the_pipeline_does_one_encoder_after_the_other(
         assert all(kept == [] or memory for _, kept in opened)
 
 
+def test_a_tokenizer_is_read_from_its_sentencepiece_model(pipelines, tmp_path):
+    """As PixArt-Sigma is downloaded: spiece.model and no tokenizer.json."""
+    pytest.importorskip("google.protobuf"), pytest.importorskip("sentencepiece")
+    folder = copied(pipelines["pixart"][1], tmp_path)
+    shutil.rmtree(folder / "tokenizer"), os.mkdir(folder / "tokenizer")
+    options = dict(model_prefix=str(folder / "tokenizer/spiece"), vocab_size=40, hard_vocab_limit=False, minloglevel=2)
+    import sentencepiece
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(CAPTIONS * 9), pad_id=0, eos_id=1, unk_id=2,
+                                             bos_id=-1, **options)
+    (folder / "tokenizer/tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "extra_ids": 0}')
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer/spiece.model"))
+    tokenizer = PipelineEncoder(300, str(folder), "fp32").tokenizer("text_encoder")
+    assert tokenizer(CAPTIONS[0]).input_ids == pieces.encode(CAPTIONS[0]) + [1]
+    (folder / "tokenizer/spiece.model").write_text("")
+    with pytest.raises(UserError) as error:
+        PipelineEncoder(300, str(folder), "fp32").tokenizer("text_encoder")
+    assert "tokenizer' does not open" in error.value.message and "sentencepiece protobuf" in error.value.message
+
+
 def test_the_null_caption_is_the_published_one(pipelines, tmp_path):
     for kind, changes, zero in (("pixart", {}, False), ("sdxl", {}, True),
                                 ("sdxl", {"force_zeros_for_empty_prompt": False}, False)):
@@ -374,7 +393,7 @@ BAD_FOLDERS = [
     ("pixart", lambda f: shutil.rmtree(f / "transformer"), "transformer/config.json' cannot be read"),
     ("sdxl", lambda f: shutil.rmtree(f / "vae"), "vae/config.json' cannot be read"),
     ("sdxl", lambda f: shutil.rmtree(f / "text_encoder_2"), "text_encoder_2/config.json' cannot be read"),
-    ("sdxl", lambda f: shutil.rmtree(f / "tokenizer"), "does not open as text_encoder"),
+    ("sdxl", lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer' does not open as a tokenizer ("),
     ("sdxl", lambda f: pickle_weights(f, "unet"), "could run code"),
     ("pixart", lambda f: pickle_weights(f, "text_encoder"), "does not open as text_encoder"),
     ("pixart", lambda f: pickle_weights(f, "vae"), "does not open as autoencoder"),
