@@ -265,6 +265,8 @@ def export(state, folder):
     path = os.path.join(folder, "model.safetensors")
     weights = {name: value.contiguous() for name, value in {**state["model"], **state["ema"]}.items()}
     save_file(weights, part_name(path))
+    os.umask(mask := os.umask(0))
+    os.chmod(part_name(path), 0o666 & ~mask)                   # as other files; it makes them for their owner alone
     os.replace(part_name(path), path)
     about = {"format": FORMAT} | {key: state[key] for key in ("name", "stage", "step", "parents", "config")}
     what = "EMA weights of nanoVermeer, v of (z, logsnr, text, conditions): model.load(FOLDER)"
@@ -277,6 +279,11 @@ def export(state, folder):
             f"{needs}")
 
 
+def moved(path, before, now):
+    """A path in the folder `before`, or this itself, in the folder `now`; another path as it is."""
+    return now + path.removeprefix(before) if f"{path}/".startswith(f"{before}/") else path
+
+
 def read_export(folder):
     """The state that `export` wrote."""
     state, path = read_json(folder, "config.json"), os.path.join(folder, "model.safetensors")
@@ -286,6 +293,6 @@ def read_export(folder):
     config = {key: tuple(value) if isinstance(value, list) else value for key, value in state["config"].items()}
     config, within = default_config() | config, os.path.join(folder, WITHIN)
     if (before := home(config)) and os.path.isdir(within):     # else where training found it
-        config |= {key: config[key].replace(before, within, 1)
+        config |= {key: moved(config[key], before.rstrip("/"), within)
                    for key in ("pipeline", "encoder_weights", "autoencoder")}
     return state | {"config": config, "model": read_weights(path, "an export"), "ema": {}}

@@ -17,6 +17,7 @@ from lib.encoders import EmbeddingCache, embed_captions, embed_now, open_encoder
 from lib.pictures import write_png
 from lib.files import file_hash, weights_hash
 from lib.pipeline_encoder import PipelineEncoder
+from lib.published import moved
 from lib.settings import UserError, load_config
 from lib.timesteps import timestep_of
 from lib.test_encoders import Trap, captions, refused  # noqa: captions is a fixture
@@ -458,6 +459,11 @@ def test_pipelines_are_scored_on_captions_from_a_file(pipelines, tmp_path, capsy
     assert re.search("dtype +bf16", said)
 
 
+def test_only_what_lies_in_a_pipeline_moves_with_it():
+    for path, there in (("a", "b/c"), ("a/vae", "b/c/vae"), ("a/", "b/c/"), ("aa/vae", "aa/vae"), ("x/a", "x/a")):
+        assert moved(path, "a", "b/c") == there
+
+
 def test_an_exported_run_is_the_run_to_the_bit_where_the_run_is_not(tmp_path, capsys, monkeypatch):
     pytest.importorskip("safetensors")
     small = [("width", "32"), ("depth", "2"), ("resolution", "16"), ("grid", "8"), ("scene_native", "16")]
@@ -476,6 +482,7 @@ def test_an_exported_run_is_the_run_to_the_bit_where_the_run_is_not(tmp_path, ca
     draws(monkeypatch, tmp_path / "run", "--export", tmp_path / "out")
     assert "out: " in capsys.readouterr().out
     assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]
+    assert len({os.stat(tmp_path / "out" / name).st_mode for name in os.listdir(tmp_path / "out")}) == 1
     refused(capsys, lambda: draws(monkeypatch, tmp_path / "run", "--export", tmp_path / "out"), "name a new folder")
     shutil.rmtree(tmp_path / "run")
     here, after = load(str(tmp_path / "out"))
