@@ -762,7 +762,7 @@ def test_vermeers_sizes_and_sdxls_rule():
 
 
 @pytest.mark.parametrize("aspects, words", [
-    ("1024", "write HxW"), ("every 2048", "write HxW"), ("1000x1000", "multiples of a token, 32 px"),
+    ("1024", "write HxW"), ("every 2048", "is above the side of 1024 px"), ("1000x1000", "multiples of a token, 32 px"),
     ("every 60", "multiples of a token, 32 px"), ("0x32", "multiples")])
 def test_aspects_that_do_not_fit_the_grid_are_refused(aspects, words, capsys):
     refused(capsys, lambda: buckets_of(tiny(resolution=1024, grid=32, aspects=aspects)), words)
