@@ -852,6 +852,8 @@ def test_captions_are_embedded_once_and_read_as_batches(photos, encoders, capsys
     indexed(photos)
     args = types.SimpleNamespace(path=str(photos), encoder="t5-xxl:6,clip-h:5", dtype="fp32", vae=None,
                                  weights=folders(encoders, "t5", "clip"))
+    bare = types.SimpleNamespace(**vars(args) | {"weights": ""})
+    refused(capsys, lambda: data.embed(bare, tiny(data=str(photos))), "Add --weights FOLDER")
     data.embed(args, tiny(data=str(photos), batch=5))
     config = tiny(data=str(photos), encoder=args.encoder, encoder_width=(32, 24), text_length=11, caption_dropout=0.0)
     batches = Batches(data.open_data(config), config, False)
