@@ -1868,6 +1868,7 @@ def test_captions_from_a_file_against_images_of_ones_own(runs, tmp_path, says):
     assert len(captions) == 3 and captions[1] == ""            # blank: the null caption
     assert not sampling.encode_captions(captions, config)[1].any()
     assert "holds 3 captions" in says(out, "--prompts", tmp_path / "p.txt", "--n", 4)
+    assert "add --keep FOLDER" in says(out, "--prompts", tmp_path / "p.txt", "--metrics", "questions")
     (tmp_path / "p.txt").write_text("\n\n")
     assert "holds no caption" in says(out, "--prompts", tmp_path / "p.txt")
     assert "cannot be read" in says(out, "--prompts", tmp_path / "none.txt")
