@@ -2655,6 +2655,7 @@ def test_a_tuned_pipeline_is_a_run_like_any_other(tuned, tmp_path):
     assert "8 of 8 images are used" in said and (made / "samples" / "step_4.png").exists()
     assert "2 images of 16x16" in run("sample.py", made, "a red circle", "--n", 2, "--to", tmp_path / "x.png")
     said = run("sample.py", made, "--describe")
+    assert " width=" not in said and " encoder=pipeline:300" in said               # of its network alone
     assert f"the network of {origin}, grid 4 x 4" in said and f"parent {origin} (published" in said
     assert "fd_random" in run("eval.py", made, "--n", 2, "--metrics", "fd")
     said = run("sample.py", made, "--export", tmp_path / "export")

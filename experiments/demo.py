@@ -19,7 +19,7 @@ from lib.encoders import open_autoencoder
 from lib.files import import_extra
 from lib.pictures import make_grid, to_uint8
 from lib.processes import is_out_of_memory, prepare_cpu
-from lib.settings import Parser, UserError
+from lib.settings import Parser, UserError, check_range
 from model import load
 from sample import SAMPLERS, STUDENTS, check_student, is_student, parse_size, sample
 
@@ -36,6 +36,8 @@ def draw(model, config, caption, n, steps, guidance, sampler, seed, size):
     """
     if None in (n, steps, seed) or min(n, steps) < 1:
         raise UserError("pictures, steps, seed: give whole numbers, of pictures and steps at least 1")
+    if guidance is not None:
+        check_range("guidance", guidance, "0..")
     check_student(config, steps, guidance, sampler)
     size, seen = parse_size(size.strip() or None, config), []  # seen: (z, x) of every evaluation, of the first picture
     x = sample(model, config, [caption.strip()] * n, seed, steps=steps, guidance=guidance, sampler=sampler, size=size,

@@ -79,6 +79,7 @@ def test_the_page_refuses_in_sentences(drawer, capsys):
     for config_, changes, words in [
             (config, dict(size="16x17"), "--size 16x17: this run makes 16x16, or sides that are multiples of 2"),
             (config, dict(steps=None), "steps, seed: give whole numbers"), (config, dict(n=0), "at least 1"),
+            (config, dict(guidance=-1.0), "guidance = -1.0: take at least 0"),
             (student, dict(steps=16, guidance=2.0), "it is inside this student"),
             (student, dict(steps=3), "3 steps: with sample_steps = 16"),
             (student, dict(steps=16, sampler="dpm"), "a student of consistency takes ddim or ddpm or lcm")]:

@@ -439,6 +439,7 @@ def test_pipelines_are_sampled_and_described_from_the_command_line(pipelines, tm
         said = capsys.readouterr().out
         assert network in said and "16 px" in said and "predicts eps" in said and "--sampler dpm" in said
         refused(capsys, lambda: draws(monkeypatch, folder, "a", "--size", "16x17"), "--size 16x17", "multiples of 4")
+    refused(capsys, lambda: draws(monkeypatch, folder, "a", "--guidance=-1"), "guidance = -1.0: take at least 0")
     opened, really = [], PipelineEncoder.open                  # also for the null caption
     monkeypatch.setattr(PipelineEncoder, "open", lambda self, part: opened.append(self.dtype) or really(self, part))
     for kind in pipelines:
@@ -479,8 +480,8 @@ def test_an_exported_run_is_the_run_to_the_bit_where_the_run_is_not(tmp_path, ca
     there, before = load(str(tmp_path / "run"))
     picture = sampling.sample(there, before, ["a red circle"], steps=2)
     said = describe_run(str(tmp_path / "run"))
-    draws(monkeypatch, tmp_path / "run", "--export", tmp_path / "out")
-    assert "out: " in capsys.readouterr().out
+    draws(monkeypatch, tmp_path / "run", "--export", tmp_path / "out", "--describe")
+    assert (shown := capsys.readouterr().out).startswith(said) and "out: " in shown
     assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]
     assert len({os.stat(tmp_path / "out" / name).st_mode for name in os.listdir(tmp_path / "out")}) == 1
     refused(capsys, lambda: draws(monkeypatch, tmp_path / "run", "--export", tmp_path / "out"), "name a new folder")
