@@ -608,8 +608,10 @@ def init_from(parent, config, prefix):
     # a merge starts as the mean, a condition as no change; nothing else may be missing
     misfits += [f"{k} is only here" for k in added if ".merge" not in k and ".condition_" not in k]
     if misfits:
-        raise UserError(f"this model cannot take over the weights ({', '.join(misfits[:3])}): "
-                        "use the settings of their run, or train another")
+        advice = "use the settings of their run, or train another"
+        if config["pipeline"] and parent["stage"] == "published":
+            advice = "bring them whole, as they were published"
+        raise UserError(f"this model cannot take over the weights ({', '.join(misfits[:3])}): {advice}")
     report = f"{len(inherited)} tensors inherited, {len(new) - len(inherited)} new, {len(old) - len(inherited)} unused"
     before, after = token_grid(parent["config"]), token_grid(config)
     if before != after:

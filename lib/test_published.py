@@ -21,7 +21,7 @@ from lib.published import moved
 from lib.settings import UserError, load_config
 from lib.timesteps import timestep_of
 from lib.test_encoders import Trap, captions, refused  # noqa: captions is a fixture
-from model import alpha_sigma, build, diffusion_loss, load, read_checkpoint
+from model import alpha_sigma, build, diffusion_loss, init_from, load, read_checkpoint
 from sample import describe_run
 
 VOCABULARY = "a big small red blue circle square on the left right of white".split()
@@ -405,7 +405,8 @@ BAD_FOLDERS = [
      "core.other is none of its weights"),
     ("sdxl", lambda f: os.truncate(next((f / "unet").glob("*.safetensors")), 1000), "bring it whole; a few lines"),
     ("sdxl", lambda f: spoil_weights(f, "text_encoder", lambda w: w.pop(sorted(w)[0])), "is missing"),
-    ("sdxl", lambda f: spoil_weights(f, "vae", lambda w: w.pop("decoder.conv_in.bias")), "conv_in.bias is missing"),
+    ("sdxl", lambda f: spoil_weights(f, "vae", lambda w: w.pop("decoder.conv_in.bias")),
+     "conv_in.bias is missing): bring the whole pipeline"),
     ("sdxl", lambda f: edit_json(f / "vae/config.json", latents_mean=[0.0] * 4), "take a pipeline whose autoencoder"),
     ("sdxl", lambda f: edit_json(f / SCHEDULER, prediction_type="sample"), "predicts sample: take"),
     ("sdxl", lambda f: edit_json(f / SCHEDULER, beta_schedule="absent"), "beta_schedule None"),
@@ -421,6 +422,16 @@ def test_bad_folders_are_refused_and_nothing_in_them_is_executed(pipelines, numb
     monkeypatch.chdir(tmp_path)
     refused(capsys, lambda: everything(folder), "error: ", words)
     assert not os.path.exists("executed")
+
+
+def test_a_training_refuses_broken_folders_as_plainly(pipelines, tmp_path, capsys):
+    """Before its weights or encoders would be used."""
+    folder = copied(pipelines["pixart"][1], tmp_path)
+    spoil_weights(folder, "transformer", lambda w: w.pop("proj_out.bias"))
+    state = read_checkpoint(str(folder))
+    refused(capsys, lambda: init_from(state, state["config"], ""), "core.proj_out.bias is only here", "bring them")
+    pickle_weights(folder, "text_encoder")
+    refused(capsys, lambda: PipelineEncoder(300, str(folder), "fp32").id, "no .safetensors in", "could run code")
 
 
 def draws(monkeypatch, *words):
