@@ -132,7 +132,7 @@ def test_the_posters_rows_go_on_from_it_with_a_merge_of_keys_and_values(pipeline
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda f: edit_json(f / "transformer/config.json", interpolation_scale=1), "4 units a side: take a PixArt-Sigma"),
+    (lambda f: edit_json(f / "transformer/config.json", interpolation_scale=1), "over 4 units a side"),
     (lambda f: edit_json(f / "transformer/config.json", use_additional_conditions=True), "is told sizes"),
     (lambda f: edit_json(f / "transformer/config.json", use_additional_conditions=None, sample_size=128,
                          interpolation_scale=2), "is told sizes"),

@@ -102,8 +102,9 @@ class Published(nn.Module):
 def fill(model, weights, path):
     """Copy weights by name into a model. UserError where one is missing, unknown, of another shape or not finite."""
     there = {name: value.shape for name, value in model.state_dict().items()}
-    wrong = [f"{name} is {'missing' if name not in weights else tuple(weights[name].shape)}, not {tuple(shape)}"
-             for name, shape in there.items() if name not in weights or weights[name].shape != shape]
+    wrong = [f"{name} is missing" for name in there if name not in weights]
+    wrong += [f"{name} is {tuple(weights[name].shape)}, not {tuple(shape)}" for name, shape in there.items()
+              if name in weights and weights[name].shape != shape]
     wrong += [f"{name} is none of its weights" for name in weights if name not in there]
     wrong = wrong or [f"{name} is not finite" for name in there if not weights[name].isfinite().all()]
     if wrong:
@@ -148,7 +149,7 @@ def pipeline_config(folder):
         "pipeline": folder, "shell": "published", "data": "", "sampler": "dpm", "dtype": "fp32", "weighting": "eps",
         "encoder": f"pipeline:{tokens}", "encoder_width": (encoder.width,), "encoder_weights": folder,
         "text_length": tokens, "autoencoder": os.path.join(folder, "vae"), "latent_channels": vae["latent_channels"],
-        "latent_stride": stride, "latent_scale": vae["scaling_factor"], "conditions": SIZES * unet,
+        "latent_stride": stride, "latent_scale": vae["scaling_factor"], "conditions": SIZES if unet else "",
         "resolution": side * stride, "noise_base_resolution": side * stride, "grid": side // patch,
         "logsnr_max": float(logsnrs[0]), "logsnr_min": float(logsnrs[-1]), "steps": 0}
 
@@ -194,7 +195,7 @@ def start_config(config, path, start, flags, whole):
                         "style and --core, or distill and --teacher")
     for key in (*DECIDED, *OURS):
         if key in given and config[key] != there[key]:
-            value = f", {there[key]!r}" * (key in DECIDED)
+            value = f", {there[key]!r}" if key in DECIDED else ""
             raise UserError(f"--{key}: the network of {path} decides it{value}: leave it out")
     if config["kv_merge"] > 1:
         raise UserError(f"kv_merge = {config['kv_merge']}: that is for our own blocks: --kv_merge 0, or bring a "
@@ -272,9 +273,11 @@ def export(state, folder):
     what = "EMA weights of nanoVermeer, v of (z, logsnr, text, conditions): model.load(FOLDER)"
     text = json.dumps({"what": what} | about, indent=1)
     atomic_write(os.path.join(folder, "config.json"), lambda f: f.write(text.encode()))        # last: now it is whole
-    parts = ", autoencoder and the network's settings" if state["config"]["pipeline"] else " and autoencoder"
-    needs = (f"; encoders{parts} stay in {home(state['config'])}: on another machine put it, or a link to it, there as "
-             f"{WITHIN!r}") * bool(home(state["config"]))
+    needs, folder_of = "", home(state["config"])
+    if folder_of:
+        parts = ", autoencoder and the network's settings" if state["config"]["pipeline"] else " and autoencoder"
+        needs = (f"; encoders{parts} stay in {folder_of}: on another machine put it, or a link to it, there as "
+                 f"{WITHIN!r}")
     return (f"{folder}: {len(weights)} tensors of {state['stage']}, step {state['step']}: python sample.py {folder}"
             f"{needs}")
 
