@@ -1669,7 +1669,7 @@ def test_sampling_from_the_command_line(runs, tmp_path):
     for part in ("grow of config toy, 64 px, step 6 of 6", "parent", "pretrain"):
         assert part in description
     assert "error: --size 128x128" in run("sample.py", *words, "--size", "128x128", code=2)
-    assert "error: no checkpoint" in run("sample.py", tmp_path / "none", "x", code=2)
+    assert "with model_index.json: nothing is downloaded" in run("sample.py", tmp_path / "none", "x", code=2)
     assert "error: no caption" in run("sample.py", out, code=2)
 
 
