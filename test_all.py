@@ -3499,6 +3499,7 @@ from lib.test_nouns import *  # noqa
 from lib.test_people import *  # noqa
 from lib.test_perceptual import *  # noqa
 from lib.test_pictures import *  # noqa
+from lib.test_pipeline_encoder import *  # noqa
 from lib.test_plan import *  # noqa
 from lib.test_processes import *  # noqa
 from lib.test_published import *  # noqa
