@@ -37,7 +37,7 @@ def drawer(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def student(drawer, tmp_path_factory):
+def student_drawer(drawer, tmp_path_factory):
     """The same weights as those of a student of 3 steps."""
     folder, state = tmp_path_factory.mktemp("student"), torch.load(os.path.join(drawer, "last.pt"))
     state["config"] |= dict(objective="consistency", sampler="ddim", sample_steps=3, teacher_steps=3)
@@ -107,7 +107,7 @@ def start_page(run, folder):
     return f"http://127.0.0.1:{port}/", page
 
 
-@pytest.mark.parametrize("run", ["drawer", "student"])
+@pytest.mark.parametrize("run", ["drawer", "student_drawer"])
 def test_pictures_are_drawn_in_a_browser(run, browser, tmp_path, request):  # noqa
     """Of a student at the first click, without a word about guidance."""
     if not importlib.util.find_spec("gradio"):

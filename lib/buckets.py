@@ -23,7 +23,7 @@ def bucket_sizes(aspects, side, token):
     elif re.fullmatch(r"\d+x\d+(, *\d+x\d+)*", aspects):
         sizes = [tuple(map(int, part.split("x"))) for part in aspects.split(",")]
     if rule and not sizes:
-        raise UserError(f"aspects = {aspects!r}: a step of {step} px is above the side of {side} px: take a smaller one")
+        raise UserError(f"aspects = {aspects!r}: {step} px is above the side of {side} px: take a smaller step")
     if not sizes:
         raise UserError(f"aspects = {aspects!r}: write HxW,HxW,... or every N, "
                         "such as 1024x1024,768x1376,1376x768 or every 64")
