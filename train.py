@@ -232,8 +232,8 @@ made = [name for name in stage.sources if is_finished(os.path.join(args.out, arg
 usual = ("defrost",) if config["starts"] and len(stage.sources) > 1 else stage.sources[-1:]
 weak = config["starts"] if stage.sources == ("grow",) else ""                      # of defrost and hold
 latest = stage.sources and os.path.join(args.out, weak or f"{args.config}/{(made or usual)[0]}")
-begun = not args.fresh and (newest_about(run) or {}).get("step", 0) > 0            # then it goes on by its own
-path = run if begun and stage.sources else args.teacher or args.core or latest
+begun = not args.fresh and (newest_about(run) or {}).get("step", 0) > 0            # then it goes on by its own settings
+path = run if begun and stage.sources else args.teacher or args.core or latest     # else by those of another one
 for named in filter(None, () if begun else (args.core, args.teacher)):
     check_there(named)                                         # before data are opened
 start = read_start(path)

@@ -147,7 +147,9 @@ def test_what_is_no_pixart_sigma_is_refused(pipelines, change, words, tmp_path):
     assert words in said and not to.exists()
 
 
-def test_other_folders_are_refused(pipelines, tmp_path):  # noqa
+def test_other_folders_are_refused_and_stages_that_cannot_take_it(pipelines, own, tmp_path):  # noqa
+    said = run("train.py", "--stage", "grow", "--core", own[0], "--data", tmp_path, "--out", tmp_path, code=2)
+    assert "is a published run and grow takes the core of a pretrain run" in said  # before data are looked at
     script = os.path.join("experiments", "pixart.py")
     said = run(script, pipelines["sdxl"][1], "--to", tmp_path / "own", code=2)
     assert "is no PixArt-Sigma: only that has a core of ours" in said

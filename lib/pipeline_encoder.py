@@ -81,7 +81,7 @@ class PipelineEncoder:
         t5, rows = self.index[part][1].startswith("T5"), []
         limit = self.tokens if t5 else self.tokens - 1         # one row is for the pooled text
         texts = [text.lower().strip() for text in texts] if t5 else texts          # as PixArt's pipeline does
-        for text, ids in zip(texts, tokenizer(texts, verbose=False).input_ids):    # it knows another limit
+        for text, ids in zip(texts, tokenizer(texts, verbose=False).input_ids):    # it warns of another limit
             if len(ids) > limit:
                 print(f"{part} reads {limit} of {len(ids)} tokens, the rest is cut: {text[:60]!r}", file=sys.stderr)
         for start in range(0, len(texts), 16):                 # the activations of T5-XXL are large
