@@ -335,6 +335,8 @@ def embed(args, config):
         raise UserError(f"{args.path!r} has no index, beside which they would lie: python data.py index {args.path}")
     if not args.encoder and not args.vae:                      # both in one go are fine
         raise UserError("nothing to embed with: give --encoder t5-xxl:128 --weights FOLDER, or --vae FOLDER")
+    if args.encoder and not args.weights:
+        raise UserError(f"--encoder {args.encoder}: where are its weights? Add --weights FOLDER")
     data.prefix = config["prefix"] and config["prefix"] + " "  # of a style set: its token
     if args.vae:
         sizes = bucket_sizes(config["aspects"], config["resolution"], token_size(config))

@@ -26,7 +26,7 @@ import math
 import os
 import sys
 
-from lib.settings import Parser, UserError, parse_numbers, parse_words, words_of
+from lib.settings import Parser, UserError, check_range, parse_numbers, parse_words, words_of
 
 parser = Parser(__doc__, keys=("prefix", "suffix", "base", "augmentation_sample"))     # words round all captions
 add = parser.add_argument
@@ -470,6 +470,12 @@ def parse():
     if not args.ratings and (len(args.run) < wanted or len(args.run) > 2 or two):
         raise UserError(f"too {'many' if len(args.run) > wanted else 'few'} folders: give one run, or two folders of "
                         "images, the reference first, or two runs with --sheet")
+    for value in parse_numbers(args.guidance, "--guidance") if args.guidance else ():
+        check_range("guidance", value, "0..")
+    kept = args.dsg or args.keep or args.sheet or args.ratings or "clip" in args.features.split(",")
+    if args.prompts and not kept and all(METRICS[name][0] == "pictures" for name in parse_metrics(args)):
+        raise UserError(f"--metrics {args.metrics}: captions of a file have no answers: add --keep FOLDER, or for the "
+                        "CLIP score --features clip --weights FOLDER, or take fd,mmd")
     return args
 
 

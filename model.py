@@ -33,7 +33,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from kernels import MERGE_EPS, attention, kv_merge
-from lib.checkpoint import older_checkpoints, open_checkpoint
+from lib.checkpoint import find_checkpoint, open_checkpoint
 from lib.conditions import embedded_conditions, read_conditions
 from lib.encoders import encoder_parts, has_pretrained_encoder
 from lib.published import Published, fill, read_published
@@ -608,8 +608,10 @@ def init_from(parent, config, prefix):
     # a merge starts as the mean, a condition as no change; nothing else may be missing
     misfits += [f"{k} is only here" for k in added if ".merge" not in k and ".condition_" not in k]
     if misfits:
-        raise UserError(f"this model cannot take over the weights ({', '.join(misfits[:3])}): "
-                        "use the settings of their run, or train another")
+        advice = "use the settings of their run, or train another"
+        if config["pipeline"] and parent["stage"] == "published":
+            advice = "bring them whole, as they were published"
+        raise UserError(f"this model cannot take over the weights ({', '.join(misfits[:3])}): {advice}")
     report = f"{len(inherited)} tensors inherited, {len(new) - len(inherited)} new, {len(old) - len(inherited)} unused"
     before, after = token_grid(parent["config"]), token_grid(config)
     if before != after:
@@ -725,13 +727,7 @@ def read_checkpoint(path):
     """The state in a run's last.pt, in a file, or in a folder that was published. UserError if it cannot be read."""
     if state := read_published(path):
         return state
-    is_run = os.path.isdir(path) and not os.path.exists(os.path.join(path, "about.pt"))    # a sharded one has it
-    last = os.path.join(path, "last.pt")
-    file = next(filter(os.path.exists, (last, *older_checkpoints(path))), last) if is_run else path
-    if not os.path.exists(file):
-        raise UserError(f"no checkpoint {file!r}: `python train.py --stage grow` makes out/toy/pretrain/last.pt "
-                        "and out/toy/grow/last.pt")
-    state, problem = open_checkpoint(file, default_config())
+    state, problem = open_checkpoint(find_checkpoint(path), default_config())
     if problem:
         raise UserError(problem)
     return state

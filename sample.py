@@ -26,7 +26,7 @@ import math
 import os
 import re
 
-from lib.settings import Parser, UserError, words_of
+from lib.settings import Parser, UserError, check_range, words_of
 
 parser = Parser(__doc__, keys=("encoder_weights", "prefix", "suffix", "base", "augmentation_sample"))
 parser.add_argument("run", help="run folder, such as out/toy/grow")
@@ -59,7 +59,7 @@ from lib.files import free_name
 from lib.lineage import check_unchanged
 from lib.pictures import make_grid, to_uint8, write_png
 from lib.processes import prepare_cpu
-from lib.published import describe_published, export, home
+from lib.published import OURS, describe_published, export, home
 from lib.tasks import in_style, worded
 from model import alpha_sigma, get_logsnr, image_shape, load, read_checkpoint, token_grid, token_size
 
@@ -338,7 +338,8 @@ def describe_run(path):
     lines += [f"told   {c['condition_ranges']} (numbers for --set)"] if c["condition_ranges"] else []
     lines += [f"parent {parent}" for parent in state["parents"]]
     lines += [f"base   {c['base']} ({c['low_resolution']} px), sha256 {c['base_id']}"] if c["base_id"] else []
-    return "\n".join(lines + ["config " + " ".join(f"{k}={v}" for k, v in c.items())])
+    others = OURS if c["pipeline"] else ()                     # keys that are not of its network
+    return "\n".join(lines + ["config " + " ".join(f"{k}={v}" for k, v in c.items() if k not in others)])
 
 
 def parse():
@@ -348,6 +349,8 @@ def parse():
         raise UserError('no caption: python sample.py RUN "a large red circle on a white background"')
     if args.n < 1 or any(value is not None and value < 1 for value in (args.steps, args.batch)):
         raise UserError("--n, --steps and --batch count things: give at least 1")
+    if args.guidance is not None:
+        check_range("guidance", args.guidance, "0..")
     if not args.to.lower().endswith(".png"):
         raise UserError(f"--to {args.to}: pictures are written as PNG: give a name that ends in .png")
     if not os.path.isdir(os.path.dirname(args.to) or "."):
@@ -367,8 +370,11 @@ def open_run(run, keys, args, device):
 
 def main():
     args, keys = parse()
+    if args.describe:
+        print(describe_run(args.run))
+    if args.export:
+        print(export(read_checkpoint(args.run), args.export))
     if args.describe or args.export:
-        print(export(read_checkpoint(args.run), args.export) if args.export else describe_run(args.run))
         return
     prepare_cpu()
     model, config = open_run(args.run, keys, args, "cuda" if torch.cuda.is_available() else "cpu")

@@ -762,7 +762,7 @@ def test_vermeers_sizes_and_sdxls_rule():
 
 
 @pytest.mark.parametrize("aspects, words", [
-    ("1024", "write HxW"), ("every 2048", "write HxW"), ("1000x1000", "multiples of a token, 32 px"),
+    ("1024", "write HxW"), ("every 2048", "is above the side of 1024 px"), ("1000x1000", "multiples of a token, 32 px"),
     ("every 60", "multiples of a token, 32 px"), ("0x32", "multiples")])
 def test_aspects_that_do_not_fit_the_grid_are_refused(aspects, words, capsys):
     refused(capsys, lambda: buckets_of(tiny(resolution=1024, grid=32, aspects=aspects)), words)
@@ -852,6 +852,8 @@ def test_captions_are_embedded_once_and_read_as_batches(photos, encoders, capsys
     indexed(photos)
     args = types.SimpleNamespace(path=str(photos), encoder="t5-xxl:6,clip-h:5", dtype="fp32", vae=None,
                                  weights=folders(encoders, "t5", "clip"))
+    bare = types.SimpleNamespace(**vars(args) | {"weights": ""})
+    refused(capsys, lambda: data.embed(bare, tiny(data=str(photos))), "Add --weights FOLDER")
     data.embed(args, tiny(data=str(photos), batch=5))
     config = tiny(data=str(photos), encoder=args.encoder, encoder_width=(32, 24), text_length=11, caption_dropout=0.0)
     batches = Batches(data.open_data(config), config, False)
@@ -1667,7 +1669,7 @@ def test_sampling_from_the_command_line(runs, tmp_path):
     for part in ("grow of config toy, 64 px, step 6 of 6", "parent", "pretrain"):
         assert part in description
     assert "error: --size 128x128" in run("sample.py", *words, "--size", "128x128", code=2)
-    assert "error: no checkpoint" in run("sample.py", tmp_path / "none", "x", code=2)
+    assert "with model_index.json: nothing is downloaded" in run("sample.py", tmp_path / "none", "x", code=2)
     assert "error: no caption" in run("sample.py", out, code=2)
 
 
@@ -1866,6 +1868,7 @@ def test_captions_from_a_file_against_images_of_ones_own(runs, tmp_path, says):
     assert len(captions) == 3 and captions[1] == ""            # blank: the null caption
     assert not sampling.encode_captions(captions, config)[1].any()
     assert "holds 3 captions" in says(out, "--prompts", tmp_path / "p.txt", "--n", 4)
+    assert "add --keep FOLDER" in says(out, "--prompts", tmp_path / "p.txt", "--metrics", "questions")
     (tmp_path / "p.txt").write_text("\n\n")
     assert "holds no caption" in says(out, "--prompts", tmp_path / "p.txt")
     assert "cannot be read" in says(out, "--prompts", tmp_path / "none.txt")
@@ -2652,6 +2655,7 @@ def test_a_tuned_pipeline_is_a_run_like_any_other(tuned, tmp_path):
     assert "8 of 8 images are used" in said and (made / "samples" / "step_4.png").exists()
     assert "2 images of 16x16" in run("sample.py", made, "a red circle", "--n", 2, "--to", tmp_path / "x.png")
     said = run("sample.py", made, "--describe")
+    assert " width=" not in said and " encoder=pipeline:300" in said               # of its network alone
     assert f"the network of {origin}, grid 4 x 4" in said and f"parent {origin} (published" in said
     assert "fd_random" in run("eval.py", made, "--n", 2, "--metrics", "fd")
     said = run("sample.py", made, "--export", tmp_path / "export")
@@ -2665,9 +2669,12 @@ def test_a_tuned_pipeline_is_a_run_like_any_other(tuned, tmp_path):
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in net.state_dict().items())
     here, there = (sampling.sample(*drawn, ["a red square"], steps=2) for drawn in ((net, config), (again, moved)))
     assert torch.equal(here, there)
-    words = ["--teacher", made, "--data", config["data"], *pipeline_words(tmp_path, "distill", objective="lcm")]
+    out = made.parent.parent                                   # what lies there is found without --core and --teacher
+    words = ["--data", config["data"], *pipeline_words(out, "distill", objective="lcm")]
     run("train.py", *changed(words, steps=2, sample_steps=2, teacher_steps=4))     # and it teaches
-    assert checkpoint_of(tmp_path, "distill")["config"]["pipeline"] == origin
+    assert checkpoint_of(out, "distill")["config"]["pipeline"] == origin
+    said = run("train.py", "--data", config["data"], *pipeline_words(out, "defrost", steps=6, sample_every=4))
+    assert "going on at step 4 of 6, steps 4 -> 6\n" in said   # all else as it was begun
 
 
 def test_a_pipeline_is_tuned_to_a_style_from_a_folder(tuned, tmp_path):
@@ -2731,7 +2738,11 @@ def test_a_compiled_pipeline_is_the_same_and_its_encoders_are_no_part_of_the_gra
 
 
 @pytest.mark.parametrize("words, message", [
-    ("--stage grow --core {f} --upscale", "is a published run and grow takes the core of a pretrain run"),
+    ("--stage grow --core {f}", "has the network of a pipeline, which is trained as a whole: take --stage defrost or"),
+    ("--stage hold --core {f}", "{f} has the network of a pipeline, which is trained as a whole"),
+    ("--stage pretrain --core {f}", "--core says where to start, and pretrain starts from nothing"),
+    ("--stage defrost --core {f}/vae", "is no export of format"), ("--stage defrost --core {f}/none", "no checkpoint"),
+    ("--stage defrost --core {f}/transformer/diffusion_pytorch_model.safetensors", "name the folder that it lies in"),
     ("--stage pretrain --pipeline {f}", "that is filled in: give --core FOLDER or --teacher FOLDER"),
     ("--stage defrost --core {f} --resolution 32", "--resolution: the network of {f} decides it, 16: leave it out"),
     ("--stage defrost --core {f} --width 32", "--width: the network of {f} decides it"),
@@ -3488,6 +3499,7 @@ from lib.test_nouns import *  # noqa
 from lib.test_people import *  # noqa
 from lib.test_perceptual import *  # noqa
 from lib.test_pictures import *  # noqa
+from lib.test_pipeline_encoder import *  # noqa
 from lib.test_plan import *  # noqa
 from lib.test_processes import *  # noqa
 from lib.test_published import *  # noqa

@@ -87,9 +87,9 @@ from lib.plan import (count_flops, peak_memory, peak_rate, plan_training, print_
                       state_bytes)
 from lib.processes import (all_gather, all_gather_rows, all_reduce_max, catch_signals, exit_with, fail,
                            install_excepthook, join, print0, sync_gradients)
-from lib.published import check_encoder, start_config
-from lib.runs import (Log, check_room, first_fault, is_finished, lock_run, loss_figures, prepare_run, read_log,
-                      save_or_fail)
+from lib.published import check_encoder, check_there, read_start, start_config
+from lib.runs import (Log, check_room, first_fault, is_finished, lock_run, loss_figures, newest_about, prepare_run,
+                      read_log, save_or_fail)
 from lib.tables import DTYPES
 from model import (build, check_sizes, checkpointed_modules, diffusion_loss, example, freeze_core, init_from,
                    read_checkpoint)
@@ -224,10 +224,24 @@ if args.stage not in STAGES:
 stage = STAGES[args.stage]                                     # its row decides; a few keys go with one stage's name
 config = load_config(args.config, args.stage, flags)           # {key: value}, every value checked
 whole = stage.init_prefix == "" and not stage.freeze           # a pipeline is kept as a whole, with its own settings
-config = start_config(config, args.teacher or args.core, flags, whole)
-check_sizes(config)                                            # before any file is opened
 if args.core and not stage.sources:
     raise UserError(f"--core says where to start, and {args.stage} starts from nothing: leave it out")
+run = os.path.join(args.out, args.config, args.stage)
+made = [name for name in stage.sources if is_finished(os.path.join(args.out, args.config, name))]
+# weak to strong: a config that starts from another one's run never grows, so defrost is the stage that it has
+usual = ("defrost",) if config["starts"] and len(stage.sources) > 1 else stage.sources[-1:]
+weak = config["starts"] if stage.sources == ("grow",) else ""                      # of defrost and hold
+latest = stage.sources and os.path.join(args.out, weak or f"{args.config}/{(made or usual)[0]}")
+begun = not args.fresh and (newest_about(run) or {}).get("step", 0) > 0            # then it goes on by its own settings
+path = run if begun and stage.sources else args.teacher or args.core or latest     # else by those of another one
+for named in filter(None, () if begun else (args.core, args.teacher)):
+    check_there(named)                                         # before data are opened
+start = read_start(path)
+config = start_config(config, path, start, flags, whole)
+if stage.init_prefix and start and not begun and start["stage"] not in stage.sources:
+    raise UserError(f"{path} is a {start['stage']} run and {args.stage} takes the core of a {stage.sources[0]} run: "
+                    "give one of these")
+check_sizes(config)                                            # before any file is opened
 distills, critics = check_objective(config, args.stage, args.teacher, dict(flags)) # of a student; with critics
 wrong_stage = bool(config["style"]) != (args.stage == "style") and not distills
 if wrong_stage or (config["style"] == "scenes" and config["data"] != "scenes"):
@@ -256,8 +270,8 @@ def count_moments(name, p):
 
 if args.plan:
     if config["pipeline"]:
-        raise UserError("--plan counts the models of this repository: leave --core and "
-                        "--teacher away, and name a config of that size")
+        raise UserError("--plan counts the models of this repository: leave --core and --teacher away, or give another "
+                        "--out, and name a config of that size")
     json_file = plan_flags.pop("json", None)                   # the others are arguments of plan_training
     auto = torch.float16 if args.kind == "v100" else torch.bfloat16                # a V100 has no bfloat16
     plan = {"config": args.config, "stage": args.stage} | plan_training(
@@ -287,12 +301,11 @@ data = open_data(config)                                       # scenes, an inde
 styled = open_style(config) if config["style"] else None       # a second set, mixed in
 batches = Batches(data, config, stage.large_only, args.stage, rank, world, styled)
 config |= batches.identity                                     # which data, which encoder: compared when a run goes on
-check_encoder(config)                                          # of a pipeline
+check_encoder(config, start)                                   # of a pipeline
 vgg, config["vgg_id"] = open_vgg(config["vgg"], device) if config["perceptual"] else (None, "")
 example_caption = next(filter(None, map(data.caption, range(len(data)))), "")
 
 # ---- the run: finished, to go on, or new, from nothing or from another one -------------------------------------------
-run = os.path.join(args.out, args.config, args.stage)
 file = os.path.join(run, "last.pt")                            # the newest checkpoint
 sample_command = f"python sample.py {run} {shlex.quote(example_caption)}"
 about = {"name": args.config, "stage": args.stage, "config": config, "parents": []}
@@ -324,11 +337,6 @@ if saved:
         exit_with(0)
     print0(f"{run}: going on at step {saved['step']} of {config['steps']}{changes}")
 elif stage.sources:                                            # new, from another run
-    made = [name for name in stage.sources if is_finished(os.path.join(args.out, args.config, name))]
-    # weak to strong: a config that starts from another one's run never grows, so defrost is the stage that it has
-    usual = ("defrost",) if config["starts"] and len(stage.sources) > 1 else stage.sources[-1:]
-    weak = config["starts"] if stage.sources == ("grow",) else ""                  # of defrost and hold
-    latest = os.path.join(args.out, weak or f"{args.config}/{(made or usual)[0]}")
     if distills:                                               # its flags are not its teacher's, so it trains none
         if not (teacher := args.teacher or args.core or made and latest):
             raise UserError(f"no finished run to learn from: train {latest} first, or give --teacher RUN")
@@ -340,9 +348,6 @@ elif stage.sources:                                            # new, from anoth
         ours += ("conditions",) * (args.stage == "condition")  # which are taken up here
         finish_first(parent, flags, (*ours, "style", "style_token", "style_share"))
     origin = read_checkpoint(parent)
-    if stage.init_prefix and origin["stage"] not in stage.sources:
-        raise UserError(f"{parent} is a {origin['stage']} run and {args.stage} takes the core of a {stage.sources[0]} "
-                        "run: give one of these")
     keys = CORE_KEYS if stage.init_prefix else CORE_KEYS + SHELL_KEYS              # which must be the same
     if config["shell"] == "nested":                            # the old shell comes along
         keys += ("prediction",)
@@ -358,9 +363,6 @@ elif stage.sources:                                            # new, from anoth
             other["config"] |= batches.identity
         snapshot = path == args.core and os.path.basename(path).startswith("step_")
         check_finished(path, other, f"name a snapshot, --core {path}/step_N.pt", snapshot)
-        if other["config"]["pipeline"] not in ("", config["pipeline"]):
-            raise UserError(f"{path} has the network of a pipeline, whose settings count where it is named: take "
-                            "--stage defrost or style and --core, or distill and --teacher")
         check_fits(path, other["config"], config, keys)
     config |= {"condition_ranges": ranges_known(config, origin["config"])}
     parent_weights, report_of_init = init_from(origin, config, stage.init_prefix)

@@ -19,7 +19,7 @@ from lib.encoders import open_autoencoder
 from lib.files import import_extra
 from lib.pictures import make_grid, to_uint8
 from lib.processes import is_out_of_memory, prepare_cpu
-from lib.settings import Parser, UserError
+from lib.settings import Parser, UserError, check_range
 from model import load
 from sample import SAMPLERS, STUDENTS, check_student, is_student, parse_size, sample
 
@@ -36,6 +36,8 @@ def draw(model, config, caption, n, steps, guidance, sampler, seed, size):
     """
     if None in (n, steps, seed) or min(n, steps) < 1:
         raise UserError("pictures, steps, seed: give whole numbers, of pictures and steps at least 1")
+    if guidance is not None:
+        check_range("guidance", guidance, "0..")
     check_student(config, steps, guidance, sampler)
     size, seen = parse_size(size.strip() or None, config), []  # seen: (z, x) of every evaluation, of the first picture
     x = sample(model, config, [caption.strip()] * n, seed, steps=steps, guidance=guidance, sampler=sampler, size=size,
@@ -68,9 +70,9 @@ def build_page(gradio, model, config, name):
     student = is_student(config)
     samplers = STUDENTS[config["objective"]][0] if student else tuple(SAMPLERS)
 
-    def pictures(*fields):
-        try:
-            return draw(model, config, *fields)
+    def pictures(caption, n, steps, guidance, *others):
+        try:                                                   # the page makes 0 of a number that is empty
+            return draw(model, config, caption, n, steps, None if student else guidance, *others)
         except (UserError, Exception) as error:                # a UserError is no Exception
             raise gradio.Error(html.escape(answer(error)), duration=None, print_exception=False)
     with gradio.Blocks(title=f"nanoVermeer: {name}", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
@@ -79,8 +81,8 @@ def build_page(gradio, model, config, name):
         with gradio.Row():
             n = gradio.Slider(1, 16, 4, step=1, label="pictures")
             steps = gradio.Number(config["sample_steps"], label="steps", precision=0, elem_id="steps")
-            guidance = gradio.Number(None if student else config["guidance"], label="guidance", elem_id="guidance",
-                                     info="inside this student: leave it empty" if student else "1 is none")
+            guidance = gradio.Number(config["guidance"], label="guidance", elem_id="guidance", info="1 is none",
+                                     visible=not student)      # it is inside a student
             sampler = gradio.Dropdown(samplers, value=config["sampler"], label="sampler")
             seed = gradio.Number(0, label="seed", precision=0)
             side = config["resolution"]

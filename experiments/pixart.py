@@ -6,11 +6,11 @@ serve them, and the poster's kv rows can start from the published model.
     python sample.py own "a caption"
     python train.py --config pixart-sigma-1k-kv --stage defrost --core own --data PATH
 
-The network is the same one, told in our words: before anything is written, both see the same noise at ten levels, with
-captions and without, and the largest difference of their v is printed; over 1 % of its standard deviation nothing is
-written. Encoders and autoencoder stay in FOLDER; captions of PATH are embedded by them before (GUIDE.md). Two things
-are ours from then on: between the ends of DDPM's linear betas levels of noise lie as those of our cosine, and the null
-caption, at first the encoder's of "", is learned.
+The network is the same one, told in our words: before anything is written, both see the same noise of 4 x 6 tokens at
+ten levels, with captions and without, and the largest difference of their v is printed; over 1 % of its standard
+deviation nothing is written. Encoders and autoencoder stay in FOLDER; captions of PATH are embedded by them before
+(GUIDE.md). Two things are ours from then on: between the ends of DDPM's linear betas levels of noise lie as those of
+our cosine, and the null caption, at first the encoder's of "", is learned.
 """
 import os
 
@@ -19,14 +19,14 @@ import torch.nn.functional as F
 
 from lib.draws import normals
 from lib.files import read_json
-from lib.pipeline_encoder import null_caption
+from lib.pipeline_encoder import encoder_dtype, null_caption, open_pipeline
 from lib.published import Published, check_new, export, fill, noise_levels, read_published
 from lib.settings import Parser, UserError
 from lib.timesteps import ddpm_timestep
 from model import build, token_grid
 
 SAME = 0.01                                                    # of v: rounding, which 1 / alpha enlarges, stays below
-POSITIONS = 32                                                 # units along one side of an image (model.positions_2d)
+POSITIONS = 32                                                 # those of any number of tokens run from 0 to this
 # their names of weights and ours, without a block's number; several of ours in one are laid one below the other
 NAMES = {
     "pos_embed.proj": "shell.conv_in", "scale_shift_table": "shell.scale_shift_table", "proj_out": "shell.proj_out",
@@ -55,8 +55,9 @@ def own_config(config):
                         "to 0.02, whose network predicts epsilon")
     told = about.get("use_additional_conditions")              # None is diffusers' own rule
     if told or told is None and about["sample_size"] == 128 or units != POSITIONS:
-        raise UserError(f"the transformer of {folder!r} is told sizes, or has positions of {units:g} units a side: "
-                        f"take a PixArt-Sigma, which is told none and has {POSITIONS} of them")
+        raise UserError(f"the transformer of {folder!r} is told sizes, or its positions run over {units:g} units a "
+                        "side (sample_size / patch_size / interpolation_scale): take a PixArt-Sigma, which is told "
+                        f"none, and whose positions run over {POSITIONS}, however many tokens there are")
     heads = about["num_attention_heads"]
     return config | {"pipeline": "", "shell": "patch", "patch": about["patch_size"], "heads": heads, "mlp_ratio": 4,
                      "width": heads * about["attention_head_dim"], "depth": about["num_layers"], "prediction": "eps",
@@ -87,7 +88,7 @@ def own_weights(theirs, config):
 
 @torch.no_grad()
 def largest_difference(theirs, ours, config):
-    """Of their v, over its standard deviation: ten levels of noise, random captions and none."""
+    """Of their v, over its standard deviation: ten levels of noise of 4 x 6 tokens, random captions and none."""
     side, text_shape = 2 * config["patch"], (config["text_length"], config["encoder_width"][0])
     worst = 0.0
     for k, logsnr in enumerate(torch.linspace(config["logsnr_min"], config["logsnr_max"], 10)):
@@ -113,6 +114,8 @@ def main():
     theirs, ours = Published(state["config"]), build(config)
     fill(theirs, state["model"], args.folder)                  # whole, and with nothing beside
     weights = own_weights(state["model"], config)
+    encoder = open_pipeline(config["text_length"], config["encoder_weights"], encoder_dtype(config))
+    config["encoder_id"] = encoder.id                          # captions of others are refused from now on
     fill(ours, weights, args.folder)
     worst = largest_difference(theirs.eval(), ours.eval(), config)
     grid = token_grid(config)

@@ -36,6 +36,15 @@ def drawer(tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def student_drawer(drawer, tmp_path_factory):
+    """The same weights as those of a student of 3 steps."""
+    folder, state = tmp_path_factory.mktemp("student"), torch.load(os.path.join(drawer, "last.pt"))
+    state["config"] |= dict(objective="consistency", sampler="ddim", sample_steps=3, teacher_steps=3)
+    torch.save(state, folder / "last.pt")
+    return str(folder)
+
+
 @pytest.mark.parametrize("sampler", ["ddpm", "exp_heun"])
 def test_the_page_draws_what_sample_draws_and_how_it_came_about(drawer, sampler):
     model, config = load(drawer)
@@ -70,6 +79,7 @@ def test_the_page_refuses_in_sentences(drawer, capsys):
     for config_, changes, words in [
             (config, dict(size="16x17"), "--size 16x17: this run makes 16x16, or sides that are multiples of 2"),
             (config, dict(steps=None), "steps, seed: give whole numbers"), (config, dict(n=0), "at least 1"),
+            (config, dict(guidance=-1.0), "guidance = -1.0: take at least 0"),
             (student, dict(steps=16, guidance=2.0), "it is inside this student"),
             (student, dict(steps=3), "3 steps: with sample_steps = 16"),
             (student, dict(steps=16, sampler="dpm"), "a student of consistency takes ddim or ddpm or lcm")]:
@@ -97,10 +107,12 @@ def start_page(run, folder):
     return f"http://127.0.0.1:{port}/", page
 
 
-def test_pictures_are_drawn_in_a_browser(drawer, browser, tmp_path):  # noqa
+@pytest.mark.parametrize("run", ["drawer", "student_drawer"])
+def test_pictures_are_drawn_in_a_browser(run, browser, tmp_path, request):  # noqa
+    """Of a student at the first click, without a word about guidance."""
     if not importlib.util.find_spec("gradio"):
         pytest.skip("needs gradio: pip install gradio")
-    address, page = start_page(drawer, tmp_path)
+    address, page = start_page(request.getfixturevalue(run), tmp_path)
 
     def script(text):
         return browser("POST", "/execute/sync", script=text, args=[])
@@ -120,7 +132,9 @@ def test_pictures_are_drawn_in_a_browser(drawer, browser, tmp_path):  # noqa
     try:
         browser("POST", "/url", url=address)
         write("#caption textarea", "a red circle")
-        write("#steps input", "3")
+        if run == "drawer":
+            write("#steps input", "3")
+        assert script("return !!document.querySelector('#guidance input')") == (run == "drawer")
         browser("POST", field("#draw") + "/click")
         first = wait_for(lambda: drawn("pictures") and drawn("path") and drawn("pictures"), 60)
         sizes = script("return ['pictures', 'path'].map(n => document.querySelector(`#${n} img`).naturalWidth)")

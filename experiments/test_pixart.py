@@ -126,10 +126,13 @@ def test_the_posters_rows_go_on_from_it_with_a_merge_of_keys_and_values(pipeline
     other = shutil.copytree(origin, tmp_path / "other")
     spoil_weights(other, "text_encoder", lambda w: w.update({key: value + 1 for key, value in w.items()}))
     assert "the captions were embedded by" in run(*words, "--encoder_weights", other, "--fresh", code=2)
+    next(data.rglob("pipeline-300.arrow")).unlink()            # nor do those fit that its own encoders embed
+    run("data.py", "embed", data, "--encoder", "pipeline:300", "--weights", other)
+    assert f"--weights {origin}" in run(*words, "--encoder_weights", "", "--fresh", code=2)
 
 
 @pytest.mark.parametrize("change, words", [
-    (lambda f: edit_json(f / "transformer/config.json", interpolation_scale=1), "4 units a side: take a PixArt-Sigma"),
+    (lambda f: edit_json(f / "transformer/config.json", interpolation_scale=1), "over 4 units a side"),
     (lambda f: edit_json(f / "transformer/config.json", use_additional_conditions=True), "is told sizes"),
     (lambda f: edit_json(f / "transformer/config.json", use_additional_conditions=None, sample_size=128,
                          interpolation_scale=2), "is told sizes"),
@@ -144,7 +147,9 @@ def test_what_is_no_pixart_sigma_is_refused(pipelines, change, words, tmp_path):
     assert words in said and not to.exists()
 
 
-def test_other_folders_are_refused(pipelines, tmp_path):  # noqa
+def test_other_folders_are_refused_and_stages_that_cannot_take_it(pipelines, own, tmp_path):  # noqa
+    said = run("train.py", "--stage", "grow", "--core", own[0], "--data", tmp_path, "--out", tmp_path, code=2)
+    assert "is a published run and grow takes the core of a pretrain run" in said  # before data are looked at
     script = os.path.join("experiments", "pixart.py")
     said = run(script, pipelines["sdxl"][1], "--to", tmp_path / "own", code=2)
     assert "is no PixArt-Sigma: only that has a core of ours" in said

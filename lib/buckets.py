@@ -22,7 +22,9 @@ def bucket_sizes(aspects, side, token):
         sizes = sorted({p for short, long in pairs if short for p in ((short, long), (long, short))})      # wide, tall
     elif re.fullmatch(r"\d+x\d+(, *\d+x\d+)*", aspects):
         sizes = [tuple(map(int, part.split("x"))) for part in aspects.split(",")]
-    if not sizes:                                              # neither, or a step above the side
+    if rule and not sizes:
+        raise UserError(f"aspects = {aspects!r}: {step} px is above the side of {side} px: take a smaller step")
+    if not sizes:
         raise UserError(f"aspects = {aspects!r}: write HxW,HxW,... or every N, "
                         "such as 1024x1024,768x1376,1376x768 or every 64")
     for h, w in sizes:                                         # whole tokens, or the grid would not fit

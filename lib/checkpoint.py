@@ -151,6 +151,20 @@ def newest_file(path):
     return last if os.path.exists(last) else path
 
 
+def find_checkpoint(path):
+    """The checkpoint that a path is, or the newest one of a run folder. UserError where there is none."""
+    is_run = os.path.isdir(path) and not os.path.exists(os.path.join(path, "about.pt"))    # a sharded one has it
+    files = [os.path.join(path, "last.pt"), *older_checkpoints(path)] if is_run else [path]
+    if path.endswith(".safetensors"):
+        raise UserError(f"{path!r} is weights alone: name the folder that it lies in, of a pipeline the whole one, "
+                        "that with model_index.json")
+    if not (file := next(filter(os.path.exists, files), None)):
+        raise UserError(f"no checkpoint {files[0]!r}: `python train.py --stage grow` makes out/toy/pretrain/last.pt "
+                        "and out/toy/grow/last.pt; or name a pipeline's whole folder, that with model_index.json: "
+                        "nothing is downloaded")
+    return file
+
+
 def checkpoint_hash(path):
     """sha256 of a run's last checkpoint, of a checkpoint, or of the weights in a folder; None where there is none."""
     return file_hash(newest_file(path))

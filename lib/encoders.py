@@ -265,13 +265,12 @@ class Autoencoder:
 
 
 @functools.lru_cache(2)
-def read_autoencoder(folder, device):
-    """The AutoencoderKL in a local folder, as diffusers' save_pretrained leaves it."""
+def read_autoencoder(folder, device, hint):
+    """The AutoencoderKL in a local folder, as diffusers' save_pretrained leaves it; where it is none, a hint."""
     def load():
         kind = import_extra("diffusers", "an autoencoder").AutoencoderKL
         options = local_weights(folder) | {"low_cpu_mem_usage": False}             # it needs accelerate
         return complete(*kind.from_pretrained(folder, **options))
-    hint = "put a diffusers AutoencoderKL there, its weights as .safetensors, or set autoencoder = \"\""
     return from_folder("autoencoder", folder, hint, load).float().eval().requires_grad_(False).to(device)
 
 
@@ -287,7 +286,11 @@ def open_autoencoder(config, device="cpu"):
     if name == "space_to_depth":
         own, opened = {"latent_channels": 3 * stride ** 2}, SpaceToDepth(stride, scale)
     else:
-        vae = read_autoencoder(name, str(device))
+        hint = "put a diffusers AutoencoderKL there, its weights as .safetensors, or set autoencoder = \"\""
+        if config["encoder"].startswith("pipeline:"):          # then its autoencoder is the pipeline's too
+            hint = ("bring the whole pipeline, its weights as .safetensors; where it has moved, put it, or a link to "
+                    "it, into an export of this run (sample.py --export) as 'pipeline'")
+        vae = read_autoencoder(name, str(device), hint)
         own = {"latent_channels": vae.config.latent_channels,
                "latent_stride": 2 ** (len(vae.config.block_out_channels) - 1),     # the last block halves no side
                "latent_scale": vae.config.scaling_factor}

@@ -147,9 +147,14 @@ def complete(net, info):
 
 @functools.lru_cache(8)                                        # reading 20 GB takes a while
 def weights_hash(folder):
-    """sha256 of all weights and vocabularies in a folder, 16 digits: the identity of a network."""
+    """
+    sha256 of all weights and vocabularies in a folder, 16 digits: the identity of a network. UserError where it holds
+    no .safetensors.
+    """
     digest, kinds = hashlib.sha256(), (".safetensors", ".json", ".model", ".txt")
     files = sorted(f for f in os.listdir(folder) if f.endswith(kinds))
+    if not any(f.endswith(".safetensors") for f in files):
+        raise UserError(f"no .safetensors in {folder!r}: bring them, since pickled weights (.bin) could run code")
     for name in tqdm(files, f"sha256 of {folder}", leave=False, disable=None):
         with open(os.path.join(folder, name), "rb") as file:
             digest.update(name.encode() + hashlib.file_digest(file, "sha256").digest())

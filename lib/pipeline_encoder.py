@@ -81,7 +81,7 @@ class PipelineEncoder:
         t5, rows = self.index[part][1].startswith("T5"), []
         limit = self.tokens if t5 else self.tokens - 1         # one row is for the pooled text
         texts = [text.lower().strip() for text in texts] if t5 else texts          # as PixArt's pipeline does
-        for text, ids in zip(texts, tokenizer(texts).input_ids):
+        for text, ids in zip(texts, tokenizer(texts, verbose=False).input_ids):    # it warns of another limit
             if len(ids) > limit:
                 print(f"{part} reads {limit} of {len(ids)} tokens, the rest is cut: {text[:60]!r}", file=sys.stderr)
         for start in range(0, len(texts), 16):                 # the activations of T5-XXL are large
@@ -112,7 +112,14 @@ class PipelineEncoder:
     def tokenizer(self, part):
         folder = os.path.join(self.folder, part.replace("text_encoder", "tokenizer"))
         kind = import_extra("transformers", f"{part} of {self.folder!r}").AutoTokenizer
-        return kind.from_pretrained(folder, local_files_only=True)
+        try:
+            return kind.from_pretrained(folder, local_files_only=True)
+        except Exception as e:                                 # of many kinds
+            more = ""
+            if os.path.exists(os.path.join(folder, "spiece.model")):               # as PixArt-Sigma is downloaded
+                more = "; it holds spiece.model, for which these are needed: pip install sentencepiece protobuf"
+            raise UserError(f"{folder!r} does not open as a tokenizer ({type(e).__name__}: {str(e)[:200]}): bring it "
+                            f"whole{more}")
 
     def mean_tokens(self, captions):
         """Mean number of rows that these captions take."""

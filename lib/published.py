@@ -13,7 +13,7 @@ import os
 import torch
 import torch.nn as nn
 
-from lib.checkpoint import FORMAT
+from lib.checkpoint import FORMAT, find_checkpoint
 from lib.conditions import SIZES
 from lib.files import atomic_write, import_extra, part_name, read_json, read_weights, weight_files
 from lib.pipeline_encoder import PIPELINES, PipelineEncoder, null_caption, open_pipeline, pipeline_index
@@ -102,8 +102,9 @@ class Published(nn.Module):
 def fill(model, weights, path):
     """Copy weights by name into a model. UserError where one is missing, unknown, of another shape or not finite."""
     there = {name: value.shape for name, value in model.state_dict().items()}
-    wrong = [f"{name} is {'missing' if name not in weights else tuple(weights[name].shape)}, not {tuple(shape)}"
-             for name, shape in there.items() if name not in weights or weights[name].shape != shape]
+    wrong = [f"{name} is missing" for name in there if name not in weights]
+    wrong += [f"{name} is {tuple(weights[name].shape)}, not {tuple(shape)}" for name, shape in there.items()
+              if name in weights and weights[name].shape != shape]
     wrong += [f"{name} is none of its weights" for name in weights if name not in there]
     wrong = wrong or [f"{name} is not finite" for name in there if not weights[name].isfinite().all()]
     if wrong:
@@ -148,30 +149,53 @@ def pipeline_config(folder):
         "pipeline": folder, "shell": "published", "data": "", "sampler": "dpm", "dtype": "fp32", "weighting": "eps",
         "encoder": f"pipeline:{tokens}", "encoder_width": (encoder.width,), "encoder_weights": folder,
         "text_length": tokens, "autoencoder": os.path.join(folder, "vae"), "latent_channels": vae["latent_channels"],
-        "latent_stride": stride, "latent_scale": vae["scaling_factor"], "conditions": SIZES * unet,
+        "latent_stride": stride, "latent_scale": vae["scaling_factor"], "conditions": SIZES if unet else "",
         "resolution": side * stride, "noise_base_resolution": side * stride, "grid": side // patch,
         "logsnr_max": float(logsnrs[0]), "logsnr_min": float(logsnrs[-1]), "steps": 0}
 
 
-def start_config(config, path, flags, whole):
+def read_start(path):
     """
-    The config of a training that starts from `path`: where that is a pipeline, or a run of its network, and is to be
-    trained as a `whole`, with all that this decides, and with what is usual for it where config and `flags`, [(key,
-    text)], leave it open; where a pipeline reads the captions of our own network, with these parts of it. UserError for
-    a flag that it contradicts.
+    What a training starts from, {"stage", "config" ...}: a pipeline's folder, a run or an export, without reading what
+    is large. None where nothing is there yet; what is broken is told when it is read.
+    """
+    if not path:
+        return None
+    if os.path.exists(os.path.join(path, "model_index.json")):
+        return {"stage": "published", "config": pipeline_config(path)}
+    state = read_export(path) if os.path.exists(os.path.join(path, "config.json")) else newest_about(path)
+    return state | {"config": default_config() | state["config"]} if state and "config" in state else None
+
+
+def check_there(path):
+    """UserError where no pipeline, run or export is at a path that was named."""
+    if not any(os.path.exists(os.path.join(path, name)) for name in ("model_index.json", "config.json")):
+        find_checkpoint(path)
+
+
+def start_config(config, path, start, flags, whole):
+    """
+    The config of a training that starts from `path`, which read_start read. `home` is the folder of a pipeline that
+    it needs. Where that is its network, and this is to be trained as a `whole`, its config gets all that the pipeline
+    decides, and what is usual for it where config and `flags`, [(key, text)], leave it open; where the network is ours
+    and the pipeline only reads its captions, these PARTS of it. UserError for a flag that it contradicts, and for a
+    stage that keeps a part of a pipeline's network.
     """
     if config["pipeline"]:
         raise UserError(f"pipeline = {config['pipeline']}: that is filled in: give --core FOLDER or --teacher FOLDER")
-    there, given = network_config(path), {key for key, _ in flags}
-    if not there or there["pipeline"] and not whole:          # which the stage refuses
+    if not start or not home(start["config"]):
         return config
+    there, given = start["config"], {key for key, _ in flags}
     if not there["pipeline"]:
-        if "encoder" in given and config["encoder"] != there["encoder"]:
-            given.add("encoder_weights")                       # these are of another one
-        return config | {key: there[key] for key in PARTS if key not in given}
+        other = "encoder" in given and config["encoder"] != there["encoder"]       # encoder_weights are not of this one
+        taken = [key for key in PARTS if key not in given and not (other and key == "encoder_weights")]
+        return config | {key: there[key] for key in taken}
+    if not whole:
+        raise UserError(f"{path} has the network of a pipeline, which is trained as a whole: take --stage defrost or "
+                        "style and --core, or distill and --teacher")
     for key in (*DECIDED, *OURS):
         if key in given and config[key] != there[key]:
-            value = f", {there[key]!r}" * (key in DECIDED)
+            value = f", {there[key]!r}" if key in DECIDED else ""
             raise UserError(f"--{key}: the network of {path} decides it{value}: leave it out")
     if config["kv_merge"] > 1:
         raise UserError(f"kv_merge = {config['kv_merge']}: that is for our own blocks: --kv_merge 0, or bring a "
@@ -188,28 +212,26 @@ def start_config(config, path, flags, whole):
 
 def home(config):
     """The folder of the pipeline that is the network, or that reads its captions; "" where there is none."""
-    return config["pipeline"] or config["encoder_weights"] * config["encoder"].startswith("pipeline:")
+    if config["encoder"].startswith("pipeline:"):
+        return config["pipeline"] or config["encoder_weights"]
+    return config["pipeline"]
 
 
-def network_config(path):
-    """The config of a pipeline's folder, or of a run or export that has one as its `home`; None of all others."""
-    if not path:
-        return None
-    if os.path.exists(os.path.join(path, "model_index.json")):
-        return pipeline_config(path)
-    state = read_export(path) if os.path.exists(os.path.join(path, "config.json")) else newest_about(path)
-    there = state and default_config() | state["config"]
-    return there if there and home(there) else None
-
-
-def check_encoder(config):
-    """UserError where the captions of a training were embedded by others than the encoders of its pipeline."""
-    if not config["encoder"].startswith("pipeline:") or not config["encoder_weights"]:
-        return
-    own, known = open_pipeline(config["text_length"], config["encoder_weights"], "fp32").id, config["encoder_id"]
-    if known.split(" ")[2:] != own.split(" ")[2:]:             # behind the dtype
-        raise UserError(f"the captions were embedded by {known}, and the pipeline holds {own}: embed them with "
-                        f"--weights {config['encoder_weights']}")
+def check_encoder(config, start):
+    """
+    UserError where the captions of a training were embedded by others than the encoders of its pipeline, or than those
+    that `start` (read_start) was published with.
+    """
+    known, there = config["encoder_id"] or config["encoder"], []
+    if start and start["stage"] == "published" and start["config"]["encoder_id"]:
+        there.append((start["config"]["encoder_id"], home(start["config"])))
+    if config["encoder"].startswith("pipeline:") and config["encoder_weights"]:
+        folder = config["encoder_weights"]
+        there.append((open_pipeline(config["text_length"], folder, "fp32").id, folder))
+    for own, folder in there:
+        if known.split(" ")[2:] != own.split(" ")[2:]:         # behind the dtype
+            raise UserError(f"the captions were embedded by {known}, and the pipeline holds {own}: embed them with "
+                            f"--encoder pipeline:{config['text_length']} --weights {folder}")
 
 
 def describe_published(state):
@@ -244,16 +266,25 @@ def export(state, folder):
     path = os.path.join(folder, "model.safetensors")
     weights = {name: value.contiguous() for name, value in {**state["model"], **state["ema"]}.items()}
     save_file(weights, part_name(path))
+    os.umask(mask := os.umask(0))
+    os.chmod(part_name(path), 0o666 & ~mask)                   # as other files; it makes them for their owner alone
     os.replace(part_name(path), path)
     about = {"format": FORMAT} | {key: state[key] for key in ("name", "stage", "step", "parents", "config")}
     what = "EMA weights of nanoVermeer, v of (z, logsnr, text, conditions): model.load(FOLDER)"
     text = json.dumps({"what": what} | about, indent=1)
     atomic_write(os.path.join(folder, "config.json"), lambda f: f.write(text.encode()))        # last: now it is whole
-    parts = ", autoencoder and the network's settings" if state["config"]["pipeline"] else " and autoencoder"
-    needs = (f"; encoders{parts} stay in {home(state['config'])}: on another machine put it, or a link to it, there as "
-             f"{WITHIN!r}") * bool(home(state["config"]))
+    needs, folder_of = "", home(state["config"])
+    if folder_of:
+        parts = ", autoencoder and the network's settings" if state["config"]["pipeline"] else " and autoencoder"
+        needs = (f"; encoders{parts} stay in {folder_of}: on another machine put it, or a link to it, there as "
+                 f"{WITHIN!r}")
     return (f"{folder}: {len(weights)} tensors of {state['stage']}, step {state['step']}: python sample.py {folder}"
             f"{needs}")
+
+
+def moved(path, before, now):
+    """A path in the folder `before`, or this itself, in the folder `now`; another path as it is."""
+    return now + path.removeprefix(before) if f"{path}/".startswith(f"{before}/") else path
 
 
 def read_export(folder):
@@ -265,6 +296,6 @@ def read_export(folder):
     config = {key: tuple(value) if isinstance(value, list) else value for key, value in state["config"].items()}
     config, within = default_config() | config, os.path.join(folder, WITHIN)
     if (before := home(config)) and os.path.isdir(within):     # else where training found it
-        config |= {key: config[key].replace(before, within, 1)
+        config |= {key: moved(config[key], before.rstrip("/"), within)
                    for key in ("pipeline", "encoder_weights", "autoencoder")}
     return state | {"config": config, "model": read_weights(path, "an export"), "ema": {}}

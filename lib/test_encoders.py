@@ -15,7 +15,7 @@ from lib.settings import UserError
 
 BOTH = "t5-xxl:6,clip-h:5"
 CONFIG = {"encoder": BOTH, "encoder_width": (32, 24), "encoder_id": "", "encoder_weights": "", "text_vocab": 99}
-PIXELS = {"autoencoder": "", "latent_channels": 4, "latent_stride": 8, "latent_scale": 0.13025}
+PIXELS = {"encoder": "words", "autoencoder": "", "latent_channels": 4, "latent_stride": 8, "latent_scale": 0.13025}
 
 
 def refused(capsys, action, *words):
@@ -197,7 +197,7 @@ def vae(tmp_path_factory):
 
 def test_latents_of_an_autoencoder_are_its_scaled_mean_and_decode_in_tiles(vae, capsys):
     from diffusers import AutoencoderKL
-    config = {"autoencoder": vae[0][1], "latent_stride": 2, "latent_scale": 0.5, "latent_channels": 4}
+    config = PIXELS | {"autoencoder": vae[0][1], "latent_stride": 2, "latent_scale": 0.5}
     opened, plain = open_autoencoder(config), AutoencoderKL.from_pretrained(vae[0][1], low_cpu_mem_usage=False).eval()
     x = torch.rand(2, 3, 32, 24) * 2 - 1
     with torch.no_grad():

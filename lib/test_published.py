@@ -17,10 +17,11 @@ from lib.encoders import EmbeddingCache, embed_captions, embed_now, open_encoder
 from lib.pictures import write_png
 from lib.files import file_hash, weights_hash
 from lib.pipeline_encoder import PipelineEncoder
+from lib.published import moved
 from lib.settings import load_config
 from lib.timesteps import timestep_of
 from lib.test_encoders import Trap, captions, refused  # noqa: captions is a fixture
-from model import alpha_sigma, build, diffusion_loss, load, read_checkpoint
+from model import alpha_sigma, build, diffusion_loss, init_from, load, read_checkpoint
 from sample import describe_run
 
 VOCABULARY = "a big small red blue circle square on the left right of white".split()
@@ -265,35 +266,6 @@ def test_folders_are_read_as_they_are_published(pipelines, kind, tmp_path):
     assert all(map(torch.equal, everything(beside), plain))
 
 
-@pytest.mark.parametrize("kind", ["pixart", "sdxl"])
-def test_captions_are_embedded_as_the_pipeline_does_one_encoder_after_the_other(pipelines, kind, capsys, monkeypatch):
-    pipeline, folder = pipelines[kind]
-    config, long = read_checkpoint(folder)["config"], "big " * 400
-    captions = [CAPTIONS[0], long, "", CAPTIONS[0]]
-    text = sampling.encode_captions(captions, config)
-    rows, other = embeddings_of(pipeline, [CAPTIONS[0], long])[0]
-    limit = {"pixart": 300, "sdxl": 77}[kind]
-    assert f"reads {limit} of 401 tokens, the rest is cut: 'big big" in capsys.readouterr().err
-    if kind == "pixart":
-        for ours, theirs, mask in zip(text, rows, other):
-            assert torch.allclose(ours[:mask.sum()], theirs[mask.bool()], atol=1e-5) and not ours[mask.sum():].any()
-    else:
-        assert torch.allclose(text[:2, :77], rows, atol=1e-5) and torch.allclose(text[:2, 77, :20], other, atol=1e-5)
-        assert not text[:, 77, 20:].any()
-    assert torch.equal(text[0], text[3]) and not text[2].any()
-    opened = []
-    monkeypatch.setattr(PipelineEncoder, "open", lambda self, part, open=PipelineEncoder.open:
-                        opened.append((part, list(self.opened))) or open(self, part))
-    for memory, times in ((0, 2), (10 ** 12, 1)):              # short: let go after use; else kept
-        monkeypatch.setattr("lib.pipeline_encoder.free_memory", lambda device: memory)
-        opened.clear()
-        encoder = PipelineEncoder(config["text_length"], folder, "fp32")
-        encoder(["a"]), encoder(["b"])
-        parts = ["text_encoder", "text_encoder_2"][:len(encoder.parts)]
-        assert [part for part, _ in opened] == parts * times
-        assert all(kept == [] or memory for _, kept in opened)
-
-
 def test_the_null_caption_is_the_published_one(pipelines, tmp_path):
     for kind, changes, zero in (("pixart", {}, False), ("sdxl", {}, True),
                                 ("sdxl", {"force_zeros_for_empty_prompt": False}, False)):
@@ -374,7 +346,7 @@ BAD_FOLDERS = [
     ("pixart", lambda f: shutil.rmtree(f / "transformer"), "transformer/config.json' cannot be read"),
     ("sdxl", lambda f: shutil.rmtree(f / "vae"), "vae/config.json' cannot be read"),
     ("sdxl", lambda f: shutil.rmtree(f / "text_encoder_2"), "text_encoder_2/config.json' cannot be read"),
-    ("sdxl", lambda f: shutil.rmtree(f / "tokenizer"), "does not open as text_encoder"),
+    ("sdxl", lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer' does not open as a tokenizer ("),
     ("sdxl", lambda f: pickle_weights(f, "unet"), "could run code"),
     ("pixart", lambda f: pickle_weights(f, "text_encoder"), "does not open as text_encoder"),
     ("pixart", lambda f: pickle_weights(f, "vae"), "does not open as autoencoder"),
@@ -385,7 +357,8 @@ BAD_FOLDERS = [
      "core.other is none of its weights"),
     ("sdxl", lambda f: os.truncate(next((f / "unet").glob("*.safetensors")), 1000), "bring it whole; a few lines"),
     ("sdxl", lambda f: spoil_weights(f, "text_encoder", lambda w: w.pop(sorted(w)[0])), "is missing"),
-    ("sdxl", lambda f: spoil_weights(f, "vae", lambda w: w.pop("decoder.conv_in.bias")), "conv_in.bias is missing"),
+    ("sdxl", lambda f: spoil_weights(f, "vae", lambda w: w.pop("decoder.conv_in.bias")),
+     "conv_in.bias is missing): bring the whole pipeline"),
     ("sdxl", lambda f: edit_json(f / "vae/config.json", latents_mean=[0.0] * 4), "take a pipeline whose autoencoder"),
     ("sdxl", lambda f: edit_json(f / SCHEDULER, prediction_type="sample"), "predicts sample: take"),
     ("sdxl", lambda f: edit_json(f / SCHEDULER, beta_schedule="absent"), "beta_schedule None"),
@@ -401,6 +374,16 @@ def test_bad_folders_are_refused_and_nothing_in_them_is_executed(pipelines, numb
     monkeypatch.chdir(tmp_path)
     refused(capsys, lambda: everything(folder), "error: ", words)
     assert not os.path.exists("executed")
+
+
+def test_a_training_refuses_broken_folders_as_plainly(pipelines, tmp_path, capsys):
+    """Before its weights or encoders would be used."""
+    folder = copied(pipelines["pixart"][1], tmp_path)
+    spoil_weights(folder, "transformer", lambda w: w.pop("proj_out.bias"))
+    state = read_checkpoint(str(folder))
+    refused(capsys, lambda: init_from(state, state["config"], ""), "core.proj_out.bias is only here", "bring them")
+    pickle_weights(folder, "text_encoder")
+    refused(capsys, lambda: PipelineEncoder(300, str(folder), "fp32").id, "no .safetensors in", "could run code")
 
 
 def draws(monkeypatch, *words):
@@ -419,6 +402,7 @@ def test_pipelines_are_sampled_and_described_from_the_command_line(pipelines, tm
         said = capsys.readouterr().out
         assert network in said and "16 px" in said and "predicts eps" in said and "--sampler dpm" in said
         refused(capsys, lambda: draws(monkeypatch, folder, "a", "--size", "16x17"), "--size 16x17", "multiples of 4")
+    refused(capsys, lambda: draws(monkeypatch, folder, "a", "--guidance=-1"), "guidance = -1.0: take at least 0")
     opened, really = [], PipelineEncoder.open                  # also for the null caption
     monkeypatch.setattr(PipelineEncoder, "open", lambda self, part: opened.append(self.dtype) or really(self, part))
     for kind in pipelines:
@@ -439,6 +423,11 @@ def test_pipelines_are_scored_on_captions_from_a_file(pipelines, tmp_path, capsy
     assert re.search("dtype +bf16", said)
 
 
+def test_only_what_lies_in_a_pipeline_moves_with_it():
+    for path, there in (("a", "b/c"), ("a/vae", "b/c/vae"), ("a/", "b/c/"), ("aa/vae", "aa/vae"), ("x/a", "x/a")):
+        assert moved(path, "a", "b/c") == there
+
+
 def test_an_exported_run_is_the_run_to_the_bit_where_the_run_is_not(tmp_path, capsys, monkeypatch):
     pytest.importorskip("safetensors")
     small = [("width", "32"), ("depth", "2"), ("resolution", "16"), ("grid", "8"), ("scene_native", "16")]
@@ -454,9 +443,10 @@ def test_an_exported_run_is_the_run_to_the_bit_where_the_run_is_not(tmp_path, ca
     there, before = load(str(tmp_path / "run"))
     picture = sampling.sample(there, before, ["a red circle"], steps=2)
     said = describe_run(str(tmp_path / "run"))
-    draws(monkeypatch, tmp_path / "run", "--export", tmp_path / "out")
-    assert "out: " in capsys.readouterr().out
+    draws(monkeypatch, tmp_path / "run", "--export", tmp_path / "out", "--describe")
+    assert (shown := capsys.readouterr().out).startswith(said) and "out: " in shown
     assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]
+    assert len({os.stat(tmp_path / "out" / name).st_mode for name in os.listdir(tmp_path / "out")}) == 1
     refused(capsys, lambda: draws(monkeypatch, tmp_path / "run", "--export", tmp_path / "out"), "name a new folder")
     shutil.rmtree(tmp_path / "run")
     here, after = load(str(tmp_path / "out"))
