@@ -266,7 +266,8 @@ def export(state, folder):
     path = os.path.join(folder, "model.safetensors")
     weights = {name: value.contiguous() for name, value in {**state["model"], **state["ema"]}.items()}
     save_file(weights, part_name(path))
-    os.umask(mask := os.umask(0))
+    mask = os.umask(0)                                         # which cannot be read but by setting it
+    os.umask(mask)
     os.chmod(part_name(path), 0o666 & ~mask)                   # as other files; it makes them for their owner alone
     os.replace(part_name(path), path)
     about = {"format": FORMAT} | {key: state[key] for key in ("name", "stage", "step", "parents", "config")}
