@@ -152,7 +152,7 @@ def main():
         base, folder = os.path.join(args.bases or args.out, str(seed)), os.path.join(args.out, str(seed))
         train_both(base, args.of, folder, seed, keys)
         runs = os.path.join(base, "toy", args.of), os.path.join(folder, "toy", "condition")
-        guidance = read_checkpoint(runs[1])["config"]["guidance"]                  # of both: it counts more than all else
+        guidance = read_checkpoint(runs[1])["config"]["guidance"]      # of both: it counts more than all else
         before.append(measure(runs[0], os.path.join(folder, "before"), checks, args.n, False, guidance))
         after.append(measure(runs[1], os.path.join(folder, "after"), checks, args.n, True, guidance))
     draw(os.path.join(args.out, str(seeds[0]), "toy", "condition"), checks, os.path.join(args.out, "pictures.png"))
