@@ -471,7 +471,7 @@ def parse():
         raise UserError(f"too {'many' if len(args.run) > wanted else 'few'} folders: give one run, or two folders of "
                         "images, the reference first, or two runs with --sheet")
     for value in parse_numbers(args.guidance, "--guidance") if args.guidance else ():
-        check_range("guidance", value, "0..")
+        check_range("guidance", value)
     kept = args.dsg or args.keep or args.sheet or args.ratings or "clip" in args.features.split(",")
     if args.prompts and not kept and all(METRICS[name][0] == "pictures" for name in parse_metrics(args)):
         raise UserError(f"--metrics {args.metrics}: captions of a file have no answers: add --keep FOLDER, or for the "

@@ -350,7 +350,7 @@ def parse():
     if args.n < 1 or any(value is not None and value < 1 for value in (args.steps, args.batch)):
         raise UserError("--n, --steps and --batch count things: give at least 1")
     if args.guidance is not None:
-        check_range("guidance", args.guidance, "0..")
+        check_range("guidance", args.guidance)
     if not args.to.lower().endswith(".png"):
         raise UserError(f"--to {args.to}: pictures are written as PNG: give a name that ends in .png")
     if not os.path.isdir(os.path.dirname(args.to) or "."):

@@ -37,7 +37,7 @@ def draw(model, config, caption, n, steps, guidance, sampler, seed, size):
     if None in (n, steps, seed) or min(n, steps) < 1:
         raise UserError("pictures, steps, seed: give whole numbers, of pictures and steps at least 1")
     if guidance is not None:
-        check_range("guidance", guidance, "0..")
+        check_range("guidance", guidance)
     check_student(config, steps, guidance, sampler)
     size, seen = parse_size(size.strip() or None, config), []  # seen: (z, x) of every evaluation, of the first picture
     x = sample(model, config, [caption.strip()] * n, seed, steps=steps, guidance=guidance, sampler=sampler, size=size,

@@ -113,8 +113,12 @@ def parse_value(key, text, default):
     return value
 
 
-def check_range(key, value, allowed):
-    """UserError unless a value, or each of a tuple, is allowed: words, "0..1", "2..", "above 0", or several with |."""
+def check_range(key, value, allowed=""):
+    """
+    UserError unless a value, or each of a tuple, is allowed: words, "0..1", "2..", "above 0", or several with |;
+    without `allowed` by what configs.txt says in [ranges].
+    """
+    allowed = allowed or read_sections()["ranges"][key]
     values = value if isinstance(value, tuple) else (value,)
     if not values or not all(any(is_allowed(v, choice.strip()) for choice in allowed.split("|")) for v in values):
         words = re.sub(r"(\S+)\.\.(\S+)", r"a value in [\1, \2]", allowed)
