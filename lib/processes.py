@@ -175,7 +175,6 @@ def install_excepthook(memory="", worker="", workers=()):
             os._exit(130)
         text, lost = str(error).split("\n")[0], isinstance(error, dist.DistError) or "gloo" in str(error)
         if workers:
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)      # a DataLoader's own handler would raise in here
             time.sleep(0.5)                                    # a worker that dies may be heard of before it is dead
         dead = [w.pid for w in workers if not w.is_alive()]
         if is_out_of_memory(error):
@@ -189,4 +188,6 @@ def install_excepthook(memory="", worker="", workers=()):
             sys.__excepthook__(kind, error, trace)
         print_error(message, wait=lost)                        # the one that failed speaks first
         os._exit(status)                                       # at once: the others must not wait for this process
+    if workers:                                                # the wait for a batch looks after them every 5 s; torch
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)          # would raise at the signal besides, within `end` too
     sys.excepthook = end

@@ -139,7 +139,7 @@ def test_numbers_too_small_to_be_normal_are_zero_in_all_threads():
 
 
 def lose_a_worker():
-    """A worker that is heard of before it is dead; then comes a signal, whose handler raises, as torch does it."""
+    """A worker that is heard of before it is dead; its signal comes later, and torch's handler of that would raise."""
     def handler(number, frame):
         raise RuntimeError("killed by signal")
     worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(0.2,))
