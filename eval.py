@@ -28,7 +28,7 @@ import sys
 
 from lib.settings import Parser, UserError, check_range, parse_numbers, parse_words, words_of
 
-parser = Parser(__doc__, keys=("prefix", "suffix", "base", "augmentation_sample"))     # words round all captions
+parser = Parser(__doc__, keys=("guidance_end", "prefix", "suffix", "base", "augmentation_sample"))
 add = parser.add_argument
 add("run", nargs="*", help="a run such as out/toy/grow; or two folders of images, reference first; or two runs")
 add("--n", type=int, help="images; default 1000, or all captions of a file, or 50 pairs of a sheet")

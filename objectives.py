@@ -24,7 +24,7 @@ from lib.lineage import check_finished
 from lib.perceptual import Discriminator, hinge, slope_penalty
 from lib.settings import UserError
 from model import WEIGHTINGS, alpha_sigma, build, diffusion_loss, get_logsnr, load, read_checkpoint
-from sample import STUDENTS, check_student, guided, is_student
+from sample import STUDENTS, check_student, end_of_guidance, guided, is_student
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Students of few steps
@@ -107,7 +107,8 @@ def distill_turns(own, path, config, device, in_half, second_turn):
 
     def denoiser(model, guidance):                             # (z, logsnr, text, conditions) -> x
         def predict(z, logsnr, text, conditions):
-            return guided(in_half(model), text, guidance, conditions, limit, untold(config, conditions))(z, logsnr)
+            return guided(in_half(model), text, guidance, conditions, limit, untold(config, conditions),
+                          end_of_guidance(config))(z, logsnr)
         return predict
     teacher = denoiser(teacher_model, config["guidance"])
 

@@ -28,7 +28,8 @@ import re
 
 from lib.settings import Parser, UserError, check_range, words_of
 
-parser = Parser(__doc__, keys=("encoder_weights", "prefix", "suffix", "base", "augmentation_sample"))
+parser = Parser(__doc__, keys=("guidance_end", "encoder_weights", "prefix", "suffix", "base",
+                                "augmentation_sample"))
 parser.add_argument("run", help="run folder, such as out/toy/grow")
 parser.add_argument("captions", nargs="*", help="one or more captions in quotes; '' is the null caption")
 parser.add_argument("--n", type=int, default=4, help="images per caption; default 4")
@@ -163,30 +164,43 @@ def get_logsnrs(config, steps, sampler, device="cpu"):
 # Guidance, and pictures of captions
 
 
-def guided(model, text, guidance, conditions=None, limit=1.0, null_conditions=None):
+def guided(model, text, guidance, conditions=None, limit=1.0, null_conditions=None, end=math.inf):
     """
     denoise(z, logsnr) -> x for these captions (B, L) or (B, L, E), with classifier-free guidance (Ho and Salimans
-    2021): v = v_null + guidance (v_caption - v_null). 1 means no guidance, 0 no caption. The null caption is the one
-    of training; with it null_conditions (B, K) take the place of conditions (B, K). x is clipped to [-limit, limit]:
-    pixels have a limit, latents have none.
+    2021): v = v_null + guidance (v_caption - v_null). 1 means no guidance, 0 no caption. From the logsnr `end` on it is
+    1 at most (Kynkaanniemi et al. 2024). The null caption is the one of training; with it null_conditions (B, K) take
+    the place of conditions (B, K). x is clipped to [-limit, limit]: pixels have a limit, latents have none.
     """
-    def both(given, null):                                     # (B or 2 B, ...): one pass for both
-        if guidance in (0, 1):
-            return given if guidance else null
-        return torch.cat([given, null])
-    captions = both(text, torch.zeros_like(text))              # padding alone
-    told = None if conditions is None else both(conditions, conditions if null_conditions is None else null_conditions)
-    copies = len(captions) // len(text)                        # 1 or 2
+    given = text, conditions
+    null = torch.zeros_like(text), conditions if null_conditions is None else null_conditions          # padding alone
+    both = [None if part is None else torch.cat([part, other]) for part, other in zip(given, null)]    # (2 B, ...)
+    inputs, least = {1: given, 0: null}, min(guidance, 1)      # of guidance 1 and 0; any other takes both in one pass
 
     def denoise(z, logsnr):                                    # one level for all images, or one for each
+        over = end < math.inf and bool((logsnr >= end).all())  # half the cost
+        captions, told = inputs.get(least if over else guidance, both)             # (B or 2 B, ...)
+        copies = len(captions) // len(text)                                        # 1 or 2
         logsnrs = logsnr.expand(len(text)).repeat(copies)                          # (B or 2 B,)
         v = model(z.repeat(copies, 1, 1, 1), logsnrs, captions, told).float()      # (B or 2 B, C, H, W)
         if copies == 2:
             v_caption, v_null = v.chunk(2)                                         # (B, C, H, W)
-            v = v_null + guidance * (v_caption - v_null)
+            weight = torch.where(logsnr < end, guidance, least).view(-1, 1, 1, 1)  # (1 or B, 1, 1, 1)
+            v = v_null + weight * (v_caption - v_null)
         alpha, sigma = alpha_sigma(logsnr)                                         # (1 or B, 1, 1, 1)
         return (alpha * z - sigma * v).clamp(-limit, limit)                        # x from z and v
     return denoise
+
+
+def end_of_guidance(config):
+    """The logsnr from which on samples are not guided, a number."""
+    t = config["guidance_end"]
+    return get_logsnr(torch.tensor(t), config).item() if t else math.inf
+
+
+def count_evaluations(config, sampler, steps, guidance):
+    """Evaluations of the network for a picture: where it is guided there are two at a time."""
+    guided_share = (get_logsnrs(config, steps, sampler) < end_of_guidance(config)).float().mean().item()
+    return round(SAMPLERS[sampler][2](steps) * (1 + guided_share * (guidance not in (0, 1))))
 
 
 @torch.no_grad()
@@ -225,7 +239,8 @@ def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, 
         rows = range(start, min(start + batch, len(captions)))                     # b captions
         told = conditions[rows.start:rows.stop]                # (b, K)
         net = model if low is None else seeing(model, config, low[start:rows.stop], seed, first + start, shape)
-        denoise = guided(net, text[rows.start:rows.stop], guidance, told, limit, untold(config, told))
+        denoise = guided(net, text[rows.start:rows.stop], guidance, told, limit, untold(config, told),
+                         end_of_guidance(config))
 
         def noise_sampler(step):
             return normals([(purpose, seed, first + i, step) for i in rows], shape, device)        # (b, C, H, W)

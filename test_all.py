@@ -1450,6 +1450,28 @@ def test_guidance_is_linear_in_v_on_all_channels():
         assert torch.allclose(null, sampling.guided(net, tokens * 0, 1)(z, logsnr))
 
 
+def test_guidance_ends_where_it_is_told_and_costs_nothing_from_there():
+    config = tiny("grow", guidance_end=0.45, guidance=3.0)
+    net, (z, logsnr, text) = shaken(models.build(config)), models.example(config, 2)
+    z, tokens, end = torch.randn_like(z), text + 5, sampling.end_of_guidance(config)
+    seen = []
+    net.register_forward_pre_hook(lambda net, inputs: seen.append(len(inputs[0])))
+
+    def x(levels, *args, **options):
+        with torch.no_grad():
+            return sampling.guided(net, tokens, *args, **options)(z, torch.tensor(levels))
+    early, late = end - 1, end + 1
+    for g, rest in ((3, 1), (0.5, 0.5), (1, 1), (0, 0)):       # no more than it was before
+        assert torch.equal(x(early, g, end=end), x(early, g)) and torch.equal(x(late, g, end=end), x(late, rest))
+    mixed, rows = x([early, late], 3, end=end), [x(early, 3)[0], x(late, 1)[1]]
+    assert torch.allclose(mixed, torch.stack(rows), atol=1e-5) and not torch.allclose(mixed, x([early, late], 3))
+    seen.clear()
+    sampling.sample(net, config, ["a red circle"] * 2, steps=11, sampler="ddim")   # t is 1, 0.9 ... 0
+    assert seen == [4] * 6 + [2] * 5 and sampling.count_evaluations(config, "ddim", 11, 3.0) == 17
+    assert sampling.count_evaluations(config, "exp_heun", 11, 1.0) == 21
+    assert sampling.end_of_guidance(tiny(guidance_end=0.0)) == math.inf
+
+
 # ---- few steps: what a student learns
 
 def student(objective, **keys):

@@ -108,9 +108,9 @@ SHELL_KEYS = ("shell", "channels", "residual_blocks", "entry_channels", "patch",
 OUTSIDE = ("conv_in", "conv_out", "proj_out", "temb_proj", "table")
 # what may change when a run goes on: how it is looked at and spread over devices, the steps and the learning rates
 FREE_KEYS = ("steps", "lr", "muon_lr", "lr_end", "micro", "workers", "compile", "checkpointing", "fsdp", "sharded",
-             "dist_timeout", "num_checkpoints", "guidance", "sampler", "sample_steps", "log_every", "sample_every",
-             "save_every", "snapshots", "eval_every", "eval_n", "tensorboard", "encoder_weights", "prefix", "suffix",
-             "vgg", "discriminator_lr", "base", "augmentation_sample")
+             "dist_timeout", "num_checkpoints", "guidance", "guidance_end", "sampler", "sample_steps", "log_every",
+             "sample_every", "save_every", "snapshots", "eval_every", "eval_n", "tensorboard", "encoder_weights",
+             "prefix", "suffix", "vgg", "discriminator_lr", "base", "augmentation_sample")
 
 
 # ---- the step: what is trained, by which optimizers, at which rates, on which noise ----------------------------------
@@ -324,7 +324,8 @@ if cascades:                                                   # the base is nam
     config["base_id"] = saved["config"]["base_id"] if done else check_base(config)
 if saved:
     config |= {"condition_ranges": ranges_known(config, saved["config"])}
-    free = set(FREE_KEYS) - ({"guidance", "sample_steps"} if distills else set())  # a student has learned with these
+    learned = {"guidance", "guidance_end", "sample_steps"}     # what a student has learned with
+    free = set(FREE_KEYS) - (learned if distills else set())
     if (saved["config"]["muon_lr"] > 0) != (config["muon_lr"] > 0):                # other moments than are saved
         free -= {"muon_lr"}
     changes = check_settings(run, saved, about, free)          # refuses another run's
@@ -603,7 +604,7 @@ except InterruptedError:                                       # all is saved
     exit_with(128 + int(all_reduce_max(signals[0] if signals else 0)))
 if rank == 0 and result:
     with open(os.path.join(run, "metrics.json"), "w") as f:
-        settings = {key: config[key] for key in ("guidance", "sampler", "sample_steps")}
+        settings = {key: config[key] for key in ("guidance", "guidance_end", "sampler", "sample_steps")}
         settings |= {"guidance": 1.0} if distills else {}      # the teacher's is inside
         json.dump({"run": run, "step": step, "n": config["eval_n"], **settings, "metrics": result}, f)
 if rank == 0:

@@ -40,7 +40,7 @@ from lib.runs import is_finished
 from lib.settings import Parser, UserError, load_config, parse_numbers
 from model import build, diffusion_loss, example, freeze_core, load
 from objectives import cascade_loss
-from sample import SAMPLERS, sample
+from sample import count_evaluations, sample
 
 LEVELS = 0.0, 0.14, 0.28, 0.5                                  # of noise: none, and logsnr 3, 1.5 and 0
 CASCADES = {                                                   # name -> (keys of its training, levels at sampling)
@@ -200,8 +200,10 @@ def cost_table(keys):
     config = {stage: load_config("toy", stage, list(keys.items())) for stage in ("pretrain", "grow", "cascade")}
     steps = {stage: c["steps"] for stage, c in config.items()} | {"cascade": equal_steps(keys)}
     training = {stage: steps[stage] * training_flops(stage, keys) for stage in steps}
-    calls = {stage: 2 * SAMPLERS[c["sampler"]][2](c["sample_steps"]) for stage, c in config.items()}
-    calls |= dict.fromkeys(("grow", "cascade"), 2 * SAMPLERS[SAMPLING["sampler"]][2](SAMPLING["sample_steps"]))
+    calls = {}
+    for stage, c in config.items():
+        c |= SAMPLING if stage != "pretrain" else {}
+        calls[stage] = count_evaluations(c, c["sampler"], c["sample_steps"], c["guidance"])
     drawing = {stage: calls[stage] * evaluation_flops(stage, keys) for stage in steps}
     lines = ["| | steps above the core | training, TFLOP | a picture, GFLOP |", "|---|---|---|---|"]
     for stage in ("grow", "cascade"):

@@ -31,7 +31,7 @@ from lib.plan import count_flops
 from lib.settings import UserError
 from lib.tasks import in_style
 from model import Block, build, diffusion_loss, ema_weights, example, freeze_core, init_weights, read_checkpoint
-from sample import SAMPLERS
+from sample import count_evaluations
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXAM_B = 10000                                                 # its first scene
@@ -149,8 +149,8 @@ class Planned(Measures):
 def passes(key, config):
     """(pictures that go forward through the model, pictures that are judged) for a measure."""
     if key["of"] == "pictures":
-        both = 1 if key["guidance"] == 1 else 2                # with the caption and without
-        return key["n"] * both * SAMPLERS[config["sampler"]][2](config["sample_steps"]), key["n"]
+        evaluations = count_evaluations(config, config["sampler"], config["sample_steps"], key["guidance"])
+        return key["n"] * evaluations, key["n"]
     if key["of"] in ("loss", "damage"):
         return LEVELS * key["n"] + 3 * config["batch"] * key.get("refit", 0), 0    # a backward is worth two
     return 0, 0

@@ -24,7 +24,7 @@ from lib.pictures import contact_sheet, to_uint8, write_png
 from lib.processes import join
 from lib.settings import Parser, UserError, parse_numbers
 from model import load
-from sample import SAMPLERS, check_student, sample
+from sample import check_student, count_evaluations, sample
 
 FASTER = dict(lr=0.001, muon_lr=0.006)                         # for students that are further from their teacher
 STUDENTS = {                   # name -> the student that it starts as, "" is the teacher; keys beside [toy.distill]
@@ -73,8 +73,8 @@ def title(method):
 
 
 def evaluations(method, config):
-    """Of the network for a picture: the teacher's guidance takes two at a time."""
-    return SAMPLERS[method.sampler][2](method.steps) * (1 if method.student or config["guidance"] == 1 else 2)
+    """Of the network for a picture; guidance is inside a student."""
+    return count_evaluations(config, method.sampler, method.steps, 1 if method.student else config["guidance"])
 
 
 def score(method, folder, n):
