@@ -11,7 +11,8 @@ A run folder is all that is needed: the checkpoint holds its own settings. Image
 at any batch size, and is the same up to rounding, on the same kind of device.
 
     sampler    evaluations per step   error      when to use it     (guidance doubles the cost of each)
-    ddpm       1                      1/steps    best at many steps; the paper takes 256 (Greedy Growing, Sec. 4)
+    ddpm       1                      1/steps    the paper takes 256 (Greedy Growing, Sec. 4)
+    churn      1                      1/steps    three times ddpm's new noise: cleaner in 32 steps, toy's own
     ddim       1                      1/steps    deterministic; 50 steps are nearly as good
     dpm        1                      1/steps^2  DPM-Solver++(2M): deterministic, 20 steps (PixArt-Sigma, Table 4)
     exp_heun   2                      1/steps^2  deterministic, needs no memory of the step before; to check the others
@@ -68,28 +69,21 @@ from model import alpha_sigma, get_logsnr, image_shape, load, read_checkpoint, t
 # Samplers
 
 
-def ddpm(denoise, z, logsnrs, noise_sampler):
+def stochastic(denoise, z, logsnrs, noise_sampler, churn):
     """
-    Ancestral sampling from the posterior q(z_s | z_t, x) of the next level s (Ho et al. 2020), written in logsnr
-    (Kingma et al. 2021, Appendix A): with k = e^(logsnr_t - logsnr_s), mean k (alpha_s / alpha_t) z_t + (1 - k)
-    alpha_s x and variance (1 - k) sigma_s^2.
+    The way back with fresh noise (Karras et al. 2022, eq. 6: beta = churn sigma' / sigma), exact for a constant x. A
+    step to the next level s keeps the share k^(churn / 2) of the noise in z_t, k = e^(logsnr_t - logsnr_s), and draws
+    the rest anew. churn 0 keeps all (DDIM, Song et al. 2021, eta = 0); 1 samples from the posterior q(z_s | z_t, x)
+    (DDPM, Ho et al. 2020); inf keeps none (consistency models, Song et al. 2023). New noise mends what the steps before
+    did wrong.
     """
     for step, (logsnr, logsnr_next) in enumerate(zip(logsnrs[:-1], logsnrs[1:])):
         x = denoise(z, logsnr)                                                     # (B, C, H, W)
-        (alpha, _), (alpha_next, sigma_next) = alpha_sigma(logsnr), alpha_sigma(logsnr_next)  # (1, 1, 1, 1) each
-        k = torch.exp(logsnr - logsnr_next)                                        # ratio of the signal-to-noise ratios
-        mean = k * alpha_next / alpha * z + (1 - k) * alpha_next * x               # (B, C, H, W)
-        variance = (1 - k) * sigma_next ** 2
-        z = mean + variance.sqrt() * noise_sampler(step + 1)                       # number 0 is what z began as
-    return denoise(z, logsnrs[-1])
-
-
-def ddim(denoise, z, logsnrs, noise_sampler):
-    """Deterministic: the noise that the network predicts is kept, at the next level (Song et al. 2021, eta = 0)."""
-    for logsnr, logsnr_next in zip(logsnrs[:-1], logsnrs[1:]):
-        x = denoise(z, logsnr)                                                     # (B, C, H, W)
-        (alpha, sigma), (alpha_next, sigma_next) = alpha_sigma(logsnr), alpha_sigma(logsnr_next)
+        (alpha, sigma), (alpha_next, sigma_next) = alpha_sigma(logsnr), alpha_sigma(logsnr_next)  # (1, 1, 1, 1) each
         eps = (z - alpha * x) / sigma                                              # (B, C, H, W)
+        if churn:
+            kept = torch.exp(churn * (logsnr - logsnr_next))   # of the variance
+            eps = kept.sqrt() * eps + (1 - kept).sqrt() * noise_sampler(step + 1)  # number 0 is what z began as
         z = alpha_next * x + sigma_next * eps
     return denoise(z, logsnrs[-1])
 
@@ -129,18 +123,12 @@ def exp_heun(denoise, z, logsnrs, noise_sampler):
     return denoise(z, logsnrs[-1])
 
 
-def lcm(denoise, z, logsnrs, noise_sampler):
-    """The image that the network predicts, noised anew to the next level (consistency models, Song et al. 2023)."""
-    for step, (logsnr, logsnr_next) in enumerate(zip(logsnrs[:-1], logsnrs[1:])):
-        alpha_next, sigma_next = alpha_sigma(logsnr_next)
-        z = alpha_next * denoise(z, logsnr) + sigma_next * noise_sampler(step + 1)           # (B, C, H, W)
-    return denoise(z, logsnrs[-1])
-
-
 # name -> function, error of which order, evaluations of the network for so many steps; a new one: in [ranges] too
-SAMPLERS = {"ddpm": (ddpm, 1, lambda steps: steps), "ddim": (ddim, 1, lambda steps: steps),
+SAMPLERS = {"ddpm": (functools.partial(stochastic, churn=1), 1, lambda steps: steps),
+            "ddim": (functools.partial(stochastic, churn=0), 1, lambda steps: steps),
             "dpm": (dpm, 2, lambda steps: steps), "exp_heun": (exp_heun, 2, lambda steps: 2 * steps - 1),
-            "lcm": (lcm, 1, lambda steps: steps)}
+            "churn": (functools.partial(stochastic, churn=3), 1, lambda steps: steps),
+            "lcm": (functools.partial(stochastic, churn=math.inf), 1, lambda steps: steps)}
 
 
 def get_logsnrs(config, steps, sampler, device="cpu"):

@@ -1339,6 +1339,7 @@ def exact_denoise(z, logsnr):
 
 @pytest.mark.parametrize("sampler, steps, tolerance", [
     ("ddpm", 256, 0.01), ("ddpm", 64, 0.03), ("ddim", 256, 0.01), ("ddim", 64, 0.02), ("dpm", 20, 0.01),
+    ("churn", 256, 0.03),
     ("exp_heun", 20, 0.01)])
 def test_samplers_recover_mean_and_variance_of_a_known_gaussian(sampler, steps, tolerance):
     generator, config = torch.Generator().manual_seed(0), tiny(noise_base_resolution=16)
