@@ -79,7 +79,7 @@ from lib.draws import normals, uniforms
 from lib.encoders import open_autoencoder
 from lib.files import file_hash
 from lib.lineage import (RUN_FIRST, check_finished, check_fits, check_origins, check_settings, check_unchanged,
-                         finish_first)
+                         finish_first, latest_source)
 from lib.muon import Muon
 from lib.perceptual import open_vgg
 from lib.pictures import draw_curves, make_grid, to_uint8, write_png
@@ -227,20 +227,16 @@ whole = stage.init_prefix == "" and not stage.freeze           # a pipeline is k
 if args.core and not stage.sources:
     raise UserError(f"--core says where to start, and {args.stage} starts from nothing: leave it out")
 run = os.path.join(args.out, args.config, args.stage)
-made = [name for name in stage.sources if is_finished(os.path.join(args.out, args.config, name))]
-# weak to strong: a config that starts from another one's run never grows, so defrost is the stage that it has
-usual = ("defrost",) if config["starts"] and len(stage.sources) > 1 else stage.sources[-1:]
-weak = config["starts"] if stage.sources == ("grow",) else ""                      # of defrost and hold
-latest = stage.sources and os.path.join(args.out, weak or f"{args.config}/{(made or usual)[0]}")
+latest = latest_source(args.out, args.config, stage.sources, config["starts"])     # what it starts from, unless told
 begun = not args.fresh and (newest_about(run) or {}).get("step", 0) > 0            # then it goes on by its own settings
-path = run if begun and stage.sources else args.teacher or args.core or latest     # else by those of another one
+start_path = run if begun and stage.sources else args.teacher or args.core or latest         # else by another run's
 for named in filter(None, () if begun else (args.core, args.teacher)):
     check_there(named)                                         # before data are opened
-start = read_start(path)
-config = start_config(config, path, start, flags, whole)
+start = read_start(start_path)
+config = start_config(config, start_path, start, flags, whole)
 if stage.init_prefix and start and not begun and start["stage"] not in stage.sources:
-    raise UserError(f"{path} is a {start['stage']} run and {args.stage} takes the core of a {stage.sources[0]} run: "
-                    "give one of these")
+    raise UserError(f"{start_path} is a {start['stage']} run and {args.stage} takes the core of a {stage.sources[0]} "
+                    "run: give one of these")
 check_sizes(config)                                            # before any file is opened
 distills, critics = check_objective(config, args.stage, args.teacher, dict(flags)) # of a student; with critics
 wrong_stage = bool(config["style"]) != (args.stage == "style") and not distills
@@ -339,12 +335,13 @@ if saved:
     print0(f"{run}: going on at step {saved['step']} of {config['steps']}{changes}")
 elif stage.sources:                                            # new, from another run
     if distills:                                               # its flags are not its teacher's, so it trains none
-        if not (teacher := args.teacher or args.core or made and latest):
+        if not (teacher := args.teacher or args.core or is_finished(latest) and latest):
             raise UserError(f"no finished run to learn from: train {latest} first, or give --teacher RUN")
         args.core = args.core or teacher                       # a student starts as its teacher, or as another student
     parent = args.core or latest
     if not args.core:
         # a new shell, or another config, has its own resolution and shell; all other flags are the same for both runs
+        weak = os.path.dirname(latest) != os.path.dirname(run) # another config's
         ours = ("resolution", "shell") if stage.init_prefix or weak else ()
         ours += ("conditions",) * (args.stage == "condition")  # which are taken up here
         finish_first(parent, flags, (*ours, "style", "style_token", "style_share"))
@@ -369,7 +366,8 @@ elif stage.sources:                                            # new, from anoth
     parent_weights, report_of_init = init_from(origin, config, stage.init_prefix)
     about["parents"] = [*origin["parents"], f"{parent} ({origin['stage']}, step {origin['step']})"]
     if distills:                                               # named, not copied
-        about["teacher"] = [path := checkpoint.newest_file(teacher), file_hash(path)]
+        newest = checkpoint.newest_file(teacher)
+        about["teacher"] = [newest, file_hash(newest)]
 if rank == 0:
     lock = prepare_run(run, lock, args.fresh, f"{args.config}.{args.stage}", config)
 settings = f"{args.stage} of config {args.config}: " + " ".join(f"{key}={value}" for key, value in config.items())

@@ -37,11 +37,11 @@ STUDENTS = {                   # name -> the student that it starts as, "" is th
 # a row of the table: whose pictures (a student's, or "" for the teacher's), by which sampler, in how many steps
 Method = namedtuple("Method", "student sampler steps")
 METHODS = [Method(*row) for row in (                           # the teacher in 16 and 4 steps: what distilling adds
-    ("", "ddpm", 256), ("", "ddim", 50), ("", "dpm", 20), ("", "ddim", 16), ("", "lcm", 16), ("", "ddim", 4),
+    ("", "churn", 32), ("", "ddpm", 256), ("", "ddim", 50), ("", "dpm", 20), ("", "ddim", 16), ("", "lcm", 16), ("", "ddim", 4),
     ("", "lcm", 4), ("consistency-16", "ddim", 16), ("consistency-16", "ddpm", 16), ("consistency-16", "lcm", 16),
     ("consistency-4", "ddim", 4), ("consistency-4", "lcm", 4), ("lcm", "lcm", 4), ("lcm", "lcm", 2), ("lcm", "lcm", 1),
     ("dmd", "lcm", 1))]
-DRAWN = [METHODS[k] for k in (0, 3, 5, 9, 11, 12, 14, 15)]      # columns of pictures.png
+DRAWN = [METHODS[k] for k in (1, 4, 6, 10, 12, 13, 15, 16)]     # columns of pictures.png
 METRICS = ("questions", "fidelity", "diversity")
 
 
@@ -63,7 +63,13 @@ def open_method(method, folder):
     """(model, config) that samples as the method does; it needs no guidance of its own as a student."""
     model, config = load(run_of(method, folder), "cuda" if torch.cuda.is_available() else "cpu")
     check_student(config, method.steps, sampler=method.sampler)
-    return model, config | {"sampler": method.sampler, "sample_steps": method.steps}
+    return model, sampling_as(method, config)
+
+
+def sampling_as(method, config):
+    """The config that samples as the method does: a teacher by its own sampler as it is, else guided throughout."""
+    end = config["guidance_end"] if method.sampler == config["sampler"] else 0.0   # as students learned it
+    return config | {"sampler": method.sampler, "sample_steps": method.steps, "guidance_end": end}
 
 
 def title(method):
@@ -74,7 +80,8 @@ def title(method):
 
 def evaluations(method, config):
     """Of the network for a picture; guidance is inside a student."""
-    return count_evaluations(config, method.sampler, method.steps, 1 if method.student else config["guidance"])
+    guidance = 1 if method.student else config["guidance"]
+    return count_evaluations(sampling_as(method, config), method.sampler, method.steps, guidance)
 
 
 def score(method, folder, n):

@@ -20,7 +20,8 @@ def test_the_table_has_a_row_for_each_method_with_mean_and_spread_over_seeds():
     scores = {method: [scored(0.8), scored(0.9), scored(0.85)] for method in few_steps.METHODS}
     rows = few_steps.table(scores, [0.5] * len(scores), load_config("toy", "grow", [])).splitlines()
     assert len(rows) == 2 + len(few_steps.METHODS) and len({row.count("|") for row in rows}) == 1
-    assert rows[2] == "| teacher by ddpm, 256 steps | 512 | 0.500 | 0.850 ± 0.050 | 25.0 ± 0.0 | 0.80 ± 0.00 |"
+    assert rows[2] == "| teacher by churn, 32 steps | 56 | 0.500 | 0.850 ± 0.050 | 25.0 ± 0.0 | 0.80 ± 0.00 |"
+    assert rows[3].startswith("| teacher by ddpm, 256 steps | 512 |")              # guided throughout
     assert rows[-1].startswith("| dmd by lcm, 1 step | 1 |")   # no guidance on top: one evaluation
     assert few_steps.mean_and_spread([0.8], 3) == "0.800"      # of one seed no spread is known
 

@@ -4,6 +4,7 @@ Which run may start from which: what a training asks before its first step.
 A run is a folder OUT/NAME/STAGE; its state, a dict, has "name", "stage", "step", "config", "parents" (what it started
 from, oldest first, as "PATH (STAGE, step N)"), and "teacher" where it learns from another one (checkpoint.py).
 
+    latest_source       which run a stage starts from, unless another is named
     finish_first        a run that another one starts from is trained to its end first
     check_finished      has a run taken all its steps, or was a snapshot of it named?
     check_fits          are those settings the same on which weights depend?
@@ -25,6 +26,22 @@ RUN_FIRST = "RUN_FIRST"                                        # set in the envi
 
 
 # ---- a new run, from another one -------------------------------------------------------------------------------------
+
+def latest_source(out, name, sources, starts):
+    """
+    The run from which a stage of config `name` starts: of its `sources`, stages of the same config, the first that is
+    finished, else the usual one, the last. "" of a stage that starts from nothing. Weak to strong: a config with
+    `starts`, the CONFIG/STAGE of another one, never grows: its defrost and hold start there, and later stages from its
+    defrost.
+    """
+    if not sources:
+        return ""
+    if starts and sources == ("grow",):
+        return os.path.join(out, starts)
+    made = [stage for stage in sources if is_finished(os.path.join(out, name, stage))]
+    usual = "defrost" if starts and len(sources) > 1 else sources[-1]
+    return os.path.join(out, name, (made or [usual])[0])
+
 
 def finish_first(run, flags, besides=()):
     """

@@ -15,6 +15,21 @@ def leave_run(folder, step):
     return str(folder)
 
 
+def test_a_stage_starts_from_the_first_of_its_sources_that_is_finished(tmp_path):
+    def source(*sources, starts=""):
+        return lineage.latest_source(str(tmp_path), "toy", sources, starts).removeprefix(str(tmp_path) + "/")
+    last = "defrost", "grow"                                   # of a student
+    assert source() == "" and source("pretrain") == "toy/pretrain" and source(*last) == "toy/grow"
+    assert source("grow", starts="weak/pretrain") == "weak/pretrain"
+    assert source(*last, starts="weak/pretrain") == "toy/defrost"
+    leave_run(tmp_path / "toy/defrost", 3)
+    assert source(*last) == "toy/grow"                         # half of one does not count
+    leave_run(tmp_path / "toy/grow", 5)
+    assert source(*last, starts="weak/pretrain") == "toy/grow"
+    torch.save({"step": 5, "config": {"steps": 5}}, tmp_path / "toy/defrost/last.pt")
+    assert source(*last) == "toy/defrost"
+
+
 def test_a_run_that_another_needs_is_finished_by_the_same_script_first(tmp_path, monkeypatch, capsys):
     script, note = tmp_path / "script.py", tmp_path / "note"
     script.write_text("import os, sys\n"
