@@ -28,7 +28,7 @@ import sys
 
 from lib.settings import Parser, UserError, check_range, parse_numbers, parse_words, words_of
 
-parser = Parser(__doc__, keys=("guidance_end", "prefix", "suffix", "base", "augmentation_sample"))
+parser = Parser(__doc__, keys=("scene_exam", "guidance_end", "prefix", "suffix", "base", "augmentation_sample"))
 add = parser.add_argument
 add("run", nargs="*", help="a run such as out/toy/grow; or two folders of images, reference first; or two runs")
 add("--n", type=int, help="images; default 1000, or all captions of a file, or 50 pairs of a sheet")
@@ -88,7 +88,7 @@ def held_out_task(config, n, noises=1):
     n pictures of held-out captions, at which the judge looks: `noises` of each caption, so n is rounded up to
     a multiple of that. Of a folder the first captions, and no judge: only scenes know what is true.
     """
-    world = open_data(config).held_out()                       # scenes: purpose "exam", seed 0, for every run
+    world = open_data(config).held_out()                       # scenes: the same ones for every run
     numbers = [i % len(world) for i in range(-(-n // noises))] # round again where there are fewer
     task = Task([world.caption(i) for i in numbers for _ in range(noises)])
     if config["data"] != "scenes":
@@ -369,7 +369,7 @@ def score_run(args, metrics, networks, task, vqa, device):
         captions=f"{prompts}, sha256 {file_hash(prompts)}" if prompts else describe_captions(config, n),
         checkpoint=checkpoint_hash(args.run[0]), checkpoint_step=step, ema=True,
         sampler=config["sampler"], steps=config["sample_steps"], seeds=list(range(args.seeds)),
-        dtype=config["dtype"], prefix=config["prefix"], suffix=config["suffix"], processes=get_world_size(),
+        **{key: config[key] for key in ("guidance_end", "dtype", "prefix", "suffix")}, processes=get_world_size(),
         **({"perceptual": config["vgg_id"]} if config["vgg_id"] else {}),
         **({key: config[key] for key in ("base_id", "augmentation_sample") if config["base_id"]}),
         **({"classes": f"{args.classes}, {args.template!r}"} if classes else {}))
@@ -410,7 +410,7 @@ def reference_of_run(path, config, networks, n):
 def describe_captions(config, n):
     """Where the captions of held_out_task come from, for the card."""
     if config["data"] == "scenes":
-        return f"held out: of scenes ({world_name(config)}) that training never draws"
+        return f"held out: of scenes ({world_name(config)}, {config['scene_exam']}) that training never draws"
     return f"training captions: the first {n} of {config['data']}, none is held out"
 
 

@@ -110,7 +110,7 @@ OUTSIDE = ("conv_in", "conv_out", "proj_out", "temb_proj", "table")
 FREE_KEYS = ("steps", "lr", "muon_lr", "lr_end", "micro", "workers", "compile", "checkpointing", "fsdp", "sharded",
              "dist_timeout", "num_checkpoints", "guidance", "guidance_end", "sampler", "sample_steps", "log_every",
              "sample_every", "save_every", "snapshots", "eval_every", "eval_n", "tensorboard", "encoder_weights",
-             "prefix", "suffix", "vgg", "discriminator_lr", "base", "augmentation_sample")
+             "prefix", "suffix", "vgg", "discriminator_lr", "base", "augmentation_sample", "scene_exam")
 
 
 # ---- the step: what is trained, by which optimizers, at which rates, on which noise ----------------------------------

@@ -31,8 +31,8 @@ BLOCK = 4096                                                   # scenes whose na
 class Scenes:
     """
     Captioned pictures of one to three shapes, each drawn from its key (purpose, seed, i). The config's scene_* keys
-    choose the corner of the world. Purpose "exam" and seed 0 give the scenes that no run is trained on: the same for
-    all runs. Purpose "style" gives scene_styled scenes with a frame, which no caption mentions.
+    choose the corner of the world. Purposes "exam" and "trial" with seed 0 give scenes that no run is trained on: the
+    same for all runs. Purpose "style" gives scene_styled scenes with a frame, which no caption mentions.
     """
     name, fingerprint, folder = "scenes", "", None             # no files
     prefix = ""                                                # put before every caption, with its space
@@ -51,8 +51,8 @@ class Scenes:
         return self.config["scene_styled" if self.framed else "scene_count"]
 
     def held_out(self):
-        """The world's scenes that training never draws."""
-        return Scenes(self.config, "exam", 0)
+        """The world's scenes that training never draws: those of the exam, or as many others to tune settings by."""
+        return Scenes(self.config, self.config["scene_exam"], 0)
 
     # ---- a data set: what a real one answers too
 

@@ -57,7 +57,9 @@ def test_a_world_depends_on_purpose_and_seed_alone():
     world, exam = open_world(3), open_world(3).held_out()
     assert [open_world(3).caption(i) for i in range(50)] == [world.caption(i) for i in range(50)]
     assert [exam.scene(i) for i in range(9)] == [open_world(7).held_out().scene(i) for i in range(9)]
-    others = [open_world(4), exam, open_world(0)]              # other scenes, of one world
+    trial = open_world(3, scene_exam="trial").held_out()       # to tune settings by, and not on the exam
+    others = [open_world(4), exam, open_world(0), trial]       # other scenes, of one world
+    assert exam.scene(0) != trial.scene(0) == open_world(7, scene_exam="trial").held_out().scene(0)
     assert all([other.scene(i) for i in range(9)] != [world.scene(i) for i in range(9)] for other in others)
 
 
