@@ -38,9 +38,9 @@ STUDENTS = {                   # name -> the student that it starts as, "" is th
 Method = namedtuple("Method", "student sampler steps")
 METHODS = [Method(*row) for row in (                           # the teacher in 16 and 4 steps: what distilling adds
     ("", "churn", 32), ("", "ddpm", 256), ("", "ddim", 50), ("", "dpm", 20), ("", "ddim", 16), ("", "lcm", 16),
-    ("", "ddim", 4), ("", "lcm", 4), ("consistency-16", "ddim", 16), ("consistency-16", "ddpm", 16), ("consistency-16", "lcm", 16),
-    ("consistency-4", "ddim", 4), ("consistency-4", "lcm", 4), ("lcm", "lcm", 4), ("lcm", "lcm", 2), ("lcm", "lcm", 1),
-    ("dmd", "lcm", 1))]
+    ("", "ddim", 4), ("", "lcm", 4), ("consistency-16", "ddim", 16), ("consistency-16", "ddpm", 16),
+    ("consistency-16", "lcm", 16), ("consistency-4", "ddim", 4), ("consistency-4", "lcm", 4), ("lcm", "lcm", 4),
+    ("lcm", "lcm", 2), ("lcm", "lcm", 1), ("dmd", "lcm", 1))]
 DRAWN = [METHODS[k] for k in (1, 4, 6, 10, 12, 13, 15, 16)]     # columns of pictures.png
 METRICS = ("questions", "fidelity", "diversity")
 
