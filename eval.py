@@ -88,7 +88,7 @@ def held_out_task(config, n, noises=1):
     n pictures of held-out captions, at which the judge looks: `noises` of each caption, so n is rounded up to
     a multiple of that. Of a folder the first captions, and no judge: only scenes know what is true.
     """
-    world = open_data(config).held_out()                       # scenes: the same ones for every run
+    world = open_data(config).held_out()                       # scenes: the same for all runs
     numbers = [i % len(world) for i in range(-(-n // noises))] # round again where there are fewer
     task = Task([world.caption(i) for i in numbers for _ in range(noises)])
     if config["data"] != "scenes":
@@ -390,7 +390,7 @@ def load_run(run, args, device):
     model, config = open_run(run, args.words, args, device)
     if config["low_resolution"]:                               # a cascade: is its base there?
         open_base(config["base"], config["base_id"], torch.device(device))
-    config |= {"guidance": 1.0} if is_student(config) else {}   # it is inside
+    config |= {"guidance": 1.0, "guidance_end": 0.0} if is_student(config) else {}           # it is inside
     config |= {"sampler": args.sampler or config["sampler"], "sample_steps": args.steps or config["sample_steps"]}
     return model, config, parse_numbers(args.guidance, "--guidance") if args.guidance else [config["guidance"]]
 

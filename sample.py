@@ -2,6 +2,7 @@
 From noise to image.
 
     python sample.py out/toy/grow "a large red circle left of a small blue square on a white background" --to grid.png
+    python sample.py out/toy/grow "a caption" --guidance 3     stronger; --guidance_end 0: also where it is nearly done
     python sample.py out/toy/style "a caption" --style         in the style it learned; --prefix, --suffix add any words
     python sample.py out/toy/cascade "a caption"               its base draws first; --base RUN where that has moved
     python sample.py out/toy/grow --describe                   what the run is: stage, size, steps, data, parents
@@ -10,10 +11,10 @@ From noise to image.
 A run folder is all that is needed: the checkpoint holds its own settings. Image i of seed s starts from the same noise
 at any batch size, and is the same up to rounding, on the same kind of device.
 
-    sampler    evaluations per step   error      when to use it     (guidance doubles the cost of each)
-    ddpm       1                      1/steps    the paper takes 256 (Greedy Growing, Sec. 4)
-    churn      1                      1/steps    three times ddpm's new noise: cleaner in 32 steps, toy's own
-    ddim       1                      1/steps    deterministic; 50 steps are nearly as good
+    sampler    evaluations per step   error      when to use it     (where guided, each costs twice as much)
+    ddpm       1                      1/steps    at many steps: the paper takes 256 (Greedy Growing, Sec. 4)
+    churn      1                      1/steps    renews noise CHURN times as fast as ddpm: cleaner, toy's own
+    ddim       1                      1/steps    deterministic; 50 steps, a little below ddpm's 256
     dpm        1                      1/steps^2  DPM-Solver++(2M): deterministic, 20 steps (PixArt-Sigma, Table 4)
     exp_heun   2                      1/steps^2  deterministic, needs no memory of the step before; to check the others
     lcm        1                      -          new noise at every level; for students of --stage distill, 1 to 4 steps
@@ -71,18 +72,18 @@ from model import alpha_sigma, get_logsnr, image_shape, load, read_checkpoint, t
 
 def stochastic(denoise, z, logsnrs, noise_sampler, churn):
     """
-    The way back with fresh noise (Karras et al. 2022, eq. 6: beta = churn sigma' / sigma), exact for a constant x. A
-    step to the next level s keeps the share k^(churn / 2) of the noise in z_t, k = e^(logsnr_t - logsnr_s), and draws
-    the rest anew. churn 0 keeps all (DDIM, Song et al. 2021, eta = 0); 1 samples from the posterior q(z_s | z_t, x)
-    (DDPM, Ho et al. 2020); inf keeps none (consistency models, Song et al. 2023). New noise mends what the steps before
-    did wrong.
+    Over rising levels with fresh noise, which mends what the steps before did wrong; exact for a constant x. A step
+    keeps k^churn of the variance of z's noise, k = e^(logsnr - logsnr_next), and draws the rest anew: the SDE of Karras
+    et al. 2022, eq. 6, with beta = churn sigma' / sigma (their sigma is our sigma / alpha). 0 keeps all (DDIM, Song et
+    al. 2021, eta = 0); 1 samples the posterior q(z_next | z, x) (DDPM, Ho et al. 2020); inf keeps none (consistency
+    models, Song et al. 2023).
     """
     for step, (logsnr, logsnr_next) in enumerate(zip(logsnrs[:-1], logsnrs[1:])):
         x = denoise(z, logsnr)                                                     # (B, C, H, W)
         (alpha, sigma), (alpha_next, sigma_next) = alpha_sigma(logsnr), alpha_sigma(logsnr_next)  # (1, 1, 1, 1) each
         eps = (z - alpha * x) / sigma                                              # (B, C, H, W)
         if churn:
-            kept = torch.exp(churn * (logsnr - logsnr_next))   # of the variance
+            kept = torch.exp(churn * (logsnr - logsnr_next))   # of the variance, k^churn
             eps = kept.sqrt() * eps + (1 - kept).sqrt() * noise_sampler(step + 1)  # number 0 is what z began as
         z = alpha_next * x + sigma_next * eps
     return denoise(z, logsnrs[-1])
@@ -123,11 +124,12 @@ def exp_heun(denoise, z, logsnrs, noise_sampler):
     return denoise(z, logsnrs[-1])
 
 
+CHURN = 3                                                      # more is softer, and noises make less different pictures
 # name -> function, error of which order, evaluations of the network for so many steps; a new one: in [ranges] too
 SAMPLERS = {"ddpm": (functools.partial(stochastic, churn=1), 1, lambda steps: steps),
             "ddim": (functools.partial(stochastic, churn=0), 1, lambda steps: steps),
             "dpm": (dpm, 2, lambda steps: steps), "exp_heun": (exp_heun, 2, lambda steps: 2 * steps - 1),
-            "churn": (functools.partial(stochastic, churn=3), 1, lambda steps: steps),
+            "churn": (functools.partial(stochastic, churn=CHURN), 1, lambda steps: steps),
             "lcm": (functools.partial(stochastic, churn=math.inf), 1, lambda steps: steps)}
 
 
@@ -155,24 +157,26 @@ def get_logsnrs(config, steps, sampler, device="cpu"):
 def guided(model, text, guidance, conditions=None, limit=1.0, null_conditions=None, end=math.inf):
     """
     denoise(z, logsnr) -> x for these captions (B, L) or (B, L, E), with classifier-free guidance (Ho and Salimans
-    2021): v = v_null + guidance (v_caption - v_null). 1 means no guidance, 0 no caption. From the logsnr `end` on it is
-    1 at most (Kynkaanniemi et al. 2024). The null caption is the one of training; with it null_conditions (B, K) take
-    the place of conditions (B, K). x is clipped to [-limit, limit]: pixels have a limit, latents have none.
+    2021): v = v_null + guidance (v_caption - v_null). 1 means no guidance, 0 no caption. Guidance above 1 is 1 from the
+    logsnr `end` on (the lower end of Kynkaanniemi et al. 2024). The null caption is the one of training; with it
+    null_conditions (B, K) take the place of conditions (B, K). x is clipped to [-limit, limit]: pixels have a limit,
+    latents have none.
     """
     given = text, conditions
     null = torch.zeros_like(text), conditions if null_conditions is None else null_conditions          # padding alone
     both = [None if part is None else torch.cat([part, other]) for part, other in zip(given, null)]    # (2 B, ...)
-    inputs, least = {1: given, 0: null}, min(guidance, 1)      # of guidance 1 and 0; any other takes both in one pass
+    inputs = {1: given, 0: null}                               # of guidance 1 and 0; any other takes both in one pass
+    end = end if guidance > 1 else math.inf
 
     def denoise(z, logsnr):                                    # one level for all images, or one for each
         over = end < math.inf and bool((logsnr >= end).all())  # half the cost
-        captions, told = inputs.get(least if over else guidance, both)             # (B or 2 B, ...)
+        captions, told = inputs.get(1 if over else guidance, both)                 # (B or 2 B, ...)
         copies = len(captions) // len(text)                                        # 1 or 2
         logsnrs = logsnr.expand(len(text)).repeat(copies)                          # (B or 2 B,)
         v = model(z.repeat(copies, 1, 1, 1), logsnrs, captions, told).float()      # (B or 2 B, C, H, W)
         if copies == 2:
             v_caption, v_null = v.chunk(2)                                         # (B, C, H, W)
-            weight = torch.where(logsnr < end, guidance, least).view(-1, 1, 1, 1)  # (1 or B, 1, 1, 1)
+            weight = torch.where(logsnr < end, guidance, 1).view(-1, 1, 1, 1)      # (1 or B, 1, 1, 1)
             v = v_null + weight * (v_caption - v_null)
         alpha, sigma = alpha_sigma(logsnr)                                         # (1 or B, 1, 1, 1)
         return (alpha * z - sigma * v).clamp(-limit, limit)                        # x from z and v
@@ -186,8 +190,9 @@ def end_of_guidance(config):
 
 
 def count_evaluations(config, sampler, steps, guidance):
-    """Evaluations of the network for a picture: where it is guided there are two at a time."""
-    guided_share = (get_logsnrs(config, steps, sampler) < end_of_guidance(config)).float().mean().item()
+    """Evaluations of the network for a picture: where it is guided there are two at a time (about so many by Heun)."""
+    end = end_of_guidance(config) if guidance > 1 else math.inf
+    guided_share = (get_logsnrs(config, steps, sampler) < end).float().mean().item()
     return round(SAMPLERS[sampler][2](steps) * (1 + guided_share * (guidance not in (0, 1))))
 
 
@@ -279,7 +284,8 @@ def is_student(config):                                        # a run of --stag
 
 
 STUDENTS = {                                                   # objective -> samplers; can it take n steps? In words
-    "consistency": (("ddim", "ddpm", "lcm"), lambda c, n: n == c["sample_steps"] and c["teacher_steps"] % n == 0,
+    "consistency": (("ddim", "ddpm", "churn", "lcm"),
+                    lambda c, n: n == c["sample_steps"] and c["teacher_steps"] % n == 0,
                     "as many steps as it was trained for, a divisor of teacher_steps"),
     "lcm": (("lcm",), lambda c, n: c["teacher_steps"] % n == 0 and not c["teacher_steps_end"],
             "a divisor of teacher_steps, and wants teacher_steps_end = 0"),
@@ -293,7 +299,8 @@ def check_student(config, steps=None, guidance=None, sampler=None):
     samplers, fits, words = STUDENTS[config["objective"]]
     steps = steps or config["sample_steps"]
     if guidance is not None:
-        raise UserError("--guidance: it is inside this student, which learned from its guided teacher: leave it out")
+        raise UserError("--guidance is inside this student, which learned from its guided teacher: leave it out, and "
+                        "--guidance_end too")
     if sampler not in (None, *samplers):
         raise UserError(f"--sampler {sampler}: a student of {config['objective']} takes {' or '.join(samplers)}")
     if not fits(config, steps):
@@ -367,7 +374,8 @@ def open_run(run, keys, args, device):
     check_cascade_keys(config, keys)
     config |= keys                                             # in place: a published network has this very dict
     in_dtype(model, config, args.dtype)
-    check_student(config, args.steps, args.guidance, args.sampler)
+    guidance = keys.get("guidance_end") if args.guidance is None else args.guidance
+    check_student(config, args.steps, guidance, args.sampler)
     return model, in_style(config) if args.style else config
 
 

@@ -1351,6 +1351,23 @@ def test_samplers_recover_mean_and_variance_of_a_known_gaussian(sampler, steps, 
     assert abs(x.mean() - MEAN) < tolerance + 0.005 and abs(x.std() - STD) < tolerance
 
 
+@pytest.mark.parametrize("churn", [0, 1, 2, math.inf])
+def test_a_step_renews_as_much_noise_as_its_churn_says(churn):
+    """Against the posterior of DDPM as Ho et al. 2020 have it, the step of DDIM, and noise that is all new."""
+    x, new = torch.full((1, 1, 1, 1), 0.3, dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64)
+    logsnrs, z = torch.tensor([-1.0, 0.5, 9.0], dtype=torch.float64), torch.tensor([[[[1.1]]]], dtype=torch.float64)
+    seen = []
+    sampling.stochastic(lambda z, logsnr: seen.append(z) or x, z, logsnrs, lambda step: new, churn)
+    (a, s), (a_next, s_next) = models.alpha_sigma(logsnrs[0]), models.alpha_sigma(logsnrs[1])
+    a_step = a / a_next                                        # z_t = a_step z_s + noise of variance v_step
+    v_step, eps = s ** 2 - (a_step * s_next) ** 2, (z - a * x) / s
+    posterior = (a_step * s_next ** 2 * z + a_next * v_step * x) / s ** 2 + s_next * v_step.sqrt() / s * new
+    kept = math.exp(-1.5)                                      # of the variance by churn 1, k; its square by 2
+    expected = {0: a_next * x + s_next * eps, 1: posterior, math.inf: a_next * x + s_next * new,
+                2: a_next * x + s_next * (kept * eps + (1 - kept ** 2) ** 0.5 * new)}[churn]
+    assert torch.allclose(seen[1], expected, atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("sampler", ["ddim", "dpm", "exp_heun"])
 def test_orders_of_convergence(sampler):
     """
@@ -1462,13 +1479,14 @@ def test_guidance_ends_where_it_is_told_and_costs_nothing_from_there():
         with torch.no_grad():
             return sampling.guided(net, tokens, *args, **options)(z, torch.tensor(levels))
     early, late = end - 1, end + 1
-    for g, rest in ((3, 1), (0.5, 0.5), (1, 1), (0, 0)):       # no more than it was before
+    for g, rest in ((3, 1), (0.5, 0.5), (1, 1), (0, 0)):       # what is above 1 becomes 1
         assert torch.equal(x(early, g, end=end), x(early, g)) and torch.equal(x(late, g, end=end), x(late, rest))
     mixed, rows = x([early, late], 3, end=end), [x(early, 3)[0], x(late, 1)[1]]
     assert torch.allclose(mixed, torch.stack(rows), atol=1e-5) and not torch.allclose(mixed, x([early, late], 3))
     seen.clear()
     sampling.sample(net, config, ["a red circle"] * 2, steps=11, sampler="ddim")   # t is 1, 0.9 ... 0
     assert seen == [4] * 6 + [2] * 5 and sampling.count_evaluations(config, "ddim", 11, 3.0) == 17
+    assert [sampling.count_evaluations(config, "ddim", 11, g) for g in (0, 0.5, 1)] == [11, 22, 11]
     assert sampling.count_evaluations(config, "exp_heun", 11, 1.0) == 21
     assert sampling.end_of_guidance(tiny(guidance_end=0.0)) == math.inf
 
@@ -3465,7 +3483,7 @@ def test_readme_is_read_in_ten_minutes_and_starts_early():
 
 
 def test_the_reading_map_names_what_is_there():
-    """Rows such as `sample.py: ddpm, SAMPLERS`; train.py would train if it were imported, so it is parsed."""
+    """Rows such as `sample.py: stochastic, SAMPLERS`; train.py would train if it were imported, so it is parsed."""
     rows = re.findall(r"`([\w/]+)\.py: ([\w., ]+)`", read_text("README.md"))
     assert len(rows) >= 20
     for file, names in rows:

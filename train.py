@@ -341,7 +341,7 @@ elif stage.sources:                                            # new, from anoth
     parent = args.core or latest
     if not args.core:
         # a new shell, or another config, has its own resolution and shell; all other flags are the same for both runs
-        weak = os.path.dirname(latest) != os.path.dirname(run) # another config's
+        weak = latest == os.path.join(args.out, config["starts"])
         ours = ("resolution", "shell") if stage.init_prefix or weak else ()
         ours += ("conditions",) * (args.stage == "condition")  # which are taken up here
         finish_first(parent, flags, (*ours, "style", "style_token", "style_share"))
@@ -602,8 +602,8 @@ except InterruptedError:                                       # all is saved
     exit_with(128 + int(all_reduce_max(signals[0] if signals else 0)))
 if rank == 0 and result:
     with open(os.path.join(run, "metrics.json"), "w") as f:
-        settings = {key: config[key] for key in ("guidance", "guidance_end", "sampler", "sample_steps")}
-        settings |= {"guidance": 1.0} if distills else {}      # the teacher's is inside
+        settings = {key: config[key] for key in ("guidance", "guidance_end", "sampler", "sample_steps", "scene_exam")}
+        settings |= {"guidance": 1.0, "guidance_end": 0.0} if distills else {}     # the teacher's is inside
         json.dump({"run": run, "step": step, "n": config["eval_n"], **settings, "metrics": result}, f)
 if rank == 0:
     draw_curves(read_log(run), os.path.join(run, "curve.png"))                     # of all sessions

@@ -80,9 +80,9 @@ def test_the_page_refuses_in_sentences(drawer, capsys):
             (config, dict(size="16x17"), "--size 16x17: this run makes 16x16, or sides that are multiples of 2"),
             (config, dict(steps=None), "steps, seed: give whole numbers"), (config, dict(n=0), "at least 1"),
             (config, dict(guidance=-1.0), "guidance = -1.0: take at least 0"),
-            (student, dict(steps=16, guidance=2.0), "it is inside this student"),
+            (student, dict(steps=16, guidance=2.0), "is inside this student"),
             (student, dict(steps=3), "3 steps: with sample_steps = 16"),
-            (student, dict(steps=16, sampler="dpm"), "a student of consistency takes ddim or ddpm or lcm")]:
+            (student, dict(steps=16, sampler="dpm"), "a student of consistency takes ddim or ddpm or churn")]:
         with pytest.raises(UserError) as error:
             demo.draw(model, config_, **plain | changes)
         assert words in error.value.message and f"error: {error.value.message}" in capsys.readouterr().err

@@ -30,9 +30,9 @@ RUN_FIRST = "RUN_FIRST"                                        # set in the envi
 def latest_source(out, name, sources, starts):
     """
     The run from which a stage of config `name` starts: of its `sources`, stages of the same config, the first that is
-    finished, else the usual one, the last. "" of a stage that starts from nothing. Weak to strong: a config with
-    `starts`, the CONFIG/STAGE of another one, never grows: its defrost and hold start there, and later stages from its
-    defrost.
+    finished, else the last, which is usual. "" of a stage that starts from nothing. Weak to strong: a config with
+    `starts`, a CONFIG/STAGE, never grows, so what starts from grow alone (defrost, hold) starts there, and for later
+    stages defrost is usual.
     """
     if not sources:
         return ""

@@ -27,7 +27,7 @@ DECIDED = ("pipeline", "shell", "encoder", "encoder_width", "text_length", "text
            "grid", "logsnr_max", "logsnr_min")
 OURS = ("prediction", "inner_resolution", "width", "depth", "heads", "mlp_ratio", "channels", "residual_blocks",
         "entry_channels", "patch", "image_skip", "pixart_core")        # of our own networks: here at their defaults
-USUAL = "weighting", "encoder_weights"                         # and these, where no flag says otherwise,
+USUAL = "weighting", "encoder_weights", "guidance_end"         # and these, where no flag says otherwise,
 ADVISED = "guidance", "sampler", "sample_steps"                # and these, where they stand at their defaults
 PARTS = "encoder", "encoder_weights", "autoencoder"            # what our own core takes of it (experiments/pixart.py)
 WITHIN = "pipeline"                                            # in an export: where its pipeline may lie, or a link
