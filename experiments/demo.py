@@ -98,7 +98,7 @@ def build_page(gradio, model, config, name):
 
 
 def main():
-    parser = Parser(__doc__, keys=("encoder_weights",))
+    parser = Parser(__doc__, keys=("guidance_end", "encoder_weights"))
     parser.add_argument("run", help="run folder, such as out/toy/grow, or a published pipeline")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default this machine alone")
     parser.add_argument("--port", type=int, help="default: the first free one from 7860 on")

@@ -8,7 +8,8 @@ Sec. 6).
 OUT/SEED/toy/grow is a teacher, OUT/SEED/STUDENT/toy/distill a student of it, OUT/SEED/METHOD.json a score. What is
 there is not made again, so the same command goes on after a stop, and commands for other seeds may run beside it.
 OUT/pictures.png has a caption a row and some of the methods as columns; OUT/table.md is the table. Every method draws
-the same captions from the same noise.
+the same captions from the same noise. The first row is the teacher as it draws by itself; in the others it is guided
+down to the clean image, as the students learned it.
 """
 import os
 import statistics
