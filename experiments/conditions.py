@@ -81,14 +81,14 @@ def correlation(model, config, name, said, n, told):
             "error": float(np.median(abs(judged - asked)[there]))}
 
 
-def measure(path, files, checks, n, told, guidance):
+def measure(path, files, checks, n, told, sampling):
     """
     dsg and fidelity of a run that is told nothing, and all correlations, {job: figures}; each from a file, whose name
     begins with `files`, if that was made of these weights.
     """
-    about = {"weights": file_hash(os.path.join(path, "last.pt")), "n": n, "told": told, "guidance": guidance}
+    about = {"weights": file_hash(os.path.join(path, "last.pt")), "n": n, "told": told, **sampling}
     model, config = load(path)
-    config["guidance"] = guidance
+    config |= sampling
     jobs = {f"{name}, {said}": lambda name=name, said=said: correlation(model, config, name, said, n, told)
             for name, said in checks}
     # told nothing, before and after: what learning the conditions has cost
@@ -152,9 +152,10 @@ def main():
         base, folder = os.path.join(args.bases or args.out, str(seed)), os.path.join(args.out, str(seed))
         train_both(base, args.of, folder, seed, keys)
         runs = os.path.join(base, "toy", args.of), os.path.join(folder, "toy", "condition")
-        guidance = read_checkpoint(runs[1])["config"]["guidance"]      # of both: it counts more than all else
-        before.append(measure(runs[0], os.path.join(folder, "before"), checks, args.n, False, guidance))
-        after.append(measure(runs[1], os.path.join(folder, "after"), checks, args.n, True, guidance))
+        config = read_checkpoint(runs[1])["config"]            # both draw as the second: it counts for most
+        sampling = {key: config[key] for key in ("sampler", "sample_steps", "guidance", "guidance_end")}
+        before.append(measure(runs[0], os.path.join(folder, "before"), checks, args.n, False, sampling))
+        after.append(measure(runs[1], os.path.join(folder, "after"), checks, args.n, True, sampling))
     draw(os.path.join(args.out, str(seeds[0]), "toy", "condition"), checks, os.path.join(args.out, "pictures.png"))
     text = table(before, after, checks)
     atomic_write(os.path.join(args.out, "table.md"), lambda f: f.write(text.encode()))
