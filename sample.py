@@ -183,15 +183,18 @@ def guided(model, text, guidance, conditions=None, limit=1.0, null_conditions=No
     return denoise
 
 
-def end_of_guidance(config):
-    """The logsnr from which on samples are not guided, a number."""
-    t = config["guidance_end"]
+def end_of_guidance(config, order=1):
+    """
+    The logsnr from which on samples are not guided, a number. Samplers of second order are guided throughout: they
+    count on an x that does not jump.
+    """
+    t = config["guidance_end"] if order == 1 else 0
     return get_logsnr(torch.tensor(t), config).item() if t else math.inf
 
 
 def count_evaluations(config, sampler, steps, guidance):
-    """Evaluations of the network for a picture: where it is guided there are two at a time (about so many by Heun)."""
-    end = end_of_guidance(config) if guidance > 1 else math.inf
+    """Evaluations of the network for a picture: where it is guided there are two at a time."""
+    end = end_of_guidance(config, SAMPLERS[sampler][1]) if guidance > 1 else math.inf
     guided_share = (get_logsnrs(config, steps, sampler) < end).float().mean().item()
     return round(SAMPLERS[sampler][2](steps) * (1 + guided_share * (guidance not in (0, 1))))
 
@@ -224,7 +227,7 @@ def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, 
     limit = math.inf if config["autoencoder"] else 1.0         # of x
     text = encode_captions(worded(captions, config), config).to(device)            # (B, L) or (B, L, E)
     logsnrs = get_logsnrs(config, steps, sampler, device)                          # (steps,)
-    run_sampler, _, evaluations = SAMPLERS[sampler]
+    run_sampler, order, evaluations = SAMPLERS[sampler]
     purpose = "sampling" if low is None else f"sampling above {config['low_resolution']}"    # not the base's noise
     total = math.ceil(len(captions) / batch) * evaluations(steps)                  # evaluations
     images, progress = [], tqdm(total=total, desc="sampling", leave=False, disable=None if bar else True)
@@ -233,7 +236,7 @@ def sample(model, config, captions, seed=0, first=0, steps=None, guidance=None, 
         told = conditions[rows.start:rows.stop]                # (b, K)
         net = model if low is None else seeing(model, config, low[start:rows.stop], seed, first + start, shape)
         denoise = guided(net, text[rows.start:rows.stop], guidance, told, limit, untold(config, told),
-                         end_of_guidance(config))
+                         end_of_guidance(config, order))
 
         def noise_sampler(step):
             return normals([(purpose, seed, first + i, step) for i in rows], shape, device)        # (b, C, H, W)

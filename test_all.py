@@ -1389,7 +1389,7 @@ def test_orders_of_convergence(sampler):
 
 
 def test_deterministic_samplers_agree_in_the_limit_and_twenty_steps_of_second_order_are_near_it():
-    config = tiny()
+    config = tiny(guidance_end=0.0)                            # x jumps where guidance ends
     net = shaken(models.build(config))
 
     def pictures(sampler, steps):
@@ -1488,6 +1488,7 @@ def test_guidance_ends_where_it_is_told_and_costs_nothing_from_there():
     assert seen == [4] * 6 + [2] * 5 and sampling.count_evaluations(config, "ddim", 11, 3.0) == 17
     assert [sampling.count_evaluations(config, "ddim", 11, g) for g in (0, 0.5, 1)] == [11, 22, 11]
     assert sampling.count_evaluations(config, "exp_heun", 11, 1.0) == 21
+    assert sampling.count_evaluations(config, "dpm", 11, 3.0) == 22                # of second order: throughout
     assert sampling.end_of_guidance(tiny(guidance_end=0.0)) == math.inf
 
 
@@ -1841,7 +1842,7 @@ def test_evaluation_from_the_command_line(runs, tmp_path, says):
     assert result["tuning"]["guidance"] == [1, 2] and len(result["tuning"]["curves"]["dsg"]) == 2
     assert result["tuning"]["optimum"] == {} and result["tuning"]["range"] is None and output.count("no optimum") == 2
     assert "scoring 12 images, 3 steps each, 2 guidances, 2 seeds" in output
-    assert "held out: of scenes (world-toy)" in result["card"]["captions"]         # a figure names its world
+    assert "held out: of scenes (world-toy, exam)" in result["card"]["captions"]         # a figure names its world
     assert (out / "guidance.png").exists() or "pip install matplotlib" in output
     assert "error: --n 1" in says(out, "--n", 1)
     output = says(out, "--n", 6, "--steps", 2, "--metrics", "counting,zeroshot", "--json", file)

@@ -47,7 +47,7 @@ CASCADES = {                                                   # name -> (keys o
     "augmented": ({}, LEVELS),
     # never told of noise, so that there is one level only to draw at
     "plain": ({"augmentation": 0.0, "augmentation_sample": 0.0}, LEVELS[:1])}
-SAMPLING = {"sampler": "dpm", "sample_steps": 20, "guidance_end": 0.0}
+SAMPLING = {"sampler": "dpm", "sample_steps": 20}
 # whose pictures (a key of CASCADES, "base" or "grow"), whose small pictures it enlarges, with how much noise on them
 Row = namedtuple("Row", "model low level", defaults=("", 0.0))
 ALONE = [Row("base"), Row("grow")]

@@ -71,7 +71,7 @@ def open_variant(variant, folder, model):
     """(model, config) that samples as the variant does; the style is looked for also where none was learned."""
     net, config = load(run_of(variant, folder, model), "cuda" if torch.cuda.is_available() else "cpu")
     config = in_style(config) if variant.token else config | {"style": "scenes"}
-    own = {} if is_student(config) else {"sampler": "dpm", "sample_steps": 20, "guidance_end": 0.0}
+    own = {} if is_student(config) else {"sampler": "dpm", "sample_steps": 20}
     return net, config | own | {"suffix": variant.suffix}
 
 

@@ -18,6 +18,8 @@ WHOLE = ("keyword", "lf", "failedfirst", "newfirst", "stepwise", "usepdb", "trac
          "xmlpath")                                            # options of pytest that want one process
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if os.environ.get(SECOND):                                     # in the background of a shell it would hear no SIGINT
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def divided(items):
