@@ -2693,7 +2693,8 @@ def test_a_tuned_pipeline_is_a_run_like_any_other(tuned, tmp_path):
     net, config = models.load(str(made))
     assert config["encoder_id"].startswith("pipeline bf16 ") and config["pipeline"] == origin
     # the config's, the pipeline's advice where the config has none, and a flag's
-    assert (config["sampler"], config["guidance"], config["sample_steps"]) == ("ddpm", 4.5, 2)
+    assert (config["sampler"], config["guidance"], config["sample_steps"]) == ("churn", 4.5, 2)
+    assert config["guidance_end"] == 0                         # the pipeline's
     assert "8 of 8 images are used" in said and (made / "samples" / "step_4.png").exists()
     assert "2 images of 16x16" in run("sample.py", made, "a red circle", "--n", 2, "--to", tmp_path / "x.png")
     said = run("sample.py", made, "--describe")
