@@ -3522,6 +3522,7 @@ from experiments.test_conditions import *  # noqa
 from experiments.test_demo import *  # noqa
 from experiments.test_few_steps import *  # noqa
 from experiments.test_pixart import *  # noqa
+from experiments.test_second_judge import *  # noqa
 from experiments.test_sharpness import *  # noqa
 from experiments.test_styles import *  # noqa
 from lib.test_checkpoint import *  # noqa
