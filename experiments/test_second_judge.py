@@ -7,23 +7,21 @@ from lib.scenes import Scenes
 from lib.settings import load_config
 
 
-@pytest.fixture
-def world():
+def real_pictures():
+    """The standard world, of four shapes and textures, and 40 of its pictures."""
     pytest.importorskip("scipy")
-    return Scenes(load_config("speedrun", "grow", [])).held_out()                  # four shapes, textures
+    world = Scenes(load_config("speedrun", "grow", [])).held_out()
+    return world, [world.image(i, 64) for i in range(40)]
 
 
-@pytest.fixture
-def pictures(world):
-    return [world.image(i, 64) for i in range(40)]
-
-
-def test_both_judges_find_all_that_is_in_real_pictures(world, pictures):
+def test_both_judges_find_all_that_is_in_real_pictures():
+    world, pictures = real_pictures()
     found = second_judge.figures(pictures, world)
     assert found.pop("noise") == 0 and set(found.values()) == {1}
 
 
-def test_the_second_judge_sees_what_is_wrong(world, pictures):
+def test_the_second_judge_sees_what_is_wrong():
+    world, pictures = real_pictures()
     chance = second_judge.figures(pictures[1:] + pictures[:1], world)              # each for another's caption
     assert chance["dsg, second"] < 0.3 and chance["answers alike"] > 0.98
     speckle = np.random.default_rng(0).normal(0, 4, (64, 64, 3))                   # of 255
