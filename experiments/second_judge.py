@@ -12,17 +12,16 @@ rules. What no question asks is told beside them: the noise in what should be of
 import sys
 
 import numpy as np
-import torch
 
 from data import open_data
 from eval import held_out_task
+from experiments.sharpness import open_run
 from experiments.trainings import mean_and_spread
 from lib.judge import Look, judge, judge_answers, look
 from lib.pictures import to_uint8
 from lib.processes import join
 from lib.scenes import COLOURS, CONTRAST, GROUNDS, SHAPES
 from lib.settings import Parser, UserError
-from model import load
 from sample import sample
 
 # of perfect shapes: share of the box that is filled; middle of mass under that of the box, in heights of it; mean
@@ -37,7 +36,7 @@ COLUMNS = "dsg, judge", "dsg, second", "shapes, second", "relations, second", "a
 def look_again(image, cycles):
     """
     What (H, W, 3) uint8 shows, a Look whose objects have no measure of fit; and how far pixels of the ground and of
-    each object, off its edges, lie from the median there: [(3 pixels,)], the ground first.
+    each object, off its edges, lie from the median there: [(3 pixels,)], the ground first. Frames are not known here.
     """
     from scipy import ndimage
     image, palette = image / 255.0, np.array(list(COLOURS.values()))               # (H, W, 3), (colours, 3)
@@ -98,14 +97,6 @@ def figures(images, world):
     values = (judge(world, scenes, first)["dsg"], again["dsg"], again["entities"], again["relations"], alike,
               np.sqrt(np.mean(flat ** 2)))
     return dict(zip(COLUMNS, map(float, values)))
-
-
-def open_run(path):
-    """(model, config) of a run of scenes."""
-    model, config = load(path, "cuda" if torch.cuda.is_available() else "cpu")
-    if config["data"] != "scenes":
-        raise UserError(f"{path} was not trained on scenes, whose judges these are: give a run of toy or speedrun")
-    return model, config
 
 
 def table(rows):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from data import open_data
 from eval import held_out_task
-from experiments.few_steps import mean_and_spread
+from experiments.trainings import mean_and_spread
 from lib.judge import fidelity, judge, look
 from lib.pictures import to_uint8
 from lib.processes import join
@@ -42,11 +42,17 @@ def scores(x, world, sides):
     return found
 
 
-def of_run(path, sides, n):
-    """The scores of a run's pictures at these sizes, drawn as its own config says."""
+def open_run(path):
+    """(model, config) of a run that was trained on scenes."""
     model, config = load(path, "cuda" if torch.cuda.is_available() else "cpu")
     if config["data"] != "scenes":
         raise UserError(f"{path} was not trained on scenes, whose judge this takes: give a run of toy or speedrun")
+    return model, config
+
+
+def of_run(path, sides, n):
+    """The scores of a run's pictures at these sizes, drawn as its own config says."""
+    model, config = open_run(path)
     x = sample(model, config, held_out_task(config, n).captions, bar=True)         # (n, 3, H, W)
     return scores(x, open_data(config).held_out(), sides)
 
